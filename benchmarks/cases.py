@@ -1,0 +1,105 @@
+"""What is compared: the two ways in which a bucket's gradients can be owned, the rules, and what theory says.
+
+Per rank and reduction of `B` bytes by `W` ranks: stock's ring all-reduce sends `2(W−1)/W · B`; an exchange
+sends `(W−1)/W · B` to the ranks that combine, and nothing more if those own the result ("even"). If the bucket has one
+owner, each rank also sends its combined 1/W share there: `(W−1)/W · B/W` on average.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+NUM_LAYERS, WIDTH = 64, 512
+NUM_ELEMENTS = NUM_LAYERS * WIDTH * WIDTH
+ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
+DEEPSPEED_DTYPE = {"bf16": {"bf16": {"enabled": True}}}
+
+_GAF = {"mixing": {"type": "GAF", "params": {"threshold": 1.0}}}
+_VRGD = {"scaling": {"type": "VRGD", "params": {"gamma": 0.1}}}
+_VRGD_MOMENTUM = {"scaling": {"type": "VRGD", "params": {"gamma": 0.1, "momentum": 0.9}}}
+
+# None is stock against a second stock engine: how far from 1 a ratio can be by accident.
+RULES: dict[str, dict[str, Any] | None] = {
+    "stock": None,
+    "Mean": {},
+    "GradientMix": {"mixing": {"type": "GradientMix"}},
+    "GAF": _GAF,
+    "VRGD": _VRGD,
+    "GAF+VRGD": _GAF | _VRGD,
+    "VRGD momentum 0.9": _VRGD_MOMENTUM,
+    "GAF scope parameter": _GAF | {"scope": "parameter"},
+    "GAF scope model": _GAF | {"scope": "model"},
+}
+QUICK_RULES = ("GAF", "GAF+VRGD")
+WITHOUT_EXCHANGE = ("stock", "Mean", "GradientMix")
+MODEL_SCOPE = "GAF scope model"
+MOMENTUM = "VRGD momentum 0.9"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model of `NUM_LAYERS` equal matrices under one engine configuration, and the rules to try on it."""
+
+    owners: str
+    dtype: str
+    stage: int
+    world: int
+    tile_bytes: int
+    rules: tuple[str, ...]
+
+    @property
+    def bucket_elements(self) -> int:
+        """One reduction for the whole model, or ones that are half an owner's partition."""
+        return NUM_ELEMENTS if self.owners == "even" else NUM_ELEMENTS // (2 * self.world)
+
+    @property
+    def model_bytes(self) -> int:
+        return NUM_ELEMENTS * ELEMENT_BYTES[self.dtype]
+
+    def ds_config(self, rule: str) -> dict[str, Any]:
+        """The engine's configuration: DeepSpeed's defaults, but for what defines the case."""
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "steps_per_print": 1_000_000,
+            "gradient_clipping": 0.0,
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {
+                "stage": self.stage,
+                "reduce_bucket_size": self.bucket_elements,
+                "overlap_comm": False,
+            },
+            **DEEPSPEED_DTYPE.get(self.dtype, {}),
+        }
+        block = RULES[rule]
+        return config if block is None else config | {"gradmix": {"tile_bytes": self.tile_bytes, **block}}
+
+    def stock_bytes(self) -> float:
+        """What stock sends by theory, per rank and reduction of the whole model."""
+        return 2 * (self.world - 1) / self.world * self.model_bytes
+
+    def theory(self, rule: str) -> float:
+        """The ratio of `rule`'s bytes to stock's, by theory."""
+        if rule in WITHOUT_EXCHANGE:
+            return 1.0
+        share = 0.0 if self.owners == "even" else 1 / self.world
+        if rule == MODEL_SCOPE:
+            return 0.5 * (2 + share)  # once for the Gram matrix, once more to combine
+        if rule == MOMENTUM:
+            return 0.5 * (1 + share + share * 4 / ELEMENT_BYTES[self.dtype])  # r travels too, in float32
+        return 0.5 * (1 + share)
+
+    def bytes_bound(self, rule: str) -> float:
+        """The most that `rule` may send, as a ratio to stock: theory and room for packets, scalars, tiles' ends."""
+        if rule in WITHOUT_EXCHANGE:
+            return 1.03
+        if rule == MODEL_SCOPE:
+            return max(1.2, self.theory(rule) + 0.05)
+        if rule == MOMENTUM or self.owners == "even":
+            return self.theory(rule) + 0.05
+        return self.theory(rule) + 0.035
+
+    def memory_bound(self, rule: str, stock_marked_bytes: int) -> int:
+        """The most that a reduction may allocate: three tiles, or what stock's does where stock's is used."""
+        base = stock_marked_bytes if rule in WITHOUT_EXCHANGE else 3 * self.tile_bytes
+        return base + (2 << 20)

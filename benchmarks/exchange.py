@@ -1,0 +1,179 @@
+"""Costs of the gradient exchange against stock DeepSpeed, measured in one run: bytes, step time, memory.
+
+    python benchmarks/exchange.py [--quick] [--world 4] [--stage 2] [--dtype fp32 --dtype bf16] [--json FILE]
+
+Each rank runs on a host of its own, a network namespace with one interface (`hosts.py`; needs root and `ip`); without,
+on the loopback interface, whose counter sums over ranks. `cases.py` has the cases, the rules, the theory and the
+bounds; `exchange_worker.py` says how a rank measures. Exits with 1 if a rule breaks its bound, after the table.
+
+The table, per rule: bytes sent per rank and reduction, over stock's; the median over pairs of blocks of step times, over
+stock's (a model with next to nothing to compute: the worst case); peak memory of tensors in forward and backward, over
+stock's; and what a reduction allocates itself, in MiB and in tiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cases import MODEL_SCOPE, QUICK_RULES, RULES, Case
+from hosts import loopback, network, run_ranks, why_no_namespaces
+
+MIB = 1 << 20
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--quick", action="store_true", help="GAF and GAF+VRGD in fp32 only, under a minute")
+    parser.add_argument("--world", type=int, choices=(2, 4, 8), default=4)
+    parser.add_argument("--stage", type=int, choices=(1, 2), default=2)
+    parser.add_argument("--dtype", action="append", choices=("fp32", "bf16"), help="default: both")
+    parser.add_argument("--rule", action="append", choices=list(RULES), help="default: all of them")
+    parser.add_argument("--tile-mib", type=float, default=1.0, help="tile_bytes of the block, in MiB")
+    parser.add_argument("--rounds", type=int, help="pairs of blocks of steps")
+    parser.add_argument("--loopback", action="store_true", help="no namespaces, even where they can be made")
+    parser.add_argument("--timeout", type=float, default=900.0, help="seconds until the ranks are killed")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the numbers")
+    return parser.parse_args(arguments)
+
+
+def make_cases(options: argparse.Namespace) -> list[Case]:
+    """Both ways of ownership in each dtype; model scope, which only stage 1 has, gets cases of its own there."""
+    dtypes = options.dtype or (["fp32"] if options.quick else ["fp32", "bf16"])
+    rules = tuple(options.rule or (QUICK_RULES if options.quick else RULES))
+    everywhere = tuple(rule for rule in rules if rule != MODEL_SCOPE or options.stage == 1)
+    cases = []
+    for dtype in dtypes:
+        for owners in ("even", "one owner"):
+            stages = {options.stage: everywhere}
+            if MODEL_SCOPE in rules and options.stage != 1 and dtype == "fp32":
+                stages[1] = (MODEL_SCOPE,)
+            for stage, names in stages.items():
+                tile_bytes = int(options.tile_mib * MIB)
+                cases.append(Case(owners, dtype, stage, options.world, tile_bytes, names))
+    return [case for case in cases if case.rules]
+
+
+def run(cases: list[Case], options: argparse.Namespace) -> list[list[dict[str, Any]]]:
+    """Every rank's measurements of every case: [rank][case][rule]."""
+    rounds = options.rounds or (3 if options.quick else 5)
+    plan = {"cases": [asdict(case) for case in cases], "rounds": rounds, "steps": 1, "repeats": 3}
+    missing = "--loopback was given" if options.loopback else why_no_namespaces()
+    if missing is not None:
+        print(f"No network namespaces ({missing}): counting on the loopback interface, for all ranks together.")
+    hosts = network(options.world) if missing is None else nullcontext(loopback(options.world))
+    with tempfile.TemporaryDirectory() as name, hosts as ranks:
+        folder = Path(name)
+        (folder / "plan.json").write_text(json.dumps(plan))
+        worker = Path(__file__).with_name("exchange_worker.py")
+        argv = [sys.executable, str(worker), str(folder / "plan.json"), name]
+        run_ranks(ranks, argv, folder, options.timeout)
+        measured = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(options.world)]
+    if missing is not None:
+        _share_counter(measured)
+    return measured
+
+
+def _share_counter(measured: list[list[dict[str, Any]]]) -> None:
+    """Every rank read the sum over ranks: a rank's own part is that by W."""
+    for rank in measured:
+        for case in rank:
+            for row in case.values():
+                row["sent_bytes"] = [num_bytes / len(measured) for num_bytes in row["sent_bytes"]]
+
+
+def summarise(case: Case, ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row per rule from the ranks' measurements of one case."""
+
+    def sent(rule: str) -> float:
+        return statistics.mean(statistics.median(rank[rule]["sent_bytes"]) for rank in ranks)
+
+    def most(rule: str, key: str) -> int:
+        return max(rank[rule][key] for rank in ranks)
+
+    rows = []
+    for rule in case.rules:
+        pairs = [pair for rank in ranks for pair in rank[rule]["seconds"]]
+        rows.append(
+            asdict(case)
+            | {
+                "rule": rule,
+                "sent_bytes": sent(rule),
+                "stock_sent_bytes": sent("reference"),
+                "stock_theory_bytes": case.stock_bytes(),
+                "bytes_ratio": sent(rule) / sent("reference"),
+                "bytes_ratio_theory": case.theory(rule),
+                "bytes_ratio_bound": case.bytes_bound(rule),
+                "time_ratio": statistics.median(seconds / stock for stock, seconds in pairs),
+                "stock_step_s": statistics.median(stock for stock, _ in pairs),
+                "peak_ratio": most(rule, "whole_bytes") / most("reference", "whole_bytes"),
+                "reduction_bytes": most(rule, "marked_bytes"),
+                "stock_reduction_bytes": most("reference", "marked_bytes"),
+                "reduction_bound_bytes": case.memory_bound(rule, most("reference", "marked_bytes")),
+            }
+        )
+    return rows
+
+
+def print_table(case: Case, rows: list[dict[str, Any]]) -> None:
+    first = rows[0]
+    overhead = first["stock_sent_bytes"] / first["stock_theory_bytes"] - 1
+    print(
+        f"\n{case.owners}, {case.dtype}, ZeRO-{case.stage}, {case.world} ranks: model {case.model_bytes / MIB:.0f} MiB,"
+        f" buckets {case.model_bytes * case.bucket_elements / (64 * 512 * 512) / MIB:.0f} MiB,"
+        f" tiles {case.tile_bytes / MIB:g} MiB\n"
+        f"stock sends {first['stock_sent_bytes'] / MIB:.1f} MiB per rank"
+        f" (theory {first['stock_theory_bytes'] / MIB:.1f}, {overhead:+.1%} for the protocols),"
+        f" allocates {first['stock_reduction_bytes'] / MIB:.1f} MiB in a reduction,"
+        f" {first['stock_step_s'] * 1e3:.0f} ms a step"
+    )
+    print(f"{'rule':<20}{'bytes':>7}{'theory':>8}{'bound':>7}{'time':>7}{'peak':>7}{'own MiB':>9}{'tiles':>7}")
+    for row in rows:
+        tiles = row["reduction_bytes"] / case.tile_bytes
+        print(
+            f"{row['rule']:<20}{row['bytes_ratio']:>7.3f}{row['bytes_ratio_theory']:>8.3f}"
+            f"{row['bytes_ratio_bound']:>7.2f}{row['time_ratio']:>7.2f}{row['peak_ratio']:>7.2f}"
+            f"{row['reduction_bytes'] / MIB:>9.2f}{tiles:>7.2f}{'  ' + broken(row) if broken(row) else ''}"
+        )
+
+
+def broken(row: dict[str, Any]) -> str:
+    """Which bounds a row breaks, empty if none."""
+    what = []
+    if row["bytes_ratio"] > row["bytes_ratio_bound"]:
+        what.append("BYTES")
+    if row["reduction_bytes"] > row["reduction_bound_bytes"]:
+        what.append(f"MEMORY > {row['reduction_bound_bytes'] / MIB:.1f} MiB")
+    return ", ".join(what)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    # A terminated run must still take its namespaces and ranks with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    start, cases = time.monotonic(), make_cases(options)
+    measured = run(cases, options)
+    rows = []
+    for index, case in enumerate(cases):
+        table = summarise(case, [rank[index] for rank in measured])
+        print_table(case, table)
+        rows += table
+    if options.json is not None:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    failures = sum(bool(broken(row)) for row in rows)
+    print(f"\n{failures or 'No'} bound(s) broken; {time.monotonic() - start:.0f} s.")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
