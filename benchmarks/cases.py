@@ -1,8 +1,8 @@
 """What is compared: the two ways in which a bucket's gradients can be owned, the rules, and what theory says.
 
 Per rank and reduction of `B` bytes by `W` ranks: stock's ring all-reduce sends `2(W−1)/W · B`; an exchange
-sends `(W−1)/W · B` to the ranks that combine, and nothing more if those own the result ("even"). If the bucket has one
-owner, each rank also sends its combined 1/W share there: `(W−1)/W · B/W` on average.
+sends `(W−1)/W · B` to the ranks that combine, and nothing more if those own the result ("even"). If the
+bucket has one owner, each rank also sends its combined 1/W share there: `(W−1)/W · B/W` on average.
 """
 
 from __future__ import annotations
@@ -54,6 +54,10 @@ class Case:
         return NUM_ELEMENTS if self.owners == "even" else NUM_ELEMENTS // (2 * self.world)
 
     @property
+    def bucket_bytes(self) -> int:
+        return self.bucket_elements * ELEMENT_BYTES[self.dtype]
+
+    @property
     def model_bytes(self) -> int:
         return NUM_ELEMENTS * ELEMENT_BYTES[self.dtype]
 
@@ -90,7 +94,7 @@ class Case:
         return 0.5 * (1 + share)
 
     def bytes_bound(self, rule: str) -> float:
-        """The most that `rule` may send, as a ratio to stock: theory and room for packets, scalars, tiles' ends."""
+        """The most that `rule` may send, as a ratio to stock: theory, and room for headers and scalars."""
         if rule in WITHOUT_EXCHANGE:
             return 1.03
         if rule == MODEL_SCOPE:
@@ -99,7 +103,7 @@ class Case:
             return self.theory(rule) + 0.05
         return self.theory(rule) + 0.035
 
-    def memory_bound(self, rule: str, stock_marked_bytes: int) -> int:
+    def memory_bound(self, rule: str, stock_marked_bytes: float) -> float:
         """The most that a reduction may allocate: three tiles, or what stock's does where stock's is used."""
         base = stock_marked_bytes if rule in WITHOUT_EXCHANGE else 3 * self.tile_bytes
         return base + (2 << 20)

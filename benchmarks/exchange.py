@@ -2,13 +2,14 @@
 
     python benchmarks/exchange.py [--quick] [--world 4] [--stage 2] [--dtype fp32 --dtype bf16] [--json FILE]
 
-Each rank runs on a host of its own, a network namespace with one interface (`hosts.py`; needs root and `ip`); without,
-on the loopback interface, whose counter sums over ranks. `cases.py` has the cases, the rules, the theory and the
-bounds; `exchange_worker.py` says how a rank measures. Exits with 1 if a rule breaks its bound, after the table.
+Each rank runs on a host of its own, a network namespace with one interface (`hosts.py`; needs root and `ip`);
+without, on the loopback interface, whose counter sums over ranks. `cases.py` has the cases, the rules, the
+theory and the bounds; `exchange_worker.py` says how a rank measures. Exits with 1 if a rule breaks its bound,
+after the table.
 
-The table, per rule: bytes sent per rank and reduction, over stock's; the median over pairs of blocks of step times, over
-stock's (a model with next to nothing to compute: the worst case); peak memory of tensors in forward and backward, over
-stock's; and what a reduction allocates itself, in MiB and in tiles.
+The table, per rule: bytes sent per rank and reduction, over stock's; the median over pairs of step times,
+over stock's (the model has next to nothing to compute: the worst case); peak memory of tensors in the
+backward, over stock's; and what a bucket's reduction itself allocates at its peak, in MiB and in tiles.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", action="append", choices=("fp32", "bf16"), help="default: both")
     parser.add_argument("--rule", action="append", choices=list(RULES), help="default: all of them")
     parser.add_argument("--tile-mib", type=float, default=1.0, help="tile_bytes of the block, in MiB")
-    parser.add_argument("--rounds", type=int, help="pairs of blocks of steps")
+    parser.add_argument("--rounds", type=int, help="pairs of steps to time per rule")
     parser.add_argument("--loopback", action="store_true", help="no namespaces, even where they can be made")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds until the ranks are killed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the numbers")
@@ -48,7 +49,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def make_cases(options: argparse.Namespace) -> list[Case]:
-    """Both ways of ownership in each dtype; model scope, which only stage 1 has, gets cases of its own there."""
+    """Both ways of ownership in each dtype; model scope, which stage 2 has not, gets its own."""
     dtypes = options.dtype or (["fp32"] if options.quick else ["fp32", "bf16"])
     rules = tuple(options.rule or (QUICK_RULES if options.quick else RULES))
     everywhere = tuple(rule for rule in rules if rule != MODEL_SCOPE or options.stage == 1)
@@ -66,11 +67,13 @@ def make_cases(options: argparse.Namespace) -> list[Case]:
 
 def run(cases: list[Case], options: argparse.Namespace) -> list[list[dict[str, Any]]]:
     """Every rank's measurements of every case: [rank][case][rule]."""
-    rounds = options.rounds or (3 if options.quick else 5)
-    plan = {"cases": [asdict(case) for case in cases], "rounds": rounds, "steps": 1, "repeats": 3}
+    rounds = options.rounds or (4 if options.quick else 6)
+    plan = {"cases": [asdict(case) for case in cases], "rounds": rounds, "repeats": 2 if options.quick else 3}
     missing = "--loopback was given" if options.loopback else why_no_namespaces()
     if missing is not None:
-        print(f"No network namespaces ({missing}): counting on the loopback interface, for all ranks together.")
+        print(
+            f"No network namespaces ({missing}): counting on the loopback interface, for all ranks together."
+        )
     hosts = network(options.world) if missing is None else nullcontext(loopback(options.world))
     with tempfile.TemporaryDirectory() as name, hosts as ranks:
         folder = Path(name)
@@ -98,8 +101,11 @@ def summarise(case: Case, ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     def sent(rule: str) -> float:
         return statistics.mean(statistics.median(rank[rule]["sent_bytes"]) for rank in ranks)
 
-    def most(rule: str, key: str) -> int:
-        return max(rank[rule][key] for rank in ranks)
+    def most(rule: str, key: str) -> float:
+        return max(statistics.median(rank[rule][key]) for rank in ranks)
+
+    def peak(rule: str) -> float:
+        return statistics.median(value for rank in ranks for value in rank[rule]["whole_bytes"])
 
     rows = []
     for rule in case.rules:
@@ -116,7 +122,7 @@ def summarise(case: Case, ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "bytes_ratio_bound": case.bytes_bound(rule),
                 "time_ratio": statistics.median(seconds / stock for stock, seconds in pairs),
                 "stock_step_s": statistics.median(stock for stock, _ in pairs),
-                "peak_ratio": most(rule, "whole_bytes") / most("reference", "whole_bytes"),
+                "peak_ratio": peak(rule) / peak("reference"),
                 "reduction_bytes": most(rule, "marked_bytes"),
                 "stock_reduction_bytes": most("reference", "marked_bytes"),
                 "reduction_bound_bytes": case.memory_bound(rule, most("reference", "marked_bytes")),
@@ -129,15 +135,17 @@ def print_table(case: Case, rows: list[dict[str, Any]]) -> None:
     first = rows[0]
     overhead = first["stock_sent_bytes"] / first["stock_theory_bytes"] - 1
     print(
-        f"\n{case.owners}, {case.dtype}, ZeRO-{case.stage}, {case.world} ranks: model {case.model_bytes / MIB:.0f} MiB,"
-        f" buckets {case.model_bytes * case.bucket_elements / (64 * 512 * 512) / MIB:.0f} MiB,"
+        f"\n{case.owners}, {case.dtype}, ZeRO-{case.stage}, {case.world} ranks:"
+        f" model {case.model_bytes / MIB:.0f} MiB, buckets {case.bucket_bytes / MIB:.0f} MiB,"
         f" tiles {case.tile_bytes / MIB:g} MiB\n"
         f"stock sends {first['stock_sent_bytes'] / MIB:.1f} MiB per rank"
         f" (theory {first['stock_theory_bytes'] / MIB:.1f}, {overhead:+.1%} for the protocols),"
         f" allocates {first['stock_reduction_bytes'] / MIB:.1f} MiB in a reduction,"
         f" {first['stock_step_s'] * 1e3:.0f} ms a step"
     )
-    print(f"{'rule':<20}{'bytes':>7}{'theory':>8}{'bound':>7}{'time':>7}{'peak':>7}{'own MiB':>9}{'tiles':>7}")
+    print(
+        f"{'rule':<20}{'bytes':>7}{'theory':>8}{'bound':>7}{'time':>7}{'peak':>7}{'own MiB':>9}{'tiles':>7}"
+    )
     for row in rows:
         tiles = row["reduction_bytes"] / case.tile_bytes
         print(

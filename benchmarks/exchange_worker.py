@@ -1,13 +1,15 @@
-"""One rank of `exchange.py`: `exchange_worker.py PLAN.json FOLDER` measures every case and writes FOLDER/rankN.json.
+"""One rank of `exchange.py`: `exchange_worker.py PLAN.json FOLDER` measures every case and writes
+FOLDER/rankN.json.
 
 Each rule's engine is compared with a stock engine of the same model that lives beside it in the same process.
 
-Bytes: the kernel's count of what this host's interface sent from before `engine.backward` to after it, which in stage
-1 and 2 is the reduction and nothing else (weights are gathered in `step`). Before each reading every rank has passed a
-barrier and has waited, so nothing is under way; what the barriers cost is measured without a backward and taken off.
+Bytes: the kernel's count of what this host's interface sent from before `engine.backward` to after it, which
+in stage 1 and 2 is the reduction and nothing else (weights are gathered in `step`). Before each reading every
+rank has passed a barrier and has waited, so nothing is under way; what the barriers cost is measured without
+a backward and taken off.
 
-Time: whole steps, in blocks of stock and rule by turns, so that whatever slows this machine slows both.
-Memory: see `tensor_memory.py`; over forward and backward of a step, and inside the optimizer's reductions of a bucket.
+Memory: in the same backward, see `tensor_memory.py`; as a whole, and in the optimizer's reductions of a
+bucket. Time: whole steps of stock and rule by turns, so that whatever slows this machine slows both.
 """
 
 from __future__ import annotations
@@ -15,10 +17,8 @@ from __future__ import annotations
 import gc
 import json
 import os
-import statistics
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -40,7 +40,9 @@ class Layers(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = torch.nn.ModuleList(torch.nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(NUM_LAYERS))
+        self.layers = torch.nn.ModuleList(
+            torch.nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(NUM_LAYERS)
+        )
 
     def forward(self, inputs_BD: torch.Tensor) -> torch.Tensor:
         hidden_BD = inputs_BD
@@ -50,6 +52,11 @@ class Layers(torch.nn.Module):
 
 
 def build_engine(case: Case, rule: str) -> Any:
+    if RULES[rule] is not None:
+        # Here and not above, so that stock can be measured where the package cannot be imported.
+        import ds_gradmix
+
+        ds_gradmix.enable()
     torch.manual_seed(0)
     model = Layers()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
@@ -58,7 +65,7 @@ def build_engine(case: Case, rule: str) -> Any:
 
 
 def make_inputs(case: Case) -> torch.Tensor:
-    """Nearly the same on every rank: gradients that agree, so that no rule saves bytes by leaving a worker out."""
+    """Nearly the same on every rank: gradients agree, and no rule saves bytes by leaving a worker out."""
     common = torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(1))
     own = torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(2 + dist.get_rank()))
     return (common + 0.3 * own).to(torch.bfloat16 if case.dtype in DEEPSPEED_DTYPE else torch.float32)
@@ -76,71 +83,49 @@ def sent_bytes(interface: str) -> int:
     return int(Path(f"/sys/class/net/{interface}/statistics/tx_bytes").read_text())
 
 
-def bytes_sent_by(function: Callable[[], object], interface: str) -> int:
-    before = sent_bytes(interface)
-    function()
-    return sent_bytes(interface) - before
+def measure_reduction(engine: Any, inputs: torch.Tensor, interface: str) -> dict[str, int]:
+    """What the backward of one step sends, without what looking at it sends, and what it allocates."""
+    loss = engine(inputs)
+    readings = [sent_bytes(interface), sent_bytes(interface)]
+    peak = tensor_memory.measure(lambda: engine.backward(loss))
+    readings.append(sent_bytes(interface))
+    engine.step()
+    idle = readings[1] - readings[0]
+    return {"sent_bytes": readings[2] - readings[1] - idle, **asdict(peak)}
 
 
-def measure_bytes(engine: Any, inputs: torch.Tensor, interface: str, repeats: int) -> list[int]:
-    """Bytes sent in the backward of each of `repeats` steps, without what looking at them costs."""
-    results = []
-    for _ in range(repeats):
-        loss = engine(inputs)
-        idle = bytes_sent_by(lambda: None, interface)
-        results.append(bytes_sent_by(lambda loss=loss: engine.backward(loss), interface) - idle)
-        engine.step()
-    return results
-
-
-def measure_memory(engine: Any, inputs: torch.Tensor, repeats: int) -> dict[str, int]:
-    """The median over `repeats` steps of what forward and backward allocated at their peak."""
-    optimizer, peaks = engine.optimizer, []
+def measure_reductions(engine: Any, inputs: torch.Tensor, repeats: int) -> dict[str, list[int]]:
+    """`measure_reduction` of `repeats` steps, after one to warm up."""
+    step(engine, inputs)
+    optimizer, interface = engine.optimizer, os.environ["GLOO_SOCKET_IFNAME"]
     optimizer.average_tensor = tensor_memory.marked(optimizer.average_tensor)
-    for _ in range(repeats):
-        peaks.append(asdict(tensor_memory.measure(lambda: engine.backward(engine(inputs)))))
-        engine.step()
+    results = [measure_reduction(engine, inputs, interface) for _ in range(repeats)]
     del optimizer.average_tensor
-    return {name: int(statistics.median(peak[name] for peak in peaks)) for name in peaks[0]}
+    return {name: [result[name] for result in results] for name in results[0]}
 
 
-def measure_times(stock: Any, engine: Any, inputs: torch.Tensor, rounds: int, steps: int) -> list[list[float]]:
-    """Seconds per step of [stock, engine] in each round; who goes first takes turns."""
+def measure_times(stock: Any, engine: Any, inputs: torch.Tensor, rounds: int) -> list[list[float]]:
+    """Seconds of a step of [stock, engine] in each round; who goes first takes turns."""
     results = []
     for round_index in range(rounds):
         seconds = [0.0, 0.0]
         for which in (0, 1) if round_index % 2 == 0 else (1, 0):
             dist.barrier()
             start = time.perf_counter()
-            for _ in range(steps):
-                step((stock, engine)[which], inputs)
+            step((stock, engine)[which], inputs)
             dist.barrier()
-            seconds[which] = (time.perf_counter() - start) / steps
+            seconds[which] = time.perf_counter() - start
         results.append(seconds)
     return results
 
 
 def measure_case(case: Case, plan: dict[str, Any]) -> dict[str, Any]:
-    inputs, interface = make_inputs(case), os.environ["GLOO_SOCKET_IFNAME"]
-    stock = build_engine(case, "stock")
-    step(stock, inputs)
-
-    def bytes_and_memory(engine: Any) -> dict[str, Any]:
-        return {
-            "sent_bytes": measure_bytes(engine, inputs, interface, plan["repeats"]),
-            **measure_memory(engine, inputs, plan["repeats"]),
-        }
-
-    results: dict[str, Any] = {"reference": bytes_and_memory(stock)}
+    inputs, stock = make_inputs(case), build_engine(case, "stock")
+    results: dict[str, Any] = {"reference": measure_reductions(stock, inputs, plan["repeats"])}
     for rule in case.rules:
-        if RULES[rule] is not None:
-            import ds_gradmix
-
-            ds_gradmix.enable()
         engine = build_engine(case, rule)
-        step(engine, inputs)
-        results[rule] = bytes_and_memory(engine)
-        results[rule]["seconds"] = measure_times(stock, engine, inputs, plan["rounds"], plan["steps"])
+        results[rule] = measure_reductions(engine, inputs, plan["repeats"])
+        results[rule]["seconds"] = measure_times(stock, engine, inputs, plan["rounds"])
         engine.destroy()
         del engine
         gc.collect()

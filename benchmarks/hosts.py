@@ -1,12 +1,12 @@
 """Hosts for a benchmark: each a network namespace with one interface of its own, all joined by a bridge.
 
 Ranks of one machine would talk over the loopback interface, whose counter adds up what all of them send. In a
-namespace a rank has a veth interface that carries its traffic and no other, counted by the kernel, as on a cluster of
-`W` machines. The bridge has a namespace too, so the machine's own network is left as it is. Removing a namespace
-removes its interfaces, and they are removed whatever happens inside the `with` block.
+namespace a rank has a veth interface that carries its traffic and no other, counted by the kernel, as on a
+cluster of `W` machines. The bridge has a namespace too, so the machine's own network is left as it is.
+Removing a namespace removes its interfaces, and they are removed whatever happens inside the `with` block.
 
-Namespaces need root and `ip` (iproute2); `why_no_namespaces` says what is missing. `loopback` is the substitute: plain
-processes, and one counter for all of them.
+Namespaces need root and `ip` (iproute2); `why_no_namespaces` says what is missing. `loopback` is the
+substitute: plain processes, and one counter for all of them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Host:
     address: str
 
     def command(self, argv: Sequence[str]) -> list[str]:
-        """`argv` as a command that runs on this host; `ip netns exec` becomes `argv`, so its pid is the process'."""
+        """`argv` as it runs on this host; `ip netns exec` becomes `argv`, so the pid stays."""
         return list(argv) if self.namespace is None else ["ip", "netns", "exec", self.namespace, *argv]
 
 
@@ -55,7 +55,7 @@ def why_no_namespaces() -> str | None:
 
 @contextmanager
 def network(num_hosts: int) -> Iterator[list[Host]]:
-    """Hosts 10.77.0.1, 10.77.0.2, … on one bridge; needs root. They end with the block, also after an exception."""
+    """Hosts 10.77.0.1, 10.77.0.2, … on one bridge, gone after the block however it ends; needs root."""
     prefix = f"gradmix{os.getpid()}-{next(_serial)}"
     switch, names = f"{prefix}-switch", [f"{prefix}-host{i}" for i in range(num_hosts)]
     made: list[str] = []
@@ -91,8 +91,8 @@ def free_port(host: Host) -> int:
 def run_ranks(hosts: Sequence[Host], argv: Sequence[str], logs: Path, timeout_s: float) -> None:
     """Runs `argv` once per host with the environment of a distributed job, and waits for all of them.
 
-    Each rank's output goes to `logs/rankN.log`. If one fails, or `timeout_s` passes, the others are killed and
-    `RuntimeError` carries the end of the log of the rank that failed first.
+    Each rank's output goes to `logs/rankN.log`. If one fails, or `timeout_s` passes, the others are killed
+    and `RuntimeError` carries the end of the log of the rank that failed first.
     """
     port, ranks = free_port(hosts[0]), []
     try:

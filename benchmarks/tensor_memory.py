@@ -1,11 +1,12 @@
 """Peak memory of tensors on a CPU, to the byte.
 
-The resident set of a process says little: freed blocks stay with the C library, pages appear when they are first
-written, threads keep arenas of their own. PyTorch's profiler instead records every block that PyTorch's CPU allocator
-hands out and takes back, with its size, its time, and on whichever thread (a collective's temporaries are made on
-gloo's threads). Adding them up gives the level over time, the same in every run but for the moment at which gloo lets
-go of a finished collective. What the record leaves out: memory that gloo itself takes with malloc (stock's ring
-all-reduce has such a buffer, an all-to-all none) and the kernel's socket buffers.
+The resident set of a process says little: freed blocks stay with the C library, pages appear when they are
+first written, threads keep arenas of their own. PyTorch's profiler instead records every block that PyTorch's
+CPU allocator hands out and takes back, with its size, its time, and on whichever thread (a collective's
+temporaries are made on gloo's threads). Adding them up gives the level over time, the same in every run but
+for the moment at which gloo lets go of a finished collective. What the record leaves out: memory that gloo
+itself takes with malloc (stock's ring all-reduce has such a buffer, an all-to-all none) and the kernel's
+socket buffers.
 """
 
 from __future__ import annotations
@@ -20,8 +21,7 @@ MARK = "ds_gradmix reduction"
 
 @dataclass(frozen=True)
 class Peak:
-    """Both in bytes: the whole call's peak above where it began, and the most that one marked piece added to its own
-    beginning."""
+    """The peak of the whole call above its beginning, and of the worst marked piece above that piece's."""
 
     whole_bytes: int
     marked_bytes: int
