@@ -1,0 +1,40 @@
+# make test       the environment, linters, type checker and tests
+# make pretrain   the environment, then a small language model trained on text this machine has; again: resumes
+#                 CORPUS="files or folders" trains on those, RUN=folder goes there instead of runs/quickstart
+
+PYTHON ?= python3
+RUN ?= runs/quickstart
+CORPUS ?=
+
+bin := .venv/bin
+export RUN
+# ninja is looked up on PATH; ranks and tests that outnumber cores must not each start a thread per core.
+export PATH := $(CURDIR)/$(bin):$(PATH)
+export OMP_NUM_THREADS := 1
+
+# Evaluated in the recipe, when there is a torch to ask. Only where DeepSpeed would find no accelerator anyway.
+accelerator = $$($(bin)/python -c "import torch; print('' if torch.cuda.is_available() else 'DS_ACCELERATOR=cpu')")
+
+.PHONY: test lint pretrain clean
+
+test: lint
+	env $(accelerator) $(bin)/python -m pytest
+
+lint: .venv/.ready
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/mypy
+
+pretrain: .venv/.ready
+	$(bin)/python launch/prepare.py --out $(RUN)/data $(if $(CORPUS),--corpus $(CORPUS))
+	$(bin)/python launch/quickstart.py
+
+# torch first and alone: what satisfies the pin locally (a CPU wheel, say) is taken, and the rest finds it there.
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(bin)/python -m pip install --quiet -c constraints.txt torch
+	$(bin)/python -m pip install --quiet -c constraints.txt ninja -e '.[pretrain,dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,166 @@
+"""Text files in, token files out: `python launch/prepare.py --out FOLDER [--corpus PATH ...]`.
+
+The folder then holds `tokenizer.model` (SentencePiece BPE, trained on the training split alone), `train.bin`
+and `validation.bin` (token ids in one row, to be memory-mapped) and `meta.json`. A second call with the same
+corpus does nothing. `meta.json` is removed first and written last, so a folder that has one is complete.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+from corpus import Piece, corpus_pieces, split, standard_library_pieces
+
+FORMAT = 1  # a folder in another format is prepared anew
+CHUNK_CHARS = 1 << 17  # what one call of the encoder gets; cut after a line, where no token can span
+TOKENIZER_CHARS = 4_000_000  # the tokenizer learns from this much text; more changes little and takes longer
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Turn text files into token files for launch/pretrain.py.")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the token files")
+    parser.add_argument(
+        "--corpus",
+        type=Path,
+        nargs="+",
+        help="text files or folders (default: this Python's own standard-library sources)",
+    )
+    parser.add_argument("--vocab-size", type=int, default=4096)
+    parser.add_argument("--validation-fraction", type=float, default=0.04, help="share of files held out")
+    parser.add_argument("--max-mb", type=float, default=16, help="cap on the default corpus (default: 16)")
+    args = parser.parse_args(argv)
+    if not 0 < args.validation_fraction < 1:
+        parser.error(f"--validation-fraction {args.validation_fraction} is not between 0 and 1")
+    if args.vocab_size < 260:
+        parser.error(f"--vocab-size {args.vocab_size} is too small: the 256 bytes and 4 symbols need 260")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        prepare(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"prepare.py: error: {error}")
+
+
+def prepare(args: argparse.Namespace) -> None:
+    pieces = corpus_pieces(args.corpus) if args.corpus else standard_library_pieces(int(args.max_mb * 1e6))
+    train_pieces, validation_pieces = split(pieces, args.validation_fraction)
+    source = source_signature([*train_pieces, *validation_pieces], args.vocab_size, len(train_pieces))
+    meta_path = args.out / "meta.json"
+    if meta_path.exists() and json.loads(meta_path.read_text())["source"] == source:
+        print(f"{args.out}: already prepared")
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
+    meta_path.unlink(missing_ok=True)
+
+    print(f"{args.out}: {len(train_pieces)} training and {len(validation_pieces)} validation files")
+    model = train_tokenizer(train_pieces, args.vocab_size)
+    write_bytes(args.out / "tokenizer.model", [model])
+    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size() <= 1 << 16 else np.uint32)
+    meta: dict[str, str | int] = {"source": source, "vocab_size": tokenizer.vocab_size(), "dtype": dtype.name}
+    for name, part in (("train", train_pieces), ("validation", validation_pieces)):
+        num_bytes, digest = write_bytes(args.out / f"{name}.bin", encoded(tokenizer, part, dtype))
+        if num_bytes == 0:
+            raise ValueError(f"no {name} text: is the corpus UTF-8?")
+        meta |= {f"{name}_tokens": num_bytes // dtype.itemsize, f"{name}_sha256": digest}
+    write_bytes(meta_path, [json.dumps(meta, indent=2).encode()])
+    print(f"{args.out}: {meta['train_tokens']} training and {meta['validation_tokens']} validation tokens")
+
+
+def source_signature(pieces: Sequence[Piece], vocab_size: int, num_train: int) -> str:
+    """Changes when a file does, without reading any: names, sizes and times."""
+    digest = hashlib.sha256(f"{FORMAT} {vocab_size} {num_train}".encode())
+    for piece in pieces:
+        status = piece.path.stat()
+        digest.update(
+            f"{piece.name} {piece.begin} {piece.end} {status.st_size} {status.st_mtime_ns}\n".encode()
+        )
+    return digest.hexdigest()
+
+
+def train_tokenizer(pieces: Sequence[Piece], vocab_size: int) -> bytes:
+    """A BPE model that gives every text back exactly: no normalisation, bytes for rare characters."""
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=tokenizer_lines(pieces),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            character_coverage=0.9995,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,  # indentation
+            user_defined_symbols=["\n"],
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(f"no tokenizer of {vocab_size} pieces from this corpus: {reason}") from error
+    return model.getvalue()
+
+
+def tokenizer_lines(pieces: Sequence[Piece]) -> Iterator[str]:
+    num_chars = 0
+    for piece in pieces:
+        for line in (piece.read() or "").splitlines():
+            num_chars += len(line)
+            yield line
+        if num_chars > TOKENIZER_CHARS:
+            return
+
+
+def encoded(
+    tokenizer: sentencepiece.SentencePieceProcessor, pieces: Sequence[Piece], dtype: np.dtype
+) -> Iterator[bytes]:
+    """Each piece's ids with an end-of-text id behind; files that are not UTF-8 are skipped and counted."""
+    num_skipped = 0
+    for piece in pieces:
+        text = piece.read()
+        if text is None:
+            num_skipped += 1
+            continue
+        for ids in tokenizer.encode(list(chunks(text))):
+            yield np.asarray(ids, dtype=dtype).tobytes()
+        if text:
+            yield np.asarray([tokenizer.eos_id()], dtype=dtype).tobytes()
+    if num_skipped:
+        print(f"skipped {num_skipped} files that are not UTF-8")
+
+
+def chunks(text: str) -> Iterator[str]:
+    begin = 0
+    while begin < len(text):
+        newline = text.find("\n", begin + CHUNK_CHARS)
+        end = len(text) if newline < 0 else newline + 1
+        yield text[begin:end]
+        begin = end
+
+
+def write_bytes(path: Path, blocks: Iterable[bytes]) -> tuple[int, str]:
+    """Write under another name, then rename, so that `path` is always whole. Returns size and SHA-256."""
+    partial = path.with_name(path.name + ".partial")
+    num_bytes = 0
+    digest = hashlib.sha256()
+    with partial.open("wb") as file:
+        for block in blocks:
+            num_bytes += file.write(block)
+            digest.update(block)
+    os.replace(partial, path)
+    return num_bytes, digest.hexdigest()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""Pretrain a causal language model: an ordinary DeepSpeed script, with or without ds_gradmix.
+
+    deepspeed [--module ds_gradmix] launch/pretrain.py --deepspeed_config DS.json --model MODEL.json \
+        --data FOLDER --out RUN --steps N
+
+Also under torchrun and srun, or as one process. The same command resumes an interrupted run; what each rank
+reads at each step depends on the seed alone, so the resumed run goes on as if nothing had happened. SIGINT
+and SIGTERM end it after the step in progress, with a checkpoint.
+"""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read by transformers when imported; nothing here is fetched
+
+import argparse
+import json
+import signal
+import sys
+import warnings
+from functools import partial
+from typing import Any
+
+import checkpoint
+import deepspeed
+import deepspeed.ops
+import numpy as np
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from metrics import MetricsFile, draw_summary, read_lines, report
+from schedule import cosine_with_warmup
+from settings import Inputs, check, load_json, parse_args, set_process_environment
+from tokens import TrainingWindows, validation_batches
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+
+try:
+    from ds_gradmix import stats
+except ImportError:  # plain DeepSpeed
+
+    def stats(engine: Any) -> dict[str, float]:
+        return {}
+
+
+def main() -> None:
+    args = parse_args()
+    set_process_environment()
+    try:
+        inputs = check(args)
+        checkpoint.check_identity(args.out, identity(args, inputs))
+        args.out.mkdir(parents=True, exist_ok=True)
+        held = checkpoint.lock(args.out) if os.environ["RANK"] == "0" else None
+    except ValueError as error:
+        sys.exit(f"pretrain.py: error: {error}")
+    complete = checkpoint.latest_step(args.out / "checkpoint") >= args.steps
+    if not complete:
+        complete = train(args, inputs)
+        dist.destroy_process_group()
+    if held is not None:
+        lines = read_lines(args.out / "metrics.jsonl")
+        draw_summary(lines, args.out / "summary.png")
+        print(
+            f"{args.out}: {'complete' if complete else 'stopped; the same command resumes'}: {report(lines)}"
+        )
+    if not complete:
+        sys.exit(1)
+
+
+def identity(args: argparse.Namespace, inputs: Inputs) -> dict[str, Any]:
+    """What a checkpoint and its data sequence depend on; rules and optimizer settings may change."""
+    same = {
+        "model": load_json(args.model, "--model"),
+        "tokens": inputs.tokens.sha256,
+        "sequence_length": inputs.sequence_length,
+        "seed": args.seed,
+    }
+    if not inputs.ds_config.get("checkpoint", {}).get("load_universal"):
+        same["number of ranks"] = int(os.environ["WORLD_SIZE"])
+    return same
+
+
+def train(args: argparse.Namespace, inputs: Inputs) -> bool:
+    """Train from the last checkpoint up to `args.steps`; False if a signal ended it before."""
+    engine = build_engine(args, inputs)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    folder = args.out / "checkpoint"
+    first = checkpoint.load(engine, folder)
+    metrics = None
+    if rank == 0:
+        checkpoint.write_text(args.out / "run.json", json.dumps(identity(args, inputs), indent=2))
+        metrics = MetricsFile(args.out / "metrics.jsonl", last_step=first)
+    length, batch_size = inputs.sequence_length, engine.train_micro_batch_size_per_gpu()
+    windows = TrainingWindows(
+        inputs.tokens.train_N,
+        length,
+        batch_size,
+        engine.gradient_accumulation_steps(),
+        rank,
+        world_size,
+        args.seed,
+    )
+    held_out = validation_batches(
+        inputs.tokens.validation_N, length, batch_size, args.validation_windows, rank, world_size
+    )
+    stop = StopRequest()
+    bar = progress_bar(first, args.steps, rank)
+    for step in range(first + 1, args.steps + 1):
+        line, stopping = train_step(engine, windows, step, stop)
+        if step == 1 or step == args.steps or step % args.validate_every == 0:
+            line["val_loss"] = validate(engine, held_out)
+            bar.set_postfix_str(f"validation loss {line['val_loss']:.3f}", refresh=False)
+        bar.update()
+        if metrics is not None:
+            metrics.write(line)
+        if stopping or step == args.steps or step % args.checkpoint_every == 0:
+            if metrics is not None:
+                metrics.sync()
+            checkpoint.save(engine, folder, step, args.keep_checkpoints)
+            if rank == 0:
+                bar.write(f"step {step}: checkpoint saved", file=sys.stderr)
+        if stopping:
+            break
+    bar.close()
+    return step == args.steps
+
+
+def build_engine(args: argparse.Namespace, inputs: Inputs) -> Any:
+    deepspeed.utils.logger.setLevel("WARNING")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
+    # DeepSpeed would compile this for half a minute, and only its inference collectives use it.
+    getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed()
+    torch.manual_seed(args.seed)
+    with torch.device(get_accelerator().current_device_name()):
+        model = AutoModelForCausalLM.from_config(inputs.model_config, dtype=torch.float32)
+    model.config.use_cache = False
+    if args.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    exact_buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    weights = list(model.parameters())
+    groups = [
+        {"params": [weight for weight in weights if weight.ndim > 1]},
+        {"params": [weight for weight in weights if weight.ndim <= 1], "weight_decay": 0.0},
+    ]
+    factor = partial(
+        cosine_with_warmup, warmup_steps=args.warmup_steps, total_steps=args.steps, floor=args.lr_floor
+    )
+    # A schedule of DeepSpeed's own, if its configuration has one, goes before ours.
+    schedule = None if "scheduler" in inputs.ds_config else lambda optimizer: LambdaLR(optimizer, factor)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        config=inputs.ds_config,
+        model_parameters=[group for group in groups if group["params"]],
+        lr_scheduler=schedule,
+    )
+    # The engine cast these to the training dtype, too; rotary frequencies in bf16 misplace far tokens.
+    for name, buffer in model.named_buffers():
+        buffer.data = exact_buffers[name].to(buffer.device)
+    return engine
+
+
+def train_step(
+    engine: Any, windows: TrainingWindows, step: int, stop: "StopRequest"
+) -> tuple[dict[str, Any], bool]:
+    """One optimizer step (counted from 1): its metrics, and whether any rank was asked to stop."""
+    num_micro_steps = windows.accumulation_steps
+    # So that dropout, where a model has it, also goes on in a resumed run as it would have.
+    torch.manual_seed(int(np.random.SeedSequence((windows.seed, step, windows.rank)).generate_state(1)[0]))
+    skipped_before = engine.skipped_steps
+    line: dict[str, Any] = {"step": step, "lr": engine.get_lr()[0]}
+    loss_and_stop = torch.zeros(2, device=engine.device)
+    for micro_step in range(num_micro_steps):
+        batch_BT = windows.batch(step - 1, micro_step).to(engine.device)
+        loss = engine(input_ids=batch_BT, labels=batch_BT).loss
+        engine.backward(loss)
+        engine.step()
+        loss_and_stop[0] += loss.detach().float() / num_micro_steps
+    loss_and_stop[1] = float(stop.requested)
+    # Ranks get a signal at different moments, or only one gets it: they stop together or not at all.
+    dist.all_reduce(loss_and_stop)
+    loss_sum, num_stopping = loss_and_stop.tolist()
+    grad_norm = engine.get_global_grad_norm()
+    line["loss"] = loss_sum / windows.world_size
+    line["grad_norm"] = None if grad_norm is None else float(grad_norm)
+    line["skipped"] = engine.skipped_steps > skipped_before
+    return line | stats(engine), num_stopping > 0
+
+
+@torch.no_grad()
+def validate(engine: Any, batches: list[torch.Tensor]) -> float:
+    """The mean loss over every rank's held-out batches, which are all of one size."""
+    engine.eval()
+    total = torch.zeros((), device=engine.device)
+    for batch_BT in batches:
+        batch_BT = batch_BT.to(engine.device)
+        total += engine(input_ids=batch_BT, labels=batch_BT).loss.float()
+    engine.train()
+    dist.all_reduce(total)
+    return total.item() / (len(batches) * dist.get_world_size())
+
+
+class StopRequest:
+    """Notes SIGINT and SIGTERM instead of dying of them, so that neither ever interrupts a checkpoint."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.requested = True
+
+
+def progress_bar(first: int, total: int, rank: int) -> tqdm:
+    # Into a log file, a line now and then is enough.
+    seconds = 0.5 if sys.stderr.isatty() else 10.0
+    return tqdm(
+        initial=first, total=total, unit="step", disable=rank != 0, mininterval=seconds, smoothing=0.1
+    )
+
+
+if __name__ == "__main__":
+    main()
