@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_gradmix.config import Block, parse_block
+from ds_gradmix.decision import Verdict, gram_verdict, known_verdict
+from ds_gradmix.mixing import GramMixing, KnownMixing, Moment
+from ds_gradmix.scaling import Scaling
+from ds_gradmix.segments import Segments, weighted_sum
+
+
+def combine(
+    grads_WN: Tensor, block: Block | Mapping[str, Any], step: int = 0, sizes: Sequence[int] | None = None
+) -> tuple[Tensor, dict[str, Any]]:
+    """Apply a gradmix block to a stack of W workers' gradients, in one process.
+
+    `g = r * sum_i w_i g_i`, by the same functions as the distributed reduction; the stack is one bucket.
+
+    Args:
+        grads_WN: gradients `[W, N]`, one worker a row, float16, bfloat16, float32 or float64; not modified.
+        block: the block of ds_config.json, as a mapping or already parsed.
+        step: optimizer step, which keys everything drawn at random.
+        sizes: the lengths of the parameters along N, which add up to N; one parameter if None.
+
+    Returns:
+        The combined gradient `[N]`, in the dtype of `grads_WN`, and a dictionary: `weights`, float64 `[W]`,
+        or `[P, W]` where they are decided by parameter; `factors`, `[N]`, if the block scales; `skipped`,
+        whether the optimizer step would be skipped because no worker agreed, or none was finite under
+        `nonfinite: "drop"`. `momentum` needs a history and has no effect on a single gradient (its bias
+        correction undoes it).
+
+    Raises:
+        ValueError: for a mistake in the block, a tensor that is not `[W, N]`, or sizes that do not add up to
+            N.
+    """
+    rules = block if isinstance(block, Block) else parse_block(block)
+    lengths = _check(grads_WN, sizes)
+    num_workers = grads_WN.shape[0]
+    ids = list(range(len(lengths)))
+    parameters = Segments(ids, lengths, max(len(lengths), 1), grads_WN.device)
+    whole = Segments([0], [grads_WN.shape[1]], 1, grads_WN.device)
+    present_W = torch.ones(num_workers, dtype=torch.bool, device=grads_WN.device)
+    if rules.nonfinite == "drop":
+        present_W = grads_WN.isfinite().all(1)
+        grads_WN = torch.where(present_W[:, None], grads_WN, 0)
+    by_parameter = rules.mixing.by_parameter or (rules.mixing.needs_gram and rules.scope == "parameter")
+    segments = parameters if by_parameter else whole
+    moment = Moment(rules.seed, step)
+    if num_workers == 1:
+        one = torch.ones(segments.num_segments, 1, dtype=torch.float64, device=grads_WN.device) * present_W
+        verdict = Verdict(one, one[:, 0], one[:, 0])
+    elif isinstance(rules.mixing, GramMixing):
+        verdict = gram_verdict(rules.mixing, moment, segments.gram(grads_WN), present_W)
+    else:
+        assert isinstance(rules.mixing, KnownMixing)
+        weights = rules.mixing.weights(moment, num_workers, segments.num_segments)
+        verdict = known_verdict(torch.from_numpy(weights), present_W)
+    precise = torch.float64 if grads_WN.dtype == torch.float64 else torch.float32
+    weights_WN = segments.expand(verdict.weights_SW.t().to(precise))
+    grads = grads_WN.to(precise, copy=True)
+    info: dict[str, Any] = {
+        "weights": verdict.weights_SW if by_parameter else verdict.weights_SW[0],
+        "skipped": not bool(verdict.agreed_S.any()),
+    }
+    if rules.scaling is None or num_workers == 1:
+        combined_N = weighted_sum(grads, weights_WN)
+        if rules.scaling is not None:
+            info["factors"] = torch.ones_like(combined_N)
+    else:
+        combined_N, info["factors"] = _scaled(rules.scaling, grads, weights_WN, parameters)
+    return combined_N.to(grads_WN.dtype), info
+
+
+def _scaled(
+    rule: Scaling, grads_WN: Tensor, weights_WN: Tensor, parameters: Segments
+) -> tuple[Tensor, Tensor]:
+    signal = rule.signal(grads_WN, weights_WN)
+    layer_sum_P = parameters.sum(torch.where(signal.counted_C, signal.ratio_C, 0.0))
+    count_P = parameters.sum(signal.counted_C.to(grads_WN.dtype))
+    layer_mean_P = (layer_sum_P / count_P.clamp(min=1)).to(grads_WN.dtype)
+    factors_N = rule.factors(signal, parameters.expand(layer_mean_P[None])[0])
+    return factors_N * signal.mean_C, factors_N
+
+
+def _check(grads_WN: Tensor, sizes: Sequence[int] | None) -> list[int]:
+    if grads_WN.dim() != 2 or grads_WN.shape[0] == 0 or not grads_WN.is_floating_point():
+        raise ValueError(
+            f"grads_WN: {grads_WN.dtype} of shape {tuple(grads_WN.shape)}; allowed is a floating-point "
+            "tensor [W, N] with at least one worker; stack one flat gradient a worker"
+        )
+    lengths = [grads_WN.shape[1]] if sizes is None else [int(size) for size in sizes]
+    if sum(lengths) != grads_WN.shape[1] or min(lengths, default=0) < 0:
+        raise ValueError(
+            f"sizes: {lengths} adds up to {sum(lengths)}; allowed are non-negative lengths that add up to "
+            f"N = {grads_WN.shape[1]}; give the number of elements of every parameter, in order"
+        )
+    return lengths

@@ -1,0 +1,62 @@
+"""What a block costs, from formulas: bytes on the wire and extra memory per rank, against stock DeepSpeed.
+
+For a bucket of B bytes and W workers, per rank and reduction (exchange.py tells where they come from):
+
+    stock all-reduce           2 (W-1)/W B exchange, even buckets       (W-1)/W B exchange, one owner
+    (W-1)/W B (1 + h/W)      h = 2 if the factors travel with the mean (momentum), else 1 Gram pass, scope
+    "model"     (W-1)/W B more
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ds_gradmix.config import Block
+from ds_gradmix.engines.support import lookup
+from ds_gradmix.mixing import Mean
+
+
+def sent_ratio(block: Block, num_workers: int, *, one_owner: bool) -> float:
+    """Bytes a rank sends for a bucket, as a multiple of what stock DeepSpeed's all-reduce sends."""
+    if num_workers == 1 or not (block.mixing.needs_gram or block.scaling is not None):
+        return 1.0
+    hops = 2 if block.scaling is not None and block.scaling.smoothing > 0 else 1
+    ratio = 0.5 * (1 + (hops / num_workers if one_owner else 0.0))
+    if block.mixing.needs_gram and block.scope == "model":
+        ratio += 0.5
+    return ratio
+
+
+def cost_table(config: Mapping[str, Any], block: Block, workers: Sequence[int]) -> str:
+    """The costs in words and numbers, for several data-parallel sizes."""
+    exchanges = block.mixing.needs_gram or block.scaling is not None
+    lines = ["gradients sent per rank and reduction, relative to stock DeepSpeed:"]
+    lines.append("  workers  even buckets  one owner a bucket")
+    for size in workers:
+        even, uneven = (sent_ratio(block, size, one_owner=one) for one in (False, True))
+        lines.append(f"  {size:7d}  {even:12.3f}  {uneven:18.3f}")
+    if exchanges:
+        tiles = 3 * block.tile_bytes / 2**20
+        lines.append(
+            f"extra memory per rank: at most {tiles:g} MiB while a bucket is reduced (3 tiles of tile_bytes)"
+        )
+        if block.mixing.needs_gram:
+            each = "every parameter of a bucket" if block.scope == "parameter" else "each decision"
+            lines.append(f"  and W x W float64 for {each}")
+    elif isinstance(block.mixing, Mean) and block.nonfinite == "propagate":
+        lines.append("extra memory per rank: none; this is stock DeepSpeed")
+    else:
+        lines.append(
+            f"extra memory per rank: at most {block.tile_bytes / 2**20:g} MiB while a bucket is reduced"
+        )
+    if block.scaling is not None and block.scaling.smoothing > 0:
+        lines.append(
+            "  and for momentum 4 bytes per parameter / W throughout, as much again during reductions"
+        )
+    if block.mixing.needs_gram and block.scope == "bucket":
+        size = lookup(config, "zero_optimization.reduce_bucket_size", 500_000_000)
+        lines.append(
+            f"note: scope bucket makes reduce_bucket_size ({size:g} elements) part of the mathematics"
+        )
+    return "\n".join(lines)

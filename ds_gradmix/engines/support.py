@@ -1,0 +1,129 @@
+"""What of DeepSpeed ds_gradmix does not support, as a table; everything in it is refused when the engine is
+built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from ds_gradmix.config import Block
+
+TESTED_DEEPSPEED = ("0.19.8",)
+
+
+class Refusal(NamedTuple):
+    """A setting of ds_config.json with which gradients would pass the rules by, or come out wrong."""
+
+    path: str  # in ds_config.json
+    default: object  # DeepSpeed's
+    refused: Callable[[Any], bool]
+    advice: str
+
+
+def _is_true(value: object) -> bool:
+    return value is True
+
+
+_UNSUPPORTED = "is not supported by this version: "
+
+REFUSALS: tuple[Refusal, ...] = (
+    Refusal("zero_optimization.stage", 0, lambda v: v not in (1, 2), _UNSUPPORTED + "set it to 1 or 2"),
+    Refusal(
+        "zero_optimization.contiguous_gradients",
+        True,
+        lambda v: v is False,
+        "reduces by a path of its own that passes the rules by: remove it, or set it to true",
+    ),
+    Refusal(
+        "zero_optimization.reduce_scatter",
+        True,
+        lambda v: v is False,
+        "reduces by a path of its own that passes the rules by: remove it, or set it to true",
+    ),
+    Refusal(
+        "zero_optimization.zenflow",
+        None,
+        lambda v: v is not None,
+        _UNSUPPORTED + "remove the ZenFlow section",
+    ),
+    Refusal(
+        "compile.deepcompile",
+        False,
+        _is_true,
+        "reduces inside the compiled graph (DeepCompile): set it to false",
+    ),
+    Refusal(
+        "optimizer.type",
+        None,
+        lambda v: isinstance(v, str) and "muon" in v.lower(),
+        "reduces whole matrices to several owners (Muon): use another optimizer",
+    ),
+    Refusal("tensor_parallel.autotp_size", 0, lambda v: v not in (0, 1), _UNSUPPORTED + "set it to 1"),
+    Refusal("sequence_parallel_size", 1, lambda v: v != 1, _UNSUPPORTED + "set it to 1"),
+    Refusal("torch_autocast.enabled", False, _is_true, _UNSUPPORTED + "use the bf16 or fp16 section"),
+    Refusal("amp.enabled", False, _is_true, _UNSUPPORTED + "use the bf16 or fp16 section"),
+    Refusal("hybrid_engine.enabled", False, _is_true, _UNSUPPORTED + "set it to false"),
+    Refusal("sparse_gradients", False, _is_true, _UNSUPPORTED + "set it to false"),
+    Refusal(
+        "prescale_gradients", False, _is_true, "scales gradients before the rules see them: set it to false"
+    ),
+    Refusal(
+        "gradient_predivide_factor",
+        1.0,
+        lambda v: v != 1,
+        "scales gradients before the rules see them: set it to 1",
+    ),
+    Refusal(
+        "gradient_allreduce_op", "mean", lambda v: v != "mean", 'weights sum to 1 here: set it to "mean"'
+    ),
+)
+
+
+def refused_settings(config: Mapping[str, Any], block: Block) -> Iterator[str]:
+    """One line for each setting in a ds_config that cannot be combined with the block."""
+    for refusal in REFUSALS:
+        value = lookup(config, refusal.path, refusal.default)
+        if refusal.refused(value):
+            shown = f'"{value}"' if isinstance(value, str) else str(value).lower()
+            yield f"{refusal.path}: {shown} {refusal.advice}"
+    yield from _refused_combinations(config, block)
+
+
+def _refused_combinations(config: Mapping[str, Any], block: Block) -> Iterator[str]:
+    stage = lookup(config, "zero_optimization.stage", 0)
+    dtype = lookup(config, "data_types.grad_accum_dtype", None)
+    bf16 = lookup(config, "bf16.enabled", lookup(config, "bfloat16.enabled", False))
+    offload = lookup(config, "zero_optimization.offload_optimizer.device", "none")
+    if stage == 1 and bf16 is True and dtype in ("fp32", "float32", "float") and offload in ("none", None):
+        yield (
+            f'data_types.grad_accum_dtype: "{dtype}" with ZeRO-1 and bf16 builds BF16_Optimizer, which '
+            "is not supported by this version: set zero_optimization.stage to 2, or remove it"
+        )
+    whole_model = block.mixing.needs_gram and block.scope == "model"
+    if whole_model and stage == 2:
+        yield (
+            'gradmix.scope: "model" needs every gradient before the first reduction, and ZeRO-2 '
+            "(zero_optimization.stage: 2) exists to have thrown them away by then: set stage to 1, or scope "
+            'to "bucket" or "parameter"'
+        )
+    if whole_model and lookup(config, "zero_optimization.overlap_comm", False) is True:
+        yield (
+            'gradmix.scope: "model" leaves nothing to overlap with backward: set '
+            'zero_optimization.overlap_comm to false, or scope to "bucket" or "parameter"'
+        )
+    if block.nonfinite == "drop" and lookup(config, "fp16.enabled", False) is True:
+        yield (
+            'gradmix.nonfinite: "drop" would hide overflows from the loss scaling of fp16.enabled: true; set '
+            'it to "propagate", or use bf16'
+        )
+
+
+def lookup(config: Mapping[str, Any], path: str, default: Any) -> Any:
+    """The value at a dotted path of a nested mapping, or the default where any part of it is absent."""
+    value: Any = config
+    for part in path.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return default
+        value = value[part]
+    return value

@@ -1,0 +1,203 @@
+"""ZeRO-1 and ZeRO-2: the seam to `DeepSpeedZeroOptimizer`, which hands each bucket to the rules before it is
+reduced.
+
+`average_tensor` cuts a bucket into slices by owner, on the stream that `overlap_comm` asks for, and calls
+`allreduce_and_scatter` (or `allreduce_no_retain`). These are overridden, so stream handling stays
+DeepSpeed's. Its own division by the number of workers is switched off where weights replace it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor
+
+from ds_gradmix import checkpoint
+from ds_gradmix.config import Block
+from ds_gradmix.layout import Piece
+from ds_gradmix.log import logger
+from ds_gradmix.reduction import Reduction
+from ds_gradmix.workers import Workers
+
+
+class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
+    """`DeepSpeedZeroOptimizer` with a gradmix block.
+
+    Args:
+        gradmix_block: the rules.
+        gradmix_hosts: gloo group of all ranks, for `Workers.agree`.
+        gradmix_step: tells the optimizer steps taken so far, skipped ones included.
+    """
+
+    check_grad_overflow: bool
+    overflow: bool
+
+    def __init__(
+        self,
+        *args: Any,
+        gradmix_block: Block,
+        gradmix_hosts: torch.distributed.ProcessGroup,
+        gradmix_step: Callable[[], int],
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        names = [
+            self.param_names.get(self.param_dict[i], f"parameter {i}") for i in range(len(self.param_dict))
+        ]
+        device = self.bit16_groups_flat[0].device if self.bit16_groups_flat else torch.device("cpu")
+        owned = [int(size) for size in self.partition_size]
+        workers = Workers(self.dp_process_group, gradmix_hosts)
+        self.gradmix = Reduction(gradmix_block, workers, names, owned, device)
+        self._gradmix_step = gradmix_step
+        self._gradmix_bucket: tuple[Tensor, tuple[tuple[int, int], ...]] | None = None
+        self._gradmix_skips = False
+        if not self.gradmix.is_stock:
+            self.gradient_average = False  # weights sum to 1
+        if self.gradmix.exchanges:
+            self.use_multi_rank_bucket_allreduce = True  # one call with all of a bucket's slices
+
+    # --- one bucket ---
+
+    def average_tensor(self, tensor: Tensor, communication_data_type: torch.dtype) -> None:
+        """Reduce a bucket."""
+        bucket = self.ipg_buckets[communication_data_type]
+        gradients = tuple((index, self.param_dict[index].numel()) for _, _, index in bucket.params)
+        self.gradmix.step = self._gradmix_step()
+        self.gradmix.agree(gradients, "gradient reduction")
+        self._gradmix_bucket = (tensor, gradients)
+        super().average_tensor(tensor, communication_data_type)
+        self._gradmix_bucket = None
+
+    def allreduce_and_scatter(
+        self, bucket: Sequence[Any], communication_data_type: torch.dtype, **kwargs: Any
+    ) -> None:
+        """All slices of a bucket, `(owners, slice, fp32 output or None)`."""
+        if not self.gradmix.exchanges:
+            self._weigh_once()
+            super().allreduce_and_scatter(bucket, communication_data_type, **kwargs)
+            return
+        assert self._gradmix_bucket is not None
+        flat_N, gradients = self._gradmix_bucket
+        slices = [(next(iter(owners)), part.numel()) for owners, part, _ in bucket]
+        wire = flat_N.dtype  # a wider communication type gains nothing: sums are float32 here anyway
+        if communication_data_type.itemsize < wire.itemsize:
+            wire = communication_data_type
+        self.gradmix.exchange(flat_N, gradients, lambda: list(self._pieces(gradients, slices)), wire)
+        for owners, part, output in bucket:
+            if self.gradmix.workers.rank in owners:
+                self._add_to_grad_partition_buffer(output, part)
+
+    def allreduce_no_retain(self, *args: Any, **kwargs: Any) -> None:
+        """The slices of one owner, with `use_multi_rank_bucket_allreduce: false`."""
+        self._weigh_once()
+        super().allreduce_no_retain(*args, **kwargs)
+
+    def _weigh_once(self) -> None:
+        if self._gradmix_bucket is not None and not self.gradmix.is_stock:
+            self.gradmix.weigh(*self._gradmix_bucket)
+        self._gradmix_bucket = None
+
+    def _pieces(
+        self, gradients: Sequence[tuple[int, int]], slices: Sequence[tuple[int, int]]
+    ) -> Iterator[Piece]:
+        """The bucket cut at the borders of parameters and of owners' slices."""
+        owners = iter(slices)
+        owner, left = next(owners, (0, 0))
+        start = 0
+        for parameter, (index, elements) in enumerate(gradients):
+            group = self._gradmix_group_of(index)
+            done = 0
+            while done < elements:
+                while left == 0:
+                    owner, left = next(owners)
+                length = min(left, elements - done)
+                home = self.grad_partition_insertion_offset[group][owner][index]
+                home += done - self.grad_start_offset[group][owner][index]
+                yield Piece(start, length, owner, parameter, group, int(home))
+                start, done, left = start + length, done + length, left - length
+
+    def _gradmix_group_of(self, index: int) -> int:
+        return next(i for i, parameters in self.param_to_partition_ids.items() if index in parameters)
+
+    # --- one backward ---
+
+    def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
+        """ZeRO-1 at the accumulation boundary: all gradients are there."""
+        if (
+            self.gradmix.exchanges
+            and self.gradmix.block.scope == "model"
+            and self.gradmix.block.mixing.needs_gram
+        ):
+            self._decide_for_model()
+        super().reduce_gradients(pipeline_parallel=pipeline_parallel)
+
+    def _decide_for_model(self) -> None:
+        parameters = [(self.get_param_id(p), p) for group in self.bit16_groups for p in group]
+        found = [(index, self.get_gradient_for_reduction(p)) for index, p in parameters]
+        present = [(index, grad) for index, grad in found if grad is not None and grad.numel()]
+        self.gradmix.step = self._gradmix_step()
+        self.gradmix.agree(
+            tuple((index, grad.numel()) for index, grad in present), "gradient reduction for the model"
+        )
+        if present:
+            grads = [grad.detach() for _, grad in present]
+            wire = min((grads[0].dtype, self.communication_data_type), key=lambda dtype: dtype.itemsize)
+            self.gradmix.decide_for_model(grads, wire)
+
+    def independent_gradient_partition_epilogue(self) -> None:
+        """The end of a backward's reductions: all ranks must have come to it."""
+        super().independent_gradient_partition_epilogue()
+        self.gradmix.agree((), "end of the backward pass")
+
+    # --- one step ---
+
+    def step(self, closure: Any = None) -> None:
+        """Take the optimizer step, or skip it if no worker agreed: then by the way DeepSpeed skips an
+        overflow.
+        """
+        self._gradmix_skips = self.gradmix.finish()
+        with self._discarding_gradients() if self._gradmix_skips else contextlib.nullcontext():
+            super().step(closure)
+        self.gradmix.settle(taken=not self.overflow)
+
+    @contextlib.contextmanager
+    def _discarding_gradients(self) -> Iterator[None]:
+        checked = self.check_grad_overflow
+        self.check_grad_overflow = True  # bf16 and fp32 do not look for overflows otherwise
+        try:
+            yield
+        finally:
+            self.check_grad_overflow = checked
+            self._gradmix_skips = False
+
+    def check_overflow(self, partition_gradients: bool = True) -> None:
+        """Whether to discard the step's gradients."""
+        if self._gradmix_skips:
+            self.overflow = True
+        else:
+            super().check_overflow(partition_gradients)
+
+    def _update_scale(self, has_overflow: bool = False) -> None:
+        if not self._gradmix_skips:  # disagreement says nothing about the loss scale
+            super()._update_scale(has_overflow)
+
+    # --- checkpoints ---
+
+    def state_dict(self) -> dict[str, Any]:
+        """DeepSpeed's, and ours under a key of its own."""
+        return {**super().state_dict(), checkpoint.KEY: checkpoint.save(self.gradmix)}
+
+    def load_state_dict(
+        self, state_dict_list: Any, load_optimizer_states: bool = True, **kwargs: Any
+    ) -> None:
+        """DeepSpeed's, and ours if it is there and fits."""
+        super().load_state_dict(state_dict_list, load_optimizer_states=load_optimizer_states, **kwargs)
+        if load_optimizer_states:
+            mine = state_dict_list[self.gradmix.workers.rank] if state_dict_list else {}
+            warning = checkpoint.load(self.gradmix, mine.get(checkpoint.KEY))
+            if warning and self.gradmix.workers.rank == 0:
+                logger.warning(f"ds_gradmix: {warning}")

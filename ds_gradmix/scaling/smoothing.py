@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_gradmix.layout import Piece
+
+
+class Smoothing:
+    """The running mean p of a scaling rule's factors over optimizer steps, for the elements one rank owns.
+
+        p_t = decay p_{t-1} + (1 - decay) r_t,   used as  p_t / (1 - decay^t)
+
+    (VR-Adam and VR-LAMB, Jiang et al. 2023, arXiv 2309.13681.) A step that reduces several times (ZeRO-2 with
+    gradient accumulation) uses `decay p_{t-1} + (1 - decay) r` with the r of each reduction, and p moves on
+    by their mean. An element that was not reduced at all has r = `idle`. Until `commit` everything of the
+    step is pending, so a skipped step leaves no trace.
+
+    Memory: one float32 an element, and one more from the first reduction of a step to its end.
+    """
+
+    def __init__(self, decay: float, idle: float, sizes: Sequence[int], device: torch.device) -> None:
+        self.decay = decay
+        self.steps = 0
+        self._idle = idle
+        self._means = [torch.zeros(size, dtype=torch.float32, device=device) for size in sizes]
+        self._pending: list[Tensor] = []
+        self._reductions: dict[tuple[int, int, int], int] = {}  # of each (group, home, length) in this step
+
+    def begin(self, owned: Sequence[Piece]) -> None:
+        """A reduction of these gradients starts: the whole of what this rank owns of each parameter in it."""
+        if not self._pending:
+            self._pending = [torch.full_like(mean, self._idle) for mean in self._means]
+        for piece in owned:
+            key = (piece.group, piece.home, piece.length)
+            if key not in self._reductions:
+                self._pending[piece.group].narrow(0, piece.home, piece.length).zero_()
+            self._reductions[key] = self._reductions.get(key, 0) + 1
+
+    def apply(self, pieces: Sequence[Piece], factors_C: Tensor) -> Tensor:
+        """Smoothed factors `[C]`, float32, of the pieces, one after the other; notes `factors_C` for the
+        commit.
+        """
+        factors_C = factors_C.float()
+        parts = list(factors_C.split([piece.length for piece in pieces]))
+        torch._foreach_add_([self._pending[p.group].narrow(0, p.home, p.length) for p in pieces], parts)
+        means_C = torch.cat([self._means[p.group].narrow(0, p.home, p.length) for p in pieces])
+        smoothed_C = means_C.mul_(self.decay).add_(factors_C, alpha=1 - self.decay)
+        return smoothed_C.div_(1 - self.decay ** (self.steps + 1))
+
+    def commit(self) -> None:
+        """The step was taken: p moves on."""
+        if not self._pending:
+            return
+        for (group, home, length), count in self._reductions.items():
+            if count > 1:
+                self._pending[group].narrow(0, home, length).div_(count)
+        for mean, pending in zip(self._means, self._pending, strict=True):
+            mean.mul_(self.decay).add_(pending, alpha=1 - self.decay)
+        self.steps += 1
+        self.discard()
+
+    def discard(self) -> None:
+        """The step was skipped, or is over."""
+        self._pending = []
+        self._reductions = {}
+
+    def reset(self) -> None:
+        """As new."""
+        for mean in self._means:
+            mean.zero_()
+        self.steps = 0
+        self.discard()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs."""
+        return {"steps": self.steps, "means": self._means}
+
+    def load_state_dict(self, state: dict[str, Any]) -> bool:
+        """Take over a checkpoint's state; False, and nothing changed, if it is of other sizes."""
+        means = state["means"]
+        if [mean.numel() for mean in means] != [mean.numel() for mean in self._means]:
+            return False
+        for mean, saved in zip(self._means, means, strict=True):
+            mean.copy_(saved)
+        self.steps = int(state["steps"])
+        self.discard()
+        return True

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ds_gradmix.scaling.rule import Scaling, Signal
+from ds_gradmix.segments import weighted_sum
+
+_HUGE = 1e15  # its square is still a float32
+
+
+class VRGD(Scaling):
+    """Variance-reduced gradient: each coordinate scaled by its gradient signal-to-noise ratio (GSNR).
+
+    Jiang et al. 2023, arXiv 2309.13681, Algorithm 1, with worker weights w_i (1/W in the paper):
+
+        m = sum_i w_i g_i,   v = sum_i w_i (g_i - m)^2,   r = m^2 / v
+        r <- r / mean over the layer of r;   r <- clip(r, gamma, 1);   g = r * m
+
+    `momentum` (beta3 of VR-Adam and VR-LAMB) smooths r over optimizer steps before it is used: `p_t = beta3
+    p_{t-1} + (1 - beta3) r_t`, `g = p_t / (1 - beta3^t) * m`. A layer is one parameter tensor. Ours: `v = 0 <
+    m^2` gives r = 1, and `v = m = 0` (an unused embedding row) is left out of the layer's mean and gets
+    gamma. Everything is computed from `(g_i - m)/m`, in two passes, so no square of a gradient can over- or
+    underflow.
+    """
+
+    gamma: float = Field(0.1, ge=0, le=1, allow_inf_nan=False, description="smallest factor")
+    momentum: float = Field(0.0, ge=0, lt=1, allow_inf_nan=False, description="beta3 of the paper; 0 is off")
+
+    @property
+    def smoothing(self) -> float:
+        """beta3."""
+        return self.momentum
+
+    @property
+    def idle_factor(self) -> float:
+        """gamma."""
+        return self.gamma
+
+    def signal(self, grads_WC: Tensor, weights_WC: Tensor) -> Signal:
+        """m and the raw ratio `m^2/v`; overwrites `grads_WC`."""
+        precision = torch.finfo(grads_WC.dtype)
+        noiseless = (8 * precision.eps) ** 2  # v/m^2 of equal workers, as rounding leaves it
+        mean_C = weighted_sum(grads_WC, weights_WC)
+        divisor_C = torch.where(mean_C == 0, precision.tiny, mean_C)
+        deviations_WC = grads_WC.sub_(mean_C).div_(divisor_C)
+        noise_C = weighted_sum(deviations_WC.clamp_(-_HUGE, _HUGE).square_(), weights_WC)  # v / m^2
+        ratio_C = torch.where(noise_C <= noiseless, 1.0, 1.0 / noise_C)
+        ratio_C = torch.where(mean_C == 0, 0.0, ratio_C)
+        return Signal(mean_C, ratio_C, (mean_C != 0) | (noise_C != 0))
+
+    def factors(self, signal: Signal, layer_mean_C: Tensor) -> Tensor:
+        """`clip(r / layer mean, gamma, 1)`."""
+        ratio_C = signal.ratio_C / layer_mean_C.clamp(min=torch.finfo(layer_mean_C.dtype).tiny)
+        return torch.where(signal.counted_C, ratio_C.clamp(self.gamma, 1.0), self.gamma)

@@ -1,0 +1,38 @@
+"""Running a user's script as if it had been started directly, with ds_gradmix switched on."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import os
+import runpy
+import sys
+import types
+from collections.abc import Sequence
+
+
+def run_script(arguments: Sequence[str]) -> None:
+    """Run `[--local_rank=N] SCRIPT ...` or `[--local_rank=N] -m MODULE ...` as `__main__`.
+
+    `deepspeed --module ds_gradmix` puts `--local_rank=N` before the script's name; started directly, the
+    script would find it as its first argument, so that is where it goes. The script gets its own `sys.argv`,
+    `sys.path[0]`, `__name__` and `__file__`; its exit status and exceptions are the process's.
+    """
+    ranks = [argument for argument in arguments[:1] if argument.startswith("--local_rank")]
+    rest = list(arguments[len(ranks) :])
+    if rest[:1] == ["-m"] and len(rest) > 1:
+        sys.argv = [rest[1], *ranks, *rest[2:]]
+        sys.path[0] = os.getcwd()
+        runpy.run_module(rest[1], run_name="__main__", alter_sys=True)
+        return
+    path = rest[0]
+    sys.argv = [path, *ranks, *rest[1:]]
+    sys.path[0] = os.path.dirname(os.path.realpath(path))
+    with open(path, "rb") as file:
+        code = compile(file.read(), path, "exec")
+    main = types.ModuleType(
+        "__main__"
+    )  # not runpy.run_path, which takes the module away when the script ends
+    main.__file__ = path
+    main.__loader__ = importlib.machinery.SourceFileLoader("__main__", path)
+    sys.modules["__main__"] = main
+    exec(code, main.__dict__)

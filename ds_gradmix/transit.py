@@ -1,0 +1,104 @@
+"""A bucket on its way: the tiles of its exchange, sent, kept in the bucket's own memory, and placed with
+their owners.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ds_gradmix.layout import Tile
+from ds_gradmix.scaling.smoothing import Smoothing
+from ds_gradmix.workers import Workers
+
+
+class Transit:
+    """One bucket during its reduction.
+
+    The first sweep over the tiles communicates; it leaves all workers' gradients for this rank's region in
+    the memory of the bucket (layout.py), the last tile in a staging buffer, and later sweeps read them from
+    there. After `place` a tile's gradients are gone, since the result takes their memory; so only the last
+    sweep may place.
+
+    Memory: two staging buffers of one tile each.
+    """
+
+    def __init__(self, workers: Workers, flat_N: Tensor, tiles: Sequence[Tile], wire: torch.dtype) -> None:
+        self._workers = workers
+        self._flat_N = flat_N
+        self._tiles = tiles
+        self._exchanged = False
+        num_sent = max(max(sum(tile.sizes), sum(tile.received_from)) for tile in tiles)
+        num_received = max(max(workers.size * tile.num_columns, sum(tile.received_from)) for tile in tiles)
+        self._outbox = flat_N.new_empty(num_sent, dtype=wire)
+        self._inbox = flat_N.new_empty(num_received, dtype=wire)
+
+    def sweep(self, last: bool = False) -> Iterator[tuple[int, Tensor]]:
+        """All tiles in some order: the number of the tile and every worker's gradients `[W, C]`, not to be
+        changed.
+
+        With `last` nothing is kept for a later sweep, and the caller may place each tile when it is done with
+        it.
+        """
+        if not self._exchanged:
+            yield from self._exchange(keep=not last)
+            self._exchanged = True
+            return
+        final = len(self._tiles) - 1
+        yield final, self._rows(final, self._inbox)
+        for k in range(final):
+            self._pack(k)
+            yield k, self._rows(k, self._outbox)
+
+    def place(
+        self, k: int, mean_C: Tensor, factors_C: Tensor | None = None, smoothing: Smoothing | None = None
+    ) -> None:
+        """Bring combined gradients `factors * mean` of tile k, float32, to their owners' slices of the
+        bucket.
+        """
+        tile = self._tiles[k]
+        if factors_C is not None and smoothing is None:
+            mean_C = mean_C.mul_(factors_C)
+            factors_C = None
+        if not tile.direct:
+            mean_C = self._forward(tile, mean_C, self._inbox)
+            if factors_C is not None:
+                factors_C = self._forward(tile, factors_C, self._outbox)
+        if not tile.placed:
+            return
+        if factors_C is not None and smoothing is not None:
+            mean_C = mean_C * smoothing.apply(tile.placed, factors_C)
+        slices = [self._flat_N.narrow(0, piece.start, piece.length) for piece in tile.placed]
+        torch._foreach_copy_(slices, list(mean_C.split([piece.length for piece in tile.placed])))
+
+    def _exchange(self, keep: bool) -> Iterator[tuple[int, Tensor]]:
+        for k, tile in enumerate(self._tiles):
+            sent = self._pack(k)
+            received = self._inbox[: self._workers.size * tile.num_columns]
+            self._workers.all_to_all(received, sent, [tile.num_columns] * self._workers.size, tile.sizes)
+            yield k, self._rows(k, self._inbox)
+            if keep and k < len(self._tiles) - 1:
+                self._unpack(k)
+
+    def _pack(self, k: int) -> Tensor:
+        """Tile k's parts of all regions, one after the other, in the outbox."""
+        packed = self._outbox[: sum(self._tiles[k].sizes)]
+        parts = [self._flat_N.narrow(0, start, length) for start, length in self._tiles[k].spans]
+        return torch.cat(parts, out=packed)
+
+    def _unpack(self, k: int) -> None:
+        """Keep what was received where it can be packed again: worker j's row in the memory of region j."""
+        received = self._inbox[: sum(self._tiles[k].sizes)]
+        parts = [self._flat_N.narrow(0, start, length) for start, length in self._tiles[k].spans]
+        torch._foreach_copy_(parts, list(received.split([length for _, length in self._tiles[k].spans])))
+
+    def _rows(self, k: int, buffer: Tensor) -> Tensor:
+        columns = self._tiles[k].num_columns
+        return buffer[: self._workers.size * columns].view(self._workers.size, columns)
+
+    def _forward(self, tile: Tile, values_C: Tensor, out: Tensor) -> Tensor:
+        received = out[: sum(tile.received_from)]
+        self._workers.all_to_all(received, values_C.to(out.dtype), tile.received_from, tile.sent_to)
+        return received
