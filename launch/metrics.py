@@ -59,12 +59,6 @@ def report(lines: list[Line]) -> str:
     return text
 
 
-def in_unit_range(values: list[float | None]) -> bool:
-    return any(value is not None for value in values) and all(
-        value is None or -1 <= value <= 1 for value in values
-    )
-
-
 def draw_summary(lines: list[Line], path: Path) -> None:
     """Losses above; below, what the rules decided, as far as it lies in [-1, 1], and the skipped steps."""
     import matplotlib  # only rank 0 draws, once
@@ -73,43 +67,58 @@ def draw_summary(lines: list[Line], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (losses, agreement) = pyplot.subplots(
-        2, 1, figsize=(9, 6.5), sharex=True, height_ratios=(3, 2), layout="constrained"
+        2, 1, figsize=(10, 6.5), sharex=True, height_ratios=(3, 2), layout="constrained"
     )
-    steps = [line["step"] for line in lines]
-    losses.plot(
-        steps, [as_number(line["loss"]) for line in lines], color="C0", alpha=0.45, lw=0.9, label="training"
-    )
-    validations = validation_losses(lines)
-    losses.plot(*zip(*validations, strict=True), "o-", color="C1", ms=5, lw=1.6, label="validation")
-    losses.annotate(
-        f"{validations[-1][1]:.3f}", validations[-1], (0, 9), textcoords="offset points", ha="center"
-    )
-    losses.set_ylabel("loss (nats per token)")
-
-    known = ("step", "loss", "lr", "grad_norm", "skipped", "val_loss")
-    for name in dict.fromkeys(key for line in lines for key in line if key not in known):
-        values = [line.get(name) for line in lines]
-        if in_unit_range(values):
-            agreement.plot(
-                steps, [as_number(value) for value in values], lw=1.1, label=name.replace("_", " ")
-            )
-    skipped = [line["step"] for line in lines if line["skipped"]]
-    if skipped:
-        agreement.plot(skipped, [0.0] * len(skipped), "|", color="C3", ms=12, label="skipped step")
-    if not agreement.lines:
-        agreement.text(0.5, 0.5, "plain averaging", transform=agreement.transAxes, ha="center", color="gray")
-    agreement.set_ylabel("agreement")
+    draw_losses(losses, lines)
+    draw_agreement(agreement, lines)
     agreement.set_xlabel("step")
     for axes in (losses, agreement):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        if axes.lines:
-            axes.legend(frameon=False)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     partial = path.with_name("partial-" + path.name)
     figure.savefig(partial, dpi=130)
     os.replace(partial, path)
     pyplot.close(figure)
 
 
-def as_number(value: float | None) -> float:
-    return math.nan if value is None else value
+def draw_losses(axes: Any, lines: list[Line]) -> None:
+    draw_with_mean(axes, lines, "loss", color="C0", label="training")
+    validations = validation_losses(lines)
+    if validations:
+        axes.plot(*zip(*validations, strict=True), "o-", color="C1", ms=5, lw=1.6, label="validation")
+        value = f"{validations[-1][1]:.3f}"
+        axes.annotate(value, validations[-1], (0, 9), textcoords="offset points", ha="center")
+    axes.set_ylabel("loss (nats per token)")
+
+
+def draw_agreement(axes: Any, lines: list[Line]) -> None:
+    for number, name in enumerate(decisions(lines)):
+        draw_with_mean(axes, lines, name, color=f"C{number}", label=name.replace("_", " "))
+    skipped = [line["step"] for line in lines if line["skipped"]]
+    if skipped:
+        axes.plot(skipped, [0.0] * len(skipped), "x", color="black", ms=6, label="skipped step")
+    if not axes.lines:
+        axes.text(0.5, 0.5, "plain averaging", transform=axes.transAxes, ha="center", color="gray")
+    axes.set_ylabel("agreement")
+
+
+def decisions(lines: list[Line]) -> list[str]:
+    """The names among the metrics that are not ours, whose values lie in [-1, 1] and are not all 0."""
+    ours = ("step", "loss", "lr", "grad_norm", "skipped", "val_loss")
+    names = dict.fromkeys(name for line in lines for name in line if name not in ours)
+    known = {name: [line[name] for line in lines if line.get(name) is not None] for name in names}
+    return [
+        name for name, values in known.items() if any(values) and all(-1 <= value <= 1 for value in values)
+    ]
+
+
+def draw_with_mean(axes: Any, lines: list[Line], name: str, color: str, label: str) -> None:
+    """Each step's value thin, the mean over the last twentieth of all steps on top."""
+    known = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+    steps, values = [step for step, _ in known], [value for _, value in known]
+    width = max(1, len(lines) // 20)
+    means = [sum(values[max(0, i - width) : i]) / min(i, width) for i in range(1, len(values) + 1)]
+    axes.plot(steps, values, color=color, alpha=0.3, lw=0.7)
+    axes.plot(steps, means, color=color, lw=1.4, label=label)

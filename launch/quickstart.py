@@ -31,8 +31,8 @@ def command(run: Path, extra: Sequence[str]) -> list[str]:
     launcher = f"deepspeed --log_level warning --num_accelerators {num_workers} --master_port {free_port()}"
     training = (
         "--module ds_gradmix launch/pretrain.py --deepspeed_config configs/gaf_vrgd_zero2.json"
-        f" --model configs/models/llama-tiny.json --data {run}/data --out {run} --steps 240 --warmup-steps 20"
-        " --validate-every 40 --validation-windows 128 --checkpoint-every 60"
+        f" --model configs/models/llama-tiny.json --data {run}/data --out {run} --steps 300 --warmup-steps 20"
+        " --validate-every 30 --validation-windows 128 --checkpoint-every 60"
     )
     return [*launcher.split(), *training.split(), *extra]
 
