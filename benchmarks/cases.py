@@ -103,7 +103,7 @@ class Case:
             return self.theory(rule) + 0.05
         return self.theory(rule) + 0.035
 
-    def memory_bound(self, rule: str, stock_marked_bytes: float) -> float:
+    def memory_bound(self, rule: str, stock_reduction_bytes: float) -> float:
         """The most that a reduction may allocate: three tiles, or what stock's does where stock's is used."""
-        base = stock_marked_bytes if rule in WITHOUT_EXCHANGE else 3 * self.tile_bytes
+        base = stock_reduction_bytes if rule in WITHOUT_EXCHANGE else 3 * self.tile_bytes
         return base + (2 << 20)

@@ -8,8 +8,8 @@ theory and the bounds; `exchange_worker.py` says how a rank measures. Exits with
 after the table.
 
 The table, per rule: bytes sent per rank and reduction, over stock's; the median over pairs of step times,
-over stock's (the model has next to nothing to compute: the worst case); peak memory of tensors in the
-backward, over stock's; and what a bucket's reduction itself allocates at its peak, in MiB and in tiles.
+over stock's (the model has next to nothing to compute: the worst case); peak memory in the backward, over
+stock's; and what a bucket's reduction itself allocates at its peak, in MiB and in tiles.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def summarise(case: Case, ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return max(statistics.median(rank[rule][key]) for rank in ranks)
 
     def peak(rule: str) -> float:
-        return statistics.median(value for rank in ranks for value in rank[rule]["whole_bytes"])
+        return statistics.median(value for rank in ranks for value in rank[rule]["backward_bytes"])
 
     rows = []
     for rule in case.rules:
@@ -123,9 +123,9 @@ def summarise(case: Case, ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "time_ratio": statistics.median(seconds / stock for stock, seconds in pairs),
                 "stock_step_s": statistics.median(stock for stock, _ in pairs),
                 "peak_ratio": peak(rule) / peak("reference"),
-                "reduction_bytes": most(rule, "marked_bytes"),
-                "stock_reduction_bytes": most("reference", "marked_bytes"),
-                "reduction_bound_bytes": case.memory_bound(rule, most("reference", "marked_bytes")),
+                "reduction_bytes": most(rule, "reduction_bytes"),
+                "stock_reduction_bytes": most("reference", "reduction_bytes"),
+                "reduction_bound_bytes": case.memory_bound(rule, most("reference", "reduction_bytes")),
             }
         )
     return rows

@@ -8,28 +8,27 @@ in stage 1 and 2 is the reduction and nothing else (weights are gathered in `ste
 rank has passed a barrier and has waited, so nothing is under way; what the barriers cost is measured without
 a backward and taken off.
 
-Memory: in the same backward, see `tensor_memory.py`; as a whole, and in the optimizer's reductions of a
+Memory: in the same backward (`resident_memory.py`), as a whole, and in the optimizer's reductions of a
 bucket. Time: whole steps of stock and rule by turns, so that whatever slows this machine slows both.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import sys
 import time
-from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import deepspeed
-import deepspeed.comm.torch
-import tensor_memory
 import torch
 import torch.distributed as dist
 from cases import DEEPSPEED_DTYPE, NUM_LAYERS, RULES, WIDTH, Case
+from resident_memory import Watch
 
 SETTLE_S = 0.05
 TIMEOUT = timedelta(seconds=90)
@@ -83,23 +82,29 @@ def sent_bytes(interface: str) -> int:
     return int(Path(f"/sys/class/net/{interface}/statistics/tx_bytes").read_text())
 
 
-def measure_reduction(engine: Any, inputs: torch.Tensor, interface: str) -> dict[str, int]:
+def measure_reduction(engine: Any, inputs: torch.Tensor, interface: str, watch: Watch) -> dict[str, int]:
     """What the backward of one step sends, without what looking at it sends, and what it allocates."""
     loss = engine(inputs)
     readings = [sent_bytes(interface), sent_bytes(interface)]
-    peak = tensor_memory.measure(lambda: engine.backward(loss))
+    with watch:
+        engine.backward(loss)
     readings.append(sent_bytes(interface))
     engine.step()
     idle = readings[1] - readings[0]
-    return {"sent_bytes": readings[2] - readings[1] - idle, **asdict(peak)}
+    return {
+        "sent_bytes": readings[2] - readings[1] - idle,
+        "backward_bytes": watch.whole_bytes,
+        "reduction_bytes": watch.piece_bytes,
+    }
 
 
 def measure_reductions(engine: Any, inputs: torch.Tensor, repeats: int) -> dict[str, list[int]]:
     """`measure_reduction` of `repeats` steps, after one to warm up."""
     step(engine, inputs)
     optimizer, interface = engine.optimizer, os.environ["GLOO_SOCKET_IFNAME"]
-    optimizer.average_tensor = tensor_memory.marked(optimizer.average_tensor)
-    results = [measure_reduction(engine, inputs, interface) for _ in range(repeats)]
+    watch = Watch()
+    optimizer.average_tensor = watch.piece(optimizer.average_tensor)
+    results = [measure_reduction(engine, inputs, interface, watch) for _ in range(repeats)]
     del optimizer.average_tensor
     return {name: [result[name] for result in results] for name in results[0]}
 
@@ -136,7 +141,8 @@ def measure_case(case: Case, plan: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     plan = json.loads(Path(sys.argv[1]).read_text())
     # Compiles for half a minute an operator that only inference uses, and only between ranks of one host.
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    # (By name: as an attribute, `deepspeed.comm.torch` is PyTorch.)
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     deepspeed.init_distributed(dist_backend="gloo", timeout=TIMEOUT, auto_mpi_discovery=False)
     results = [measure_case(Case(**case), plan) for case in plan["cases"]]
     Path(sys.argv[2], f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
