@@ -140,6 +140,7 @@ def measure_case(case: Case, plan: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     plan = json.loads(Path(sys.argv[1]).read_text())
+    sys.path.append(str(Path(__file__).parents[1]))  # ds_gradmix of this checkout, installed or not
     # Compiles for half a minute an operator that only inference uses, and only between ranks of one host.
     # (By name: as an attribute, `deepspeed.comm.torch` is PyTorch.)
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
