@@ -83,7 +83,7 @@ class Workers:
                     return (
                         f"{occasion}: worker {rank} has {theirs} where worker 0 has {ours} (number {i}); "
                         "every worker must have the same gradients, of the same shapes, in the same order; "
-                        "look for parameters that only some workers use, behind a branch on the data for example"
+                        "look for parameters that only some workers use, say behind a branch on the data"
                     )
         return f"{occasion}: the workers are at different points of the step"
 

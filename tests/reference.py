@@ -1,0 +1,71 @@
+"""The rules once more, in float64, in loops, from the papers alone: nothing of ds_gradmix is imported here."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+def philox(seed: int, step: int, stream: int) -> np.random.Generator:
+    key = np.array([seed, step], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, 0, stream], dtype=np.uint64)))
+
+
+def gaf_weights(
+    grads: list[Array],
+    threshold: float = 1.0,
+    merge: str = "mean",
+    order: list[int] | None = None,
+    on_disagreement: str = "skip",
+) -> tuple[Array, bool]:
+    """arXiv 2412.18052: weights of the workers, and whether anybody agreed."""
+    num_workers = len(grads)
+    order = list(range(num_workers)) if order is None else order
+    a = grads[order[0]].copy()
+    share = np.zeros(num_workers)
+    share[order[0]] = 1.0
+    count = 1
+    for i in order[1:]:
+        norms = math.sqrt(float(a @ a)) * math.sqrt(float(grads[i] @ grads[i]))
+        cosine = float(a @ grads[i]) / norms if norms > 0 else 0.0
+        if 1.0 - cosine <= threshold:
+            if merge == "mean":
+                a = a + grads[i]
+                share[i] = 1.0
+            else:
+                a = (a + grads[i]) / 2
+                share /= 2
+                share[i] = 0.5
+            count += 1
+    if count == 1:
+        return (np.full(num_workers, 1 / num_workers) if on_disagreement == "mean" else np.zeros(num_workers)), (
+            on_disagreement == "mean"
+        )
+    return share / share.sum(), True
+
+
+def vrgd(grads: list[Array], weights: Array, sizes: list[int], gamma: float) -> tuple[Array, Array]:
+    """arXiv 2309.13681, Algorithm 1: weighted mean and factors, element by element."""
+    total = len(grads[0])
+    mean, factors = np.zeros(total), np.zeros(total)
+    begin = 0
+    for size in sizes:
+        ratios: dict[int, float] = {}
+        for j in range(begin, begin + size):
+            m = sum(float(w) * float(g[j]) for w, g in zip(weights, grads, strict=True))
+            v = sum(float(w) * (float(g[j]) - m) ** 2 for w, g in zip(weights, grads, strict=True))
+            mean[j] = m
+            if v > 1e-24 * m * m:
+                ratios[j] = m * m / v
+            elif m != 0:
+                ratios[j] = 1.0
+        layer = sum(ratios.values()) / max(len(ratios), 1)
+        for j in range(begin, begin + size):
+            scaled = ratios[j] / layer if j in ratios and layer > 0 else 0.0
+            factors[j] = min(max(scaled, gamma), 1.0)
+        begin += size
+    return mean, factors
