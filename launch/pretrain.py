@@ -184,7 +184,7 @@ def train_step(
     line["loss"] = loss_sum / windows.world_size
     line["grad_norm"] = None if grad_norm is None else float(grad_norm)
     line["skipped"] = engine.skipped_steps > skipped_before
-    return stats(engine) | line, num_stopping > 0
+    return line | stats(engine) | line, num_stopping > 0
 
 
 @torch.no_grad()

@@ -118,6 +118,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     (folder / "model.json").write_text(json.dumps(model))
     ds_config = json.loads((ROOT / "configs" / "gaf_vrgd_zero2.json").read_text())
     ds_config |= {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2}
+    ds_config["gradmix"]["scaling"]["params"]["momentum"] = 0.9  # a state to resume
     (folder / "ds_config.json").write_text(json.dumps(ds_config))
     return {
         "--deepspeed_config": str(folder / "ds_config.json"),
@@ -205,9 +206,13 @@ runpy.run_path(launch + "/pretrain.py", run_name="__main__")
 def train(script: Path, options: dict[str, str]) -> tuple[int, str]:
     """Two ranks through the `deepspeed` command; its exit status and what it printed."""
     launcher = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port())]
+    return run([*launcher, "--module", "ds_gradmix", str(script), *as_arguments(options)], environment())
+
+
+def run(command: list[str], variables: dict[str, str]) -> tuple[int, str]:
     process = subprocess.Popen(
-        [*launcher, str(script), *as_arguments(options)],
-        env=environment(),
+        command,
+        env=variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -216,7 +221,7 @@ def train(script: Path, options: dict[str, str]) -> tuple[int, str]:
     try:
         output, _ = process.communicate(timeout=120)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # the launcher and its ranks, which are in its session
+        os.killpg(process.pid, signal.SIGKILL)  # with the ranks it started, which are in its session
         raise
     return process.returncode, output
 
@@ -254,6 +259,28 @@ def test_killed_and_resumed_training_equals_uninterrupted_training(
     assert lines[-1]["val_loss"] < lines[0]["val_loss"]
     # Not approximately: the same numbers in the same order, on the same machine.
     assert lines == steps_of(plain)
+    assert {"kept_fraction", "mean_cosine", "mean_factor"} <= set(lines[-1])
     assert (broken / "summary.png").exists()
     first, last = lines[0]["val_loss"], lines[-1]["val_loss"]
     assert f"first {first:.4f} (step 1), last {last:.4f} (step 12)" in output
+
+
+def test_one_process_without_ds_gradmix_and_without_a_launcher(
+    tmp_path: Path, inputs: dict[str, str]
+) -> None:
+    script = tmp_path / "without.py"
+    script.write_text(
+        "import runpy, sys\n"
+        "sys.modules['ds_gradmix'] = None  # as if it were not installed\n"
+        f"sys.path[0] = {str(LAUNCH)!r}\n"
+        f"runpy.run_path({str(LAUNCH / 'pretrain.py')!r}, run_name='__main__')\n"
+    )
+    options = {**inputs, "--steps": "3", "--out": str(tmp_path / "run")}
+    variables = environment() | {"MASTER_PORT": str(free_port())}
+    status, output = run(
+        [sys.executable, str(script), *as_arguments(options), "--activation-checkpointing"], variables
+    )
+    assert status == 0, output
+    lines = steps_of(tmp_path / "run")
+    assert [sorted(line) for line in lines[1:2]] == [["grad_norm", "loss", "lr", "skipped", "step"]]
+    assert [line["skipped"] for line in lines] == [False] * 3
