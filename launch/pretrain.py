@@ -83,26 +83,13 @@ def identity(args: argparse.Namespace, inputs: Inputs) -> dict[str, Any]:
 def train(args: argparse.Namespace, inputs: Inputs) -> bool:
     """Train from the last checkpoint up to `args.steps`; False if a signal ended it before."""
     engine = build_engine(args, inputs)
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    folder = args.out / "checkpoint"
+    rank, folder = dist.get_rank(), args.out / "checkpoint"
     first = checkpoint.load(engine, folder)
     metrics = None
     if rank == 0:
         checkpoint.write_text(args.out / "run.json", json.dumps(identity(args, inputs), indent=2))
         metrics = MetricsFile(args.out / "metrics.jsonl", last_step=first)
-    length, batch_size = inputs.sequence_length, engine.train_micro_batch_size_per_gpu()
-    windows = TrainingWindows(
-        inputs.tokens.train_N,
-        length,
-        batch_size,
-        engine.gradient_accumulation_steps(),
-        rank,
-        world_size,
-        args.seed,
-    )
-    held_out = validation_batches(
-        inputs.tokens.validation_N, length, batch_size, args.validation_windows, rank, world_size
-    )
+    windows, held_out = build_data(args, inputs, engine)
     stop = StopRequest()
     bar = progress_bar(first, args.steps, rank)
     for step in range(first + 1, args.steps + 1):
@@ -132,17 +119,11 @@ def build_engine(args: argparse.Namespace, inputs: Inputs) -> Any:
     getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
     deepspeed.init_distributed()
     torch.manual_seed(args.seed)
-    with torch.device(get_accelerator().current_device_name()):
-        model = AutoModelForCausalLM.from_config(inputs.model_config, dtype=torch.float32)
-    model.config.use_cache = False
-    if args.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = build_model(args, inputs)
     exact_buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    weights = list(model.parameters())
-    groups = [
-        {"params": [weight for weight in weights if weight.ndim > 1]},
-        {"params": [weight for weight in weights if weight.ndim <= 1], "weight_decay": 0.0},
-    ]
+    matrices = [weight for weight in model.parameters() if weight.ndim > 1]
+    vectors = [weight for weight in model.parameters() if weight.ndim <= 1]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     factor = partial(
         cosine_with_warmup, warmup_steps=args.warmup_steps, total_steps=args.steps, floor=args.lr_floor
     )
@@ -158,6 +139,34 @@ def build_engine(args: argparse.Namespace, inputs: Inputs) -> Any:
     for name, buffer in model.named_buffers():
         buffer.data = exact_buffers[name].to(buffer.device)
     return engine
+
+
+def build_model(args: argparse.Namespace, inputs: Inputs) -> torch.nn.Module:
+    """Weights drawn on this rank's own device; DeepSpeed then gives every rank those of rank 0."""
+    with torch.device(get_accelerator().device_name(int(os.environ["LOCAL_RANK"]))):
+        model = AutoModelForCausalLM.from_config(inputs.model_config, dtype=torch.float32)
+    model.config.use_cache = False
+    if args.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def build_data(
+    args: argparse.Namespace, inputs: Inputs, engine: Any
+) -> tuple[TrainingWindows, list[torch.Tensor]]:
+    """What this rank trains on, and its share of what all validate on."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    tokens, length = inputs.tokens, inputs.sequence_length
+    batch_size, accumulation_steps = (
+        engine.train_micro_batch_size_per_gpu(),
+        engine.gradient_accumulation_steps(),
+    )
+    return (
+        TrainingWindows(tokens.train_N, length, batch_size, accumulation_steps, rank, world_size, args.seed),
+        validation_batches(
+            tokens.validation_N, length, batch_size, args.validation_windows, rank, world_size
+        ),
+    )
 
 
 def train_step(

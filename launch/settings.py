@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokens import Tokens, open_tokens
 from transformers import AutoConfig, PretrainedConfig
 
@@ -107,6 +108,8 @@ def set_process_environment() -> None:
     environment = os.environ
     environment.setdefault("RANK", environment.get("SLURM_PROCID", "0"))
     environment.setdefault("WORLD_SIZE", environment.get("SLURM_NTASKS", "1"))
-    environment.setdefault("LOCAL_RANK", environment.get("SLURM_LOCALID", "0"))
+    # A Slurm task may see only the GPUs that are its own.
+    num_visible = torch.cuda.device_count() or int(environment["WORLD_SIZE"])
+    environment.setdefault("LOCAL_RANK", str(int(environment.get("SLURM_LOCALID", "0")) % num_visible))
     environment.setdefault("MASTER_ADDR", environment.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
     environment.setdefault("MASTER_PORT", "29500")
