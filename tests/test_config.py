@@ -1,0 +1,168 @@
+"""Mistakes in the block: path, value, what is allowed, the nearest name; and what cannot be combined."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ds_gradmix.cli import main
+from ds_gradmix.config import ConfigError, misspelt_key, parse_block
+from ds_gradmix.engines.support import REFUSALS, refused_settings
+
+MISTAKES: list[tuple[Any, list[str]]] = [
+    (5, ["gradmix: is 5", "an object"]),
+    ({"mixing": "GAF"}, ["gradmix.mixing: is", '"GAF"', '{"type"']),
+    ({"mixing": {}}, ["gradmix.mixing.type: is missing", '"Mean", "GradientMix", "GAF"']),
+    ({"mixing": {"type": "GAFF"}}, ["gradmix.mixing.type", '"GAFF"', 'did you mean "GAF"?']),
+    ({"mixing": {"type": 3}}, ["gradmix.mixing.type: is 3"]),
+    ({"mixing": {"type": "GAF", "threshold": 1}}, ["gradmix.mixing.threshold", "gradmix.mixing.params"]),
+    ({"mixing": {"type": "GAF", "params": 3}}, ["gradmix.mixing.params: is 3", "an object"]),
+    ({"mixing": {"type": "GAF", "params": {"treshold": 1}}}, ["params.treshold", 'did you mean "threshold"?']),
+    ({"mixing": {"type": "GAF", "params": {"threshold": 2.5}}}, ["params.threshold: is 2.5", ">= 0", "<= 2"]),
+    ({"mixing": {"type": "GAF", "params": {"threshold": "1.0"}}}, ['params.threshold: is "1.0"', "number"]),
+    ({"mixing": {"type": "GAF", "params": {"threshold": True}}}, ["params.threshold: is true", "number"]),
+    ({"mixing": {"type": "GAF", "params": {"merge": "median"}}}, ['"mean" or "midpoint"', 'did you mean "mean"?']),
+    ({"mixing": {"type": "GradientMix", "params": {"alpha": 0}}}, ["params.alpha: is 0", "> 0"]),
+    (
+        {"mixing": {"type": "GradientMix", "params": {"start_step": 9, "end_step": 9}}},
+        ["gradmix.mixing.params", "end_step", "start_step (9)"],
+    ),
+    ({"scaling": {"type": "VRGD", "params": {"momentum": 1.0}}}, ["gradmix.scaling.params.momentum: is 1.0", "< 1"]),
+    ({"scaling": {"type": "GAF"}}, ["gradmix.scaling.type", '"VRGD"']),
+    ({"extrapolation": {"type": "Noise"}}, ["gradmix.extrapolation", "not in this version"]),
+    ({"scope": "modle"}, ['gradmix.scope: is "modle"', 'did you mean "model"?']),
+    ({"seed": -1}, ["gradmix.seed: is -1", ">= 0"]),
+    ({"seed": 1.5}, ["gradmix.seed: is 1.5", "integer"]),
+    ({"scoope": "model"}, ["gradmix.scoope: unknown key", 'did you mean "scope"?']),
+    ({"tile_bytes": 0}, ["gradmix.tile_bytes: is 0", ">= 4096"]),
+    ({"nonfinite": None}, ["gradmix.nonfinite: is null"]),
+]
+
+
+@pytest.mark.parametrize("block, words", MISTAKES, ids=lambda value: json.dumps(value)[:60])
+def test_mistakes_are_told(block: Any, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_block(block)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_all_mistakes_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_block({"mixing": {"type": "GAF", "params": {"threshold": 3, "order": "x"}}, "seed": "a", "scal": 1})
+    assert len(str(caught.value).splitlines()) == 4
+
+
+def test_names_in_any_case_and_defaults() -> None:
+    block = parse_block({"mixing": {"type": "gaf", "params": {"threshold": 1}}, "scaling": {"type": "vrgd"}})
+    assert type(block.mixing).__name__ == "GAF" and type(block.scaling).__name__ == "VRGD"
+    assert parse_block({}) == parse_block({"mixing": {"type": "MEAN"}, "scaling": None, "extrapolation": None})
+
+
+def test_misspelt_keys() -> None:
+    for key in ("gradmx", "GradMix", "grad_mix", "gradient_mix", "ds_gradmix", "gradmixing"):
+        assert misspelt_key({"bf16": {}, key: {}}) == key
+    known = ["gradient_clipping", "gradient_accumulation_steps", "gradient_predivide_factor", "gradmix", "fp16"]
+    assert misspelt_key(dict.fromkeys(known)) is None
+
+
+GAF = parse_block({"mixing": {"type": "GAF"}})
+ZERO = {"stage": 2}
+COMBINATIONS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({}, {}, "zero_optimization.stage: 0"),
+    ({"zero_optimization": {"stage": 3}}, {}, "zero_optimization.stage: 3"),
+    ({"zero_optimization": {**ZERO, "contiguous_gradients": False}}, {}, "contiguous_gradients: false"),
+    ({"zero_optimization": {**ZERO, "reduce_scatter": False}}, {}, "reduce_scatter: false"),
+    ({"zero_optimization": {**ZERO, "zenflow": {"topk_ratio": 0.1}}}, {}, "zenflow"),
+    ({"zero_optimization": ZERO, "compile": {"deepcompile": True}}, {}, "DeepCompile"),
+    ({"zero_optimization": ZERO, "optimizer": {"type": "Muon"}}, {}, "Muon"),
+    ({"zero_optimization": ZERO, "tensor_parallel": {"autotp_size": 2}}, {}, "tensor_parallel.autotp_size: 2"),
+    ({"zero_optimization": ZERO, "sequence_parallel_size": 2}, {}, "sequence_parallel_size: 2"),
+    ({"zero_optimization": ZERO, "torch_autocast": {"enabled": True}}, {}, "torch_autocast"),
+    ({"zero_optimization": ZERO, "amp": {"enabled": True}}, {}, "amp.enabled"),
+    ({"zero_optimization": ZERO, "hybrid_engine": {"enabled": True}}, {}, "hybrid_engine"),
+    ({"zero_optimization": ZERO, "sparse_gradients": True}, {}, "sparse_gradients"),
+    ({"zero_optimization": ZERO, "prescale_gradients": True}, {}, "prescale_gradients"),
+    ({"zero_optimization": ZERO, "gradient_predivide_factor": 2.0}, {}, "gradient_predivide_factor"),
+    ({"zero_optimization": ZERO, "gradient_allreduce_op": "sum"}, {}, 'gradient_allreduce_op: "sum"'),
+    (
+        {
+            "zero_optimization": {"stage": 1},
+            "bf16": {"enabled": True},
+            "data_types": {"grad_accum_dtype": "fp32"},
+        },
+        {},
+        "BF16_Optimizer",
+    ),
+    ({"zero_optimization": ZERO}, {"scope": "model"}, "set stage to 1"),
+    ({"zero_optimization": {"stage": 1, "overlap_comm": True}}, {"scope": "model"}, "overlap_comm to false"),
+    ({"zero_optimization": ZERO, "fp16": {"enabled": True}}, {"nonfinite": "drop"}, "propagate"),
+]
+
+
+@pytest.mark.parametrize("config, block, words", COMBINATIONS, ids=[words for _, _, words in COMBINATIONS])
+def test_what_cannot_be_combined(config: dict[str, Any], block: dict[str, Any], words: str) -> None:
+    rules = parse_block({"mixing": {"type": "GAF"}, **block})
+    refused = list(refused_settings(config, rules))
+    assert len(refused) == 1 and words in refused[0]
+
+
+def test_every_refusal_is_tested() -> None:
+    tested = " ".join(words for _, _, words in COMBINATIONS) + str([config for config, _, _ in COMBINATIONS])
+    assert all(refusal.path.split(".")[-1] in tested for refusal in REFUSALS)
+
+
+def test_defaults_are_not_refused() -> None:
+    config = {
+        "zero_optimization": {"stage": 1, "contiguous_gradients": True, "offload_optimizer": {"device": "cpu"}},
+        "bf16": {"enabled": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
+    assert not list(refused_settings({"zero_optimization": ZERO}, GAF)) and not list(refused_settings(config, GAF))
+
+
+def write(path: Path, config: Any) -> str:
+    path.write_text(config if isinstance(config, str) else json.dumps(config))
+    return str(path)
+
+
+def test_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = {"zero_optimization": ZERO, "gradmix": {"mixing": {"type": "gaf"}, "scaling": {"type": "VRGD"}}}
+    assert main(["check", write(tmp_path / "good.json", good), "--workers", "4", "64"]) == 0
+    out = capsys.readouterr().out
+    resolved = json.loads(out[: out.index("gradients sent")])["gradmix"]
+    assert resolved["mixing"] == {"type": "GAF", "params": {**resolved["mixing"]["params"], "threshold": 1.0}}
+    assert parse_block(resolved) == parse_block(good["gradmix"])
+    assert "0.500" in out and "0.625" in out and "96 MiB" in out and "reduce_bucket_size" in out
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        ({"zero_optimization": ZERO}, 'has no "gradmix" block'),
+        ({"zero_optimization": ZERO, "grad_mix": {}}, 'did you mean "gradmix" by "grad_mix"?'),
+        ({"zero_optimization": ZERO, "gradmix": {"mixing": {"type": "gad"}}}, "gradmix.mixing.type"),
+        ({"zero_optimization": {"stage": 3}, "gradmix": {}}, "zero_optimization.stage: 3"),
+        ("{", "is not JSON"),
+        ("[1]", "is not a JSON object"),
+        ('{"gradmix": {"seed": 1, "seed": 2}}', "duplicate keys: seed"),
+    ],
+)
+def test_check_tells_mistakes(
+    config: Any, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", write(tmp_path / "bad.json", config)]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_check_without_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(tmp_path / "none.json")]) == 2
+    assert "No such file" in capsys.readouterr().err
+
+
+def test_env(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["env"]) == 0
+    assert "deepspeed" in capsys.readouterr().out

@@ -1,0 +1,357 @@
+"""What the seam does besides combining: refusing, skipping, overflowing, checkpointing, noticing that ranks differ."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ranks import RankError, run_ranks
+from training import Case, Model, build, ds_config, loss_of, train, weights_of
+
+from ds_gradmix.config import ConfigError
+
+GAF: dict[str, Any] = {"mixing": {"type": "GAF"}}
+NEVER: dict[str, Any] = {"mixing": {"type": "GAF", "params": {"threshold": 0.0}}}  # nobody ever agrees
+SMOOTH: dict[str, Any] = {"scaling": {"type": "VRGD", "params": {"momentum": 0.9}}}
+TINY = {"tile_bytes": 4096}
+
+
+@contextlib.contextmanager
+def log_lines() -> Iterator[list[str]]:
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("ds_gradmix").addHandler(handler)
+    try:
+        yield lines
+    finally:
+        logging.getLogger("ds_gradmix").removeHandler(handler)
+
+
+def build_with(config: dict[str, Any], model: torch.nn.Module | None = None, **kwargs: Any) -> Any:
+    import deepspeed
+
+    import ds_gradmix
+
+    ds_gradmix.enable()
+    model = model or Model()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    return deepspeed.initialize(model=model, optimizer=optimizer, config={**ds_config(Case({})), **config}, **kwargs)[0]
+
+
+def refusals() -> dict[str, str]:
+    """What is refused when an engine is built, and in which words."""
+
+    class Mpu:
+        def get_model_parallel_world_size(self) -> int:
+            return 2
+
+    from deepspeed.moe.layer import MoE
+    from deepspeed.pipe import PipelineModule
+
+    class WithExperts(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(3, 3)
+
+    experts = WithExperts()
+    experts.add_module("moe", MoE.__new__(MoE))
+    torch.nn.Module.__init__(experts.moe)
+    layers = [torch.nn.Linear(3, 3)] * 2
+    tries: dict[str, Any] = {
+        "stage 3": lambda: build_with({"zero_optimization": {"stage": 3}}),
+        "misspelt rule": lambda: build_with({"gradmix": {"mixing": {"type": "gfa"}}}),
+        "model scope": lambda: build_with({"gradmix": {**GAF, "scope": "model"}}),
+        "mpu": lambda: build_with({}, mpu=Mpu()),
+        "experts": lambda: build_with({}, experts),
+        "pipeline": lambda: build_with({}, PipelineModule(layers, num_stages=1, loss_fn=torch.nn.MSELoss())),
+    }
+    found = {}
+    for name, attempt in tries.items():
+        try:
+            attempt()
+            found[name] = "built"
+        except ConfigError as error:
+            found[name] = str(error)
+    return found
+
+
+def test_refused_when_the_engine_is_built() -> None:
+    first, second = run_ranks(2, refusals)
+    assert first == second
+    words = {
+        "stage 3": "zero_optimization.stage: 3",
+        "misspelt rule": 'did you mean "GAF"?',
+        "model scope": "set stage to 1",
+        "mpu": "get_model_parallel_world_size(): 2",
+        "experts": "MoE",
+        "pipeline": "PipelineModule",
+    }
+    for name, word in words.items():
+        assert word in first[name], name
+
+
+def announcements() -> dict[str, list[str]]:
+    said = {}
+    configs: dict[str, dict[str, Any]] = {"active": {"gradmix": GAF}, "none": {}, "misspelt": {"gradmx": GAF}}
+    for name, config in configs.items():
+        base = {k: v for k, v in ds_config(Case(None)).items()}
+        with log_lines() as lines:
+            import deepspeed
+
+            import ds_gradmix
+
+            ds_gradmix.enable()
+            deepspeed.initialize(model=Model(), optimizer=None, config={**base, **config})
+        said[name] = list(lines)
+    return said
+
+
+def test_rank_0_says_in_one_line_what_is_active() -> None:
+    first, second = run_ranks(2, announcements)
+    assert all(len(lines) == 1 for lines in first.values()) and not any(second.values())
+    assert "active over 2 workers, ZeRO-2" in first["active"][0] and "GAF(threshold=1.0" in first["active"][0]
+    assert "NOT active" in first["none"][0]
+    assert "NOT active" in first["misspelt"][0] and '"gradmx"' in first["misspelt"][0]
+
+
+def skipping(stage: int, dtype: str) -> dict[str, Any]:
+    """One step everybody agrees on, two with nobody; then the state must be as after the first."""
+    case = Case({**GAF, **SMOOTH, **TINY}, stage=stage, dtype=dtype)
+    engine = build(case)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(engine.optimizer.optimizer, lambda step: 0.5**step)
+    engine.lr_scheduler = scheduler
+    optimizer = engine.optimizer
+    checks = optimizer.check_grad_overflow
+    object.__setattr__(optimizer.gradmix.block.mixing, "threshold", 2.0)
+    train(engine, case, 0, 1)
+
+    def state() -> dict[str, Any]:
+        return {
+            "weights": weights_of(engine),
+            "lr": scheduler.get_last_lr(),
+            "momentum": [s["momentum_buffer"].clone() for s in optimizer.optimizer.state.values()],
+            "p": [mean.clone() for mean in optimizer.gradmix.smoothing.state_dict()["means"]],
+            "p steps": optimizer.gradmix.smoothing.state_dict()["steps"],
+            "scale": optimizer.loss_scale,
+        }
+
+    before = state()
+    object.__setattr__(optimizer.gradmix.block.mixing, "threshold", 0.0)
+    during = train(engine, case, 1, 3)
+    after = state()
+    flags = (optimizer.check_grad_overflow == checks, engine.global_steps)
+    object.__setattr__(optimizer.gradmix.block.mixing, "threshold", 2.0)
+    train(engine, case, 3, 4)
+    return {"before": before, "after": after, "later": state(), "during": during, "flags": flags}
+
+
+def skipping_all() -> dict[str, Any]:
+    return {f"{stage} {dtype}": skipping(stage, dtype) for stage in (1, 2) for dtype in ("fp32", "bf16")}
+
+
+@cache
+def skipped_runs() -> list[dict[str, Any]]:
+    return run_ranks(2, skipping_all)
+
+
+@pytest.mark.parametrize("name", ["1 fp32", "1 bf16", "2 fp32", "2 bf16"])
+def test_a_skipped_step_leaves_no_trace(name: str) -> None:
+    for rank in skipped_runs():
+        run = rank[name]
+        assert run["during"]["skipped"] == [1, 2]
+        assert [told["skipped"] for told in run["during"]["stats"]] == [1.0, 1.0]
+        np.testing.assert_equal(run["after"]["weights"], run["before"]["weights"])
+        for key in ("lr", "p steps", "scale"):
+            assert run["after"][key] == run["before"][key], key
+        for key in ("momentum", "p"):
+            for ours, theirs in zip(run["after"][key], run["before"][key], strict=True):
+                assert torch.equal(ours, theirs), key
+        assert run["flags"] == (True, 3)
+        assert run["later"]["p steps"] == 2 and run["later"]["lr"] == [run["before"]["lr"][0] / 2]
+        changed = run["later"]["weights"]["first.weight"] != run["after"]["weights"]["first.weight"]
+        assert changed.any()
+
+
+def overflowing() -> list[Any]:
+    """fp16 with dynamic loss scaling: DeepSpeed must see the overflow that one worker has, whatever the rule."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True  # slow on a CPU, but true arithmetic
+    told = []
+    blocks = [GAF, {**GAF, "scope": "parameter"}, {"scaling": {"type": "VRGD"}}, {**GAF, **SMOOTH}]
+    blocks += [{"mixing": {"type": "GradientMix"}}, {}, NEVER]
+    for block in blocks:
+        fp16 = {"enabled": True, "initial_scale_power": 8, "hysteresis": 1, "loss_scale_window": 1000}
+        engine = build_with({"gradmix": block, "fp16": fp16})
+        rank = torch.distributed.get_rank()
+        scales = []
+        for step in range(3):
+            x = torch.randn(4, 13, generator=torch.Generator().manual_seed(rank + 10 * step)).half()
+            if step == 1 and rank == 1:
+                x[0, 0] = float("inf")
+            before = weights_of(engine)
+            engine.backward((engine(x).float() ** 2).mean())
+            engine.step()
+            same = all(np.array_equal(a, before[n]) for n, a in weights_of(engine).items())
+            scales.append((engine.optimizer.loss_scale, engine.skipped_steps, same))
+        told.append(scales)
+    return told
+
+
+def test_overflow_reaches_the_loss_scaler() -> None:
+    for rank in run_ranks(2, overflowing):
+        for scales in rank[:-1]:
+            assert scales == [(256.0, 0, False), (128.0, 1, True), (128.0, 1, False)]
+        # Disagreement leaves the scale alone; only the overflow halves it.
+        assert rank[-1] == [(256.0, 1, True), (128.0, 2, True), (128.0, 3, True)]
+
+
+def nonfinite() -> dict[str, Any]:
+    """A worker with a NaN at step 1, dropped; then all of them."""
+    out: dict[str, Any] = {}
+    blocks = {"mean": {}, "gaf": GAF, "gradientmix": {"mixing": {"type": "GradientMix"}}, "vrgd": SMOOTH}
+    blocks["by parameter"] = {"mixing": {"type": "GradientMix", "params": {"granularity": "parameter"}}}
+    blocks["gaf by parameter"] = {**GAF, "scope": "parameter"}
+    for name, block in blocks.items():
+        case = Case({**block, "nonfinite": "drop"}, nan_at=(1, 1), steps=3)
+        run = train(build(case), case)
+        finite = all(np.isfinite(w).all() for w in run["weights"].values())
+        out[name] = (finite, [told["dropped_workers"] for told in run["stats"]], run["skipped"])
+        everybody = Case({**block, "nonfinite": "drop"}, nan_at=(1, torch.distributed.get_rank()), steps=3)
+        run = train(build(everybody), everybody)
+        out[f"{name}, all"] = (run["skipped"], all(np.isfinite(w).all() for w in run["weights"].values()))
+    case = Case({**GAF, "scope": "model", "nonfinite": "drop"}, stage=1, nan_at=(1, 1), steps=3)
+    run = train(build(case), case)
+    out["model"] = (all(np.isfinite(w).all() for w in run["weights"].values()), run["skipped"])
+    for name, block in (("propagate", GAF), ("stock", None)):
+        case = Case(block, nan_at=(1, 1), steps=2)
+        out[name] = train(build(case), case)["skipped"]
+    return out
+
+
+def test_nonfinite_workers() -> None:
+    for rank in run_ranks(3, nonfinite):
+        assert rank.pop("propagate") == rank.pop("stock") == [0, 1]  # what DeepSpeed does
+        assert rank.pop("model") == (True, [0, 0, 0])
+        for name, told in rank.items():
+            if name.endswith(", all"):
+                assert told == ([0, 1, 1], True), name
+            else:
+                assert told == (True, [0.0, 1.0, 0.0], [0, 0, 0]), name
+
+
+def resuming(folder: str) -> dict[str, Any]:
+    """Six steps at once, or three, a checkpoint, and three more in a new engine."""
+    mix = {"mixing": {"type": "GradientMix"}, **SMOOTH}
+    out: dict[str, Any] = {}
+    for stage in (1, 2):
+        case = Case({**mix, **TINY}, stage=stage, accumulation=2, steps=6, bucket=700)
+        whole = train(build(case), case)
+        engine = build(case)
+        train(engine, case, 0, 3)
+        engine.save_checkpoint(f"{folder}/{stage}")
+        resumed = build(case)
+        with log_lines() as lines:
+            resumed.load_checkpoint(f"{folder}/{stage}")
+        rest = train(resumed, case, 3, 6)
+        out[f"stage {stage}"] = (whole["weights"], rest["weights"], list(lines))
+    plain, rule = Case(None, steps=6), Case(GAF, steps=6)
+    smoothed, unsmoothed = Case(SMOOTH), Case({"scaling": {"type": "VRGD"}})
+    changes = {
+        "no block to rule": (plain, rule),
+        "rule to no block": (rule, plain),
+        "mixing to mixing": (rule, Case({"mixing": {"type": "GradientMix"}})),
+        "no momentum to momentum": (unsmoothed, smoothed),
+        "momentum to none": (smoothed, unsmoothed),
+        "no scaling to scaling": (rule, smoothed),
+        "weights only": (plain, smoothed),
+    }
+    for name, (before, after) in changes.items():
+        engine = build(before)
+        train(engine, before, 0, 1)
+        engine.save_checkpoint(f"{folder}/{name}")
+        resumed = build(after)
+        with log_lines() as lines:
+            resumed.load_checkpoint(f"{folder}/{name}", load_optimizer_states=name != "weights only")
+        told = train(resumed, after, 1, 2)
+        out[name] = (list(lines), all(np.isfinite(w).all() for w in told["weights"].values()))
+    return out
+
+
+def test_checkpoints(tmp_path: Path) -> None:
+    first, second = run_ranks(2, resuming, str(tmp_path))
+    for stage in ("stage 1", "stage 2"):
+        for whole, rest, lines in (first[stage], second[stage]):
+            np.testing.assert_equal(rest, whole)  # bit for bit
+            assert not lines
+    warned = {
+        "no block to rule": "made without a gradmix block",
+        "no momentum to momentum": "no momentum",
+        "momentum to none": "it is dropped",
+        "no scaling to scaling": "scaling None, not VRGD",
+    }
+    for name in ("rule to no block", "mixing to mixing", "weights only", *warned):
+        lines, finite = first[name]
+        assert finite and len(lines) == (name in warned), (name, lines)
+        assert warned.get(name, "") in " ".join(lines)
+        assert not second[name][0]
+
+
+def other_shape() -> None:
+    model = Model()
+    if torch.distributed.get_rank() == 1:
+        model.second = torch.nn.Linear(31, 28)
+    build_with({"gradmix": GAF}, model)
+
+
+class Branching(Model):
+    """Uses a parameter on some ranks only."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = super().forward(x)
+        return out + self.unused(x[:, :5]) if torch.distributed.get_rank() == 1 else out
+
+
+def other_gradients(block: dict[str, Any], stage: int, bucket: int) -> None:
+    zero = {"stage": stage, "reduce_bucket_size": bucket}
+    engine = build_with({"gradmix": block, "zero_optimization": zero}, Branching())
+    for step in range(2):
+        engine.backward(loss_of(engine, step, 0, torch.distributed.get_rank(), Case({})))
+        engine.step()
+
+
+def test_ranks_that_differ_do_not_hang() -> None:
+    with pytest.raises(RankError, match=r"building the engine: worker 1 has second.weight \(28, 31\)"):
+        run_ranks(2, other_shape, timeout=60)
+
+
+@pytest.mark.parametrize("block, stage, bucket", [(GAF, 2, 10**8), (GAF, 1, 10**8), (GAF, 2, 10), ({}, 2, 10)])
+def test_gradients_that_differ_do_not_hang(block: dict[str, Any], stage: int, bucket: int) -> None:
+    with pytest.raises(RankError, match=r"MismatchError.*worker 1 has unused") as caught:
+        run_ranks(2, other_gradients, block, stage, bucket, timeout=60)
+    assert "unused" in str(caught.value)
+
+
+def alone() -> list[Any]:
+    out = []
+    for block in (None, {**GAF, **SMOOTH}, {"mixing": {"type": "GradientMix"}, "nonfinite": "drop"}):
+        case = Case(block, accumulation=2, steps=4)
+        with log_lines() as lines:
+            engine = build(case)
+            out.append((train(engine, case)["weights"], list(lines)))
+    return out
+
+
+def test_one_worker_is_the_identity() -> None:
+    [(stock, _), *others] = run_ranks(1, alone)[0]
+    for weights, lines in others:
+        np.testing.assert_equal(weights, stock)
+        assert len(lines) == 1 and "every rule is the identity" in lines[0]
