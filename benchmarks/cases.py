@@ -10,8 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-NUM_LAYERS, WIDTH = 64, 512
-NUM_ELEMENTS = NUM_LAYERS * WIDTH * WIDTH
+WIDTH = 512
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
 DEEPSPEED_DTYPE = {"bf16": {"bf16": {"enabled": True}}}
 
@@ -39,19 +38,24 @@ MOMENTUM = "VRGD momentum 0.9"
 
 @dataclass(frozen=True)
 class Case:
-    """A model of `NUM_LAYERS` equal matrices under one engine configuration, and the rules to try on it."""
+    """A model of equal `WIDTH` × `WIDTH` matrices, one engine configuration, and the rules to try on it."""
 
     owners: str
     dtype: str
     stage: int
     world: int
     tile_bytes: int
+    num_layers: int
     rules: tuple[str, ...]
+
+    @property
+    def num_elements(self) -> int:
+        return self.num_layers * WIDTH * WIDTH
 
     @property
     def bucket_elements(self) -> int:
         """One reduction for the whole model, or ones that are half an owner's partition."""
-        return NUM_ELEMENTS if self.owners == "even" else NUM_ELEMENTS // (2 * self.world)
+        return self.num_elements // (1 if self.owners == "even" else 2 * self.world)
 
     @property
     def bucket_bytes(self) -> int:
@@ -59,10 +63,10 @@ class Case:
 
     @property
     def model_bytes(self) -> int:
-        return NUM_ELEMENTS * ELEMENT_BYTES[self.dtype]
+        return self.num_elements * ELEMENT_BYTES[self.dtype]
 
-    def ds_config(self, rule: str) -> dict[str, Any]:
-        """The engine's configuration: DeepSpeed's defaults, but for what defines the case."""
+    def ds_config(self, rule: str, tile_bytes: int | None) -> dict[str, Any]:
+        """The engine's configuration: defaults, but for what defines the case, and `tile_bytes` if given."""
         config = {
             "train_micro_batch_size_per_gpu": 1,
             "steps_per_print": 1_000_000,
@@ -76,7 +80,9 @@ class Case:
             **DEEPSPEED_DTYPE.get(self.dtype, {}),
         }
         block = RULES[rule]
-        return config if block is None else config | {"gradmix": {"tile_bytes": self.tile_bytes, **block}}
+        if block is None:
+            return config
+        return config | {"gradmix": block if tile_bytes is None else block | {"tile_bytes": tile_bytes}}
 
     def stock_bytes(self) -> float:
         """What stock sends by theory, per rank and reduction of the whole model."""

@@ -8,7 +8,7 @@ theory and the bounds; `exchange_worker.py` says how a rank measures. Exits with
 after the table.
 
 The table, per rule: bytes sent per rank and reduction, over stock's; the median over pairs of step times,
-over stock's (the model has next to nothing to compute: the worst case); peak memory in the backward, over
+over stock's (a model with next to nothing to compute: the worst case); peak memory in the backward, over
 stock's; and what a bucket's reduction itself allocates at its peak, in MiB and in tiles.
 """
 
@@ -35,12 +35,14 @@ MIB = 1 << 20
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="GAF and GAF+VRGD in fp32 only, under a minute")
+    parser.add_argument(
+        "--quick", action="store_true", help="a smaller model, GAF and GAF+VRGD in fp32, under a minute"
+    )
     parser.add_argument("--world", type=int, choices=(2, 4, 8), default=4)
     parser.add_argument("--stage", type=int, choices=(1, 2), default=2)
     parser.add_argument("--dtype", action="append", choices=("fp32", "bf16"), help="default: both")
     parser.add_argument("--rule", action="append", choices=list(RULES), help="default: all of them")
-    parser.add_argument("--tile-mib", type=float, default=1.0, help="tile_bytes of the block, in MiB")
+    parser.add_argument("--tile-mib", type=float, default=1.0, help="tile_bytes when measuring memory")
     parser.add_argument("--rounds", type=int, help="pairs of steps to time per rule")
     parser.add_argument("--loopback", action="store_true", help="no namespaces, even where they can be made")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds until the ranks are killed")
@@ -61,13 +63,14 @@ def make_cases(options: argparse.Namespace) -> list[Case]:
                 stages[1] = (MODEL_SCOPE,)
             for stage, names in stages.items():
                 tile_bytes = int(options.tile_mib * MIB)
-                cases.append(Case(owners, dtype, stage, options.world, tile_bytes, names))
+                num_layers = 32 if options.quick else 64
+                cases.append(Case(owners, dtype, stage, options.world, tile_bytes, num_layers, names))
     return [case for case in cases if case.rules]
 
 
 def run(cases: list[Case], options: argparse.Namespace) -> list[list[dict[str, Any]]]:
     """Every rank's measurements of every case: [rank][case][rule]."""
-    rounds = options.rounds or (4 if options.quick else 6)
+    rounds = options.rounds or (2 if options.quick else 6)
     plan = {"cases": [asdict(case) for case in cases], "rounds": rounds, "repeats": 2 if options.quick else 3}
     missing = "--loopback was given" if options.loopback else why_no_namespaces()
     if missing is not None:

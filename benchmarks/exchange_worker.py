@@ -1,15 +1,14 @@
 """One rank of `exchange.py`: `exchange_worker.py PLAN.json FOLDER` measures every case and writes
 FOLDER/rankN.json.
 
-Each rule's engine is compared with a stock engine of the same model that lives beside it in the same process.
-
 Bytes: the kernel's count of what this host's interface sent from before `engine.backward` to after it, which
 in stage 1 and 2 is the reduction and nothing else (weights are gathered in `step`). Before each reading every
 rank has passed a barrier and has waited, so nothing is under way; what the barriers cost is measured without
 a backward and taken off.
 
 Memory: in the same backward (`resident_memory.py`), as a whole, and in the optimizer's reductions of a
-bucket. Time: whole steps of stock and rule by turns, so that whatever slows this machine slows both.
+bucket. Time: whole steps of stock and rule by turns, so that whatever slows this machine slows both; with the
+block's default for `tile_bytes`, not the small one that shows whether memory is bounded.
 """
 
 from __future__ import annotations
@@ -20,6 +19,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,8 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from cases import DEEPSPEED_DTYPE, NUM_LAYERS, RULES, WIDTH, Case
-from resident_memory import Watch
+from cases import DEEPSPEED_DTYPE, RULES, WIDTH, Case
+from resident_memory import Watch, map_as_usual, map_every_block
 
 SETTLE_S = 0.05
 TIMEOUT = timedelta(seconds=90)
@@ -37,10 +38,10 @@ TIMEOUT = timedelta(seconds=90)
 class Layers(torch.nn.Module):
     """Equal square matrices in a row, little to compute and much to exchange."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_layers: int) -> None:
         super().__init__()
         self.layers = torch.nn.ModuleList(
-            torch.nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(NUM_LAYERS)
+            torch.nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(num_layers)
         )
 
     def forward(self, inputs_BD: torch.Tensor) -> torch.Tensor:
@@ -50,16 +51,17 @@ class Layers(torch.nn.Module):
         return hidden_BD.float().square().mean()
 
 
-def build_engine(case: Case, rule: str) -> Any:
+def build_engine(case: Case, rule: str, tile_bytes: int | None) -> Any:
     if RULES[rule] is not None:
         # Here and not above, so that stock can be measured where the package cannot be imported.
         import ds_gradmix
 
         ds_gradmix.enable()
     torch.manual_seed(0)
-    model = Layers()
+    model = Layers(case.num_layers)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=case.ds_config(rule))
+    config = case.ds_config(rule, tile_bytes)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine
 
 
@@ -112,6 +114,7 @@ def measure_reductions(engine: Any, inputs: torch.Tensor, repeats: int) -> dict[
 def measure_times(stock: Any, engine: Any, inputs: torch.Tensor, rounds: int) -> list[list[float]]:
     """Seconds of a step of [stock, engine] in each round; who goes first takes turns."""
     results = []
+    step(engine, inputs)
     for round_index in range(rounds):
         seconds = [0.0, 0.0]
         for which in (0, 1) if round_index % 2 == 0 else (1, 0):
@@ -124,17 +127,45 @@ def measure_times(stock: Any, engine: Any, inputs: torch.Tensor, rounds: int) ->
     return results
 
 
-def measure_case(case: Case, plan: dict[str, Any]) -> dict[str, Any]:
-    inputs, stock = make_inputs(case), build_engine(case, "stock")
-    results: dict[str, Any] = {"reference": measure_reductions(stock, inputs, plan["repeats"])}
-    for rule in case.rules:
-        engine = build_engine(case, rule)
-        results[rule] = measure_reductions(engine, inputs, plan["repeats"])
-        results[rule]["seconds"] = measure_times(stock, engine, inputs, plan["rounds"])
-        engine.destroy()
-        del engine
-        gc.collect()
-    stock.destroy()
+@contextmanager
+def running(case: Case, rule: str, tile_bytes: int | None = None) -> Iterator[Any]:
+    """An engine, which gives back its memory after the block."""
+    engine = build_engine(case, rule, tile_bytes)
+    yield engine
+    engine.destroy()
+    del engine
+    gc.collect()
+
+
+def reductions_of(case: Case, repeats: int) -> dict[str, dict[str, Any]]:
+    """`measure_reductions` of stock, under "reference", and of each rule."""
+    inputs, results = make_inputs(case), {}
+    for name, rule in [("reference", "stock"), *((rule, rule) for rule in case.rules)]:
+        with running(case, rule, case.tile_bytes) as engine:
+            results[name] = measure_reductions(engine, inputs, repeats)
+    return results
+
+
+def times_of(case: Case, rounds: int) -> dict[str, list[list[float]]]:
+    """`measure_times` of each rule against a stock engine beside it."""
+    inputs, results = make_inputs(case), {}
+    with running(case, "stock") as stock:
+        step(stock, inputs)
+        for rule in case.rules:
+            with running(case, rule) as engine:
+                results[rule] = measure_times(stock, engine, inputs, rounds)
+    return results
+
+
+def measure(plan: dict[str, Any]) -> list[dict[str, dict[str, Any]]]:
+    """What was found by case and rule: memory and bytes first, then times (`resident_memory.py`)."""
+    cases = [Case(**case) for case in plan["cases"]]
+    map_every_block()
+    results = [reductions_of(case, plan["repeats"]) for case in cases]
+    map_as_usual()
+    for case, result in zip(cases, results, strict=True):
+        for rule, seconds in times_of(case, plan["rounds"]).items():
+            result[rule]["seconds"] = seconds
     return results
 
 
@@ -145,7 +176,7 @@ def main() -> None:
     # (By name: as an attribute, `deepspeed.comm.torch` is PyTorch.)
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     deepspeed.init_distributed(dist_backend="gloo", timeout=TIMEOUT, auto_mpi_discovery=False)
-    results = [measure_case(Case(**case), plan) for case in plan["cases"]]
+    results = measure(plan)
     Path(sys.argv[2], f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
     dist.barrier()
     dist.destroy_process_group()

@@ -1,13 +1,14 @@
 """Peak memory of a piece of work, by the operating system's high-water mark of this process' resident set.
 
 Linux keeps the mark (VmHWM) and sets it back to the present size on request (clear_refs). For it to say how
-much was in use, freed blocks must leave the process and come back as new pages: while watching, malloc maps
-every block of 64 KiB or more by itself, and what it holds free is trimmed before each piece. Repeats agree to
-about 0.1 MiB. What the collective library takes with malloc counts, like tensors, and so does a finished
-collective's tensor that a thread of gloo still holds; the kernel's socket buffers do not.
+much was in use, a freed block must leave the process at once, and it does not if malloc keeps it: a later
+block is then as likely to grow into other free pages as into the same. So call `map_every_block` before the
+first large block is ever allocated, and measure times in another phase, after `map_as_usual`.
 
-PyTorch's profiler would count tensors alone, to the byte, but it misses the return of a block that a thread
-of gloo is the last to let go of, and so tells too much.
+Repeats agree to about 0.2 MiB. What the collective library takes with malloc counts, like tensors, and so do
+a finished collective's tensors as long as one of its threads holds on to them. The kernel's socket buffers do
+not count. (PyTorch's profiler counts tensors alone, but misses the return of a block that a thread of gloo is
+the last to hold.)
 """
 
 from __future__ import annotations
@@ -19,6 +20,17 @@ from pathlib import Path
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _PROCESS = Path("/proc/self")
 _libc = ctypes.CDLL(None)
+
+
+def map_every_block() -> None:
+    """From here on malloc maps each block of 64 KiB or more by itself, and unmaps it when freed."""
+    _libc.mallopt(_M_MMAP_THRESHOLD, 64 << 10)
+
+
+def map_as_usual() -> None:
+    """Malloc's thresholds as they end up by themselves in a process with blocks of many MiB."""
+    _libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+    _libc.mallopt(_M_TRIM_THRESHOLD, 64 << 20)
 
 
 class Watch:
@@ -33,15 +45,11 @@ class Watch:
         self.whole_bytes = self.piece_bytes = self._start = 0
 
     def __enter__(self) -> Watch:
-        _libc.mallopt(_M_MMAP_THRESHOLD, 64 << 10)
         self._start, self.whole_bytes, self.piece_bytes = self._restart(), 0, 0
         return self
 
     def __exit__(self, *_: object) -> None:
         self._note()
-        # Setting the threshold has ended malloc's adjusting it; these are where it ends up by itself.
-        _libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
-        _libc.mallopt(_M_TRIM_THRESHOLD, 64 << 20)
 
     def piece(self, function: Callable[..., object]) -> Callable[..., object]:
         """`function`, each of its calls measured by itself too."""
