@@ -29,7 +29,9 @@ def main(arguments: list[str]) -> None:
         sys.exit(2)
     from ds_gradmix import enable
     from ds_gradmix.script import run_script
+    from ds_gradmix.slurm import rank_environment
 
+    os.environ.update(rank_environment(os.environ))
     enable()
     run_script(arguments)
 

@@ -27,12 +27,12 @@ def run_script(arguments: Sequence[str]) -> None:
     path = rest[0]
     sys.argv = [path, *ranks, *rest[1:]]
     sys.path[0] = os.path.dirname(os.path.realpath(path))
+    full_path = os.path.abspath(path)  # as Python itself gives a script its __file__
     with open(path, "rb") as file:
-        code = compile(file.read(), path, "exec")
-    main = types.ModuleType(
-        "__main__"
-    )  # not runpy.run_path, which takes the module away when the script ends
-    main.__file__ = path
-    main.__loader__ = importlib.machinery.SourceFileLoader("__main__", path)
+        code = compile(file.read(), full_path, "exec")
+    # Not runpy.run_path, which takes the module away when the script ends: threads and exit handlers need it.
+    main = types.ModuleType("__main__")
+    main.__file__ = full_path
+    main.__loader__ = importlib.machinery.SourceFileLoader("__main__", full_path)
     sys.modules["__main__"] = main
     exec(code, main.__dict__)

@@ -12,7 +12,9 @@ Array = NDArray[np.float64]
 
 def philox(seed: int, step: int, stream: int) -> np.random.Generator:
     key = np.array([seed, step], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, 0, stream], dtype=np.uint64)))
+    return np.random.Generator(
+        np.random.Philox(key=key, counter=np.array([0, 0, 0, stream], dtype=np.uint64))
+    )
 
 
 def gaf_weights(
@@ -42,9 +44,9 @@ def gaf_weights(
                 share[i] = 0.5
             count += 1
     if count == 1:
-        return (np.full(num_workers, 1 / num_workers) if on_disagreement == "mean" else np.zeros(num_workers)), (
-            on_disagreement == "mean"
-        )
+        return (
+            np.full(num_workers, 1 / num_workers) if on_disagreement == "mean" else np.zeros(num_workers)
+        ), (on_disagreement == "mean")
     return share / share.sum(), True
 
 

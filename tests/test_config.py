@@ -20,17 +20,26 @@ MISTAKES: list[tuple[Any, list[str]]] = [
     ({"mixing": {"type": 3}}, ["gradmix.mixing.type: is 3"]),
     ({"mixing": {"type": "GAF", "threshold": 1}}, ["gradmix.mixing.threshold", "gradmix.mixing.params"]),
     ({"mixing": {"type": "GAF", "params": 3}}, ["gradmix.mixing.params: is 3", "an object"]),
-    ({"mixing": {"type": "GAF", "params": {"treshold": 1}}}, ["params.treshold", 'did you mean "threshold"?']),
+    (
+        {"mixing": {"type": "GAF", "params": {"treshold": 1}}},
+        ["params.treshold", 'did you mean "threshold"?'],
+    ),
     ({"mixing": {"type": "GAF", "params": {"threshold": 2.5}}}, ["params.threshold: is 2.5", ">= 0", "<= 2"]),
     ({"mixing": {"type": "GAF", "params": {"threshold": "1.0"}}}, ['params.threshold: is "1.0"', "number"]),
     ({"mixing": {"type": "GAF", "params": {"threshold": True}}}, ["params.threshold: is true", "number"]),
-    ({"mixing": {"type": "GAF", "params": {"merge": "median"}}}, ['"mean" or "midpoint"', 'did you mean "mean"?']),
+    (
+        {"mixing": {"type": "GAF", "params": {"merge": "median"}}},
+        ['"mean" or "midpoint"', 'did you mean "mean"?'],
+    ),
     ({"mixing": {"type": "GradientMix", "params": {"alpha": 0}}}, ["params.alpha: is 0", "> 0"]),
     (
         {"mixing": {"type": "GradientMix", "params": {"start_step": 9, "end_step": 9}}},
         ["gradmix.mixing.params", "end_step", "start_step (9)"],
     ),
-    ({"scaling": {"type": "VRGD", "params": {"momentum": 1.0}}}, ["gradmix.scaling.params.momentum: is 1.0", "< 1"]),
+    (
+        {"scaling": {"type": "VRGD", "params": {"momentum": 1.0}}},
+        ["gradmix.scaling.params.momentum: is 1.0", "< 1"],
+    ),
     ({"scaling": {"type": "GAF"}}, ["gradmix.scaling.type", '"VRGD"']),
     ({"extrapolation": {"type": "Noise"}}, ["gradmix.extrapolation", "not in this version"]),
     ({"scope": "modle"}, ['gradmix.scope: is "modle"', 'did you mean "model"?']),
@@ -52,20 +61,30 @@ def test_mistakes_are_told(block: Any, words: list[str]) -> None:
 
 def test_all_mistakes_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
-        parse_block({"mixing": {"type": "GAF", "params": {"threshold": 3, "order": "x"}}, "seed": "a", "scal": 1})
+        parse_block(
+            {"mixing": {"type": "GAF", "params": {"threshold": 3, "order": "x"}}, "seed": "a", "scal": 1}
+        )
     assert len(str(caught.value).splitlines()) == 4
 
 
 def test_names_in_any_case_and_defaults() -> None:
     block = parse_block({"mixing": {"type": "gaf", "params": {"threshold": 1}}, "scaling": {"type": "vrgd"}})
     assert type(block.mixing).__name__ == "GAF" and type(block.scaling).__name__ == "VRGD"
-    assert parse_block({}) == parse_block({"mixing": {"type": "MEAN"}, "scaling": None, "extrapolation": None})
+    assert parse_block({}) == parse_block(
+        {"mixing": {"type": "MEAN"}, "scaling": None, "extrapolation": None}
+    )
 
 
 def test_misspelt_keys() -> None:
     for key in ("gradmx", "GradMix", "grad_mix", "gradient_mix", "ds_gradmix", "gradmixing"):
         assert misspelt_key({"bf16": {}, key: {}}) == key
-    known = ["gradient_clipping", "gradient_accumulation_steps", "gradient_predivide_factor", "gradmix", "fp16"]
+    known = [
+        "gradient_clipping",
+        "gradient_accumulation_steps",
+        "gradient_predivide_factor",
+        "gradmix",
+        "fp16",
+    ]
     assert misspelt_key(dict.fromkeys(known)) is None
 
 
@@ -79,7 +98,11 @@ COMBINATIONS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"zero_optimization": {**ZERO, "zenflow": {"topk_ratio": 0.1}}}, {}, "zenflow"),
     ({"zero_optimization": ZERO, "compile": {"deepcompile": True}}, {}, "DeepCompile"),
     ({"zero_optimization": ZERO, "optimizer": {"type": "Muon"}}, {}, "Muon"),
-    ({"zero_optimization": ZERO, "tensor_parallel": {"autotp_size": 2}}, {}, "tensor_parallel.autotp_size: 2"),
+    (
+        {"zero_optimization": ZERO, "tensor_parallel": {"autotp_size": 2}},
+        {},
+        "tensor_parallel.autotp_size: 2",
+    ),
     ({"zero_optimization": ZERO, "sequence_parallel_size": 2}, {}, "sequence_parallel_size: 2"),
     ({"zero_optimization": ZERO, "torch_autocast": {"enabled": True}}, {}, "torch_autocast"),
     ({"zero_optimization": ZERO, "amp": {"enabled": True}}, {}, "amp.enabled"),
@@ -117,11 +140,17 @@ def test_every_refusal_is_tested() -> None:
 
 def test_defaults_are_not_refused() -> None:
     config = {
-        "zero_optimization": {"stage": 1, "contiguous_gradients": True, "offload_optimizer": {"device": "cpu"}},
+        "zero_optimization": {
+            "stage": 1,
+            "contiguous_gradients": True,
+            "offload_optimizer": {"device": "cpu"},
+        },
         "bf16": {"enabled": True},
         "data_types": {"grad_accum_dtype": "fp32"},
     }
-    assert not list(refused_settings({"zero_optimization": ZERO}, GAF)) and not list(refused_settings(config, GAF))
+    assert not list(refused_settings({"zero_optimization": ZERO}, GAF)) and not list(
+        refused_settings(config, GAF)
+    )
 
 
 def write(path: Path, config: Any) -> str:

@@ -119,7 +119,9 @@ def test_exchange_equals_combine(workers: int, block: str, bucket: str, dtype: s
             values, skip, numbers = rank[block, bucket, dtype, tile_bytes]
             for start, part in values.items():
                 wanted = expected[start : start + part.numel()]
-                torch.testing.assert_close(part.float(), wanted, rtol=eps, atol=1e-8 if dtype != "fp16" else 1e-7)
+                torch.testing.assert_close(
+                    part.float(), wanted, rtol=eps, atol=1e-8 if dtype != "fp16" else 1e-7
+                )
                 seen += part.numel()
             if stack.numel():
                 assert skip == info["skipped"]

@@ -1,4 +1,6 @@
-"""Every element of a bucket is combined once and comes back to its owner, and shares are even where they must be."""
+"""Every element of a bucket is combined once and comes back to its owner, and shares are even where they must
+be.
+"""
 
 from __future__ import annotations
 

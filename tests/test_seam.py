@@ -1,4 +1,6 @@
-"""What the seam does besides combining: refusing, skipping, overflowing, checkpointing, noticing that ranks differ."""
+"""What the seam does besides combining: refusing, skipping, overflowing, checkpointing, noticing that ranks
+differ.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def build_with(config: dict[str, Any], model: torch.nn.Module | None = None, **k
     ds_gradmix.enable()
     model = model or Model()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    return deepspeed.initialize(model=model, optimizer=optimizer, config={**ds_config(Case({})), **config}, **kwargs)[0]
+    return deepspeed.initialize(
+        model=model, optimizer=optimizer, config={**ds_config(Case({})), **config}, **kwargs
+    )[0]
 
 
 def refusals() -> dict[str, str]:
@@ -333,7 +337,9 @@ def test_ranks_that_differ_do_not_hang() -> None:
         run_ranks(2, other_shape, timeout=60)
 
 
-@pytest.mark.parametrize("block, stage, bucket", [(GAF, 2, 10**8), (GAF, 1, 10**8), (GAF, 2, 10), ({}, 2, 10)])
+@pytest.mark.parametrize(
+    "block, stage, bucket", [(GAF, 2, 10**8), (GAF, 1, 10**8), (GAF, 2, 10), ({}, 2, 10)]
+)
 def test_gradients_that_differ_do_not_hang(block: dict[str, Any], stage: int, bucket: int) -> None:
     with pytest.raises(RankError, match=r"MismatchError.*worker 1 has unused") as caught:
         run_ranks(2, other_gradients, block, stage, bucket, timeout=60)

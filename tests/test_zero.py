@@ -14,7 +14,7 @@ GAF: dict[str, Any] = {"mixing": {"type": "GAF", "params": {"threshold": 0.9}}}
 MIX: dict[str, Any] = {"mixing": {"type": "GradientMix"}}
 VRGD: dict[str, Any] = {"scaling": {"type": "VRGD"}}
 SMOOTH: dict[str, Any] = {"scaling": {"type": "VRGD", "params": {"gamma": 0.2, "momentum": 0.8}}}
-# Where few workers are left, ratios amplify the rounding of the model's own float32 gradients; with this gamma less.
+# With few workers left, ratios amplify the rounding of the model's own float32 gradients; less with this gamma.
 BOTH: dict[str, Any] = {"mixing": {"type": "GAF"}, "scaling": {"type": "VRGD", "params": {"gamma": 0.5}}}
 TINY = {"tile_bytes": 4096}  # many tiles, although the model is small
 ONE_OWNER = 700  # elements in a bucket: parameters larger than it, and buckets of one owner
@@ -25,8 +25,8 @@ CASES: dict[int, dict[str, Case]] = {
         "gaf stage 2": Case(GAF),
         "gradientmix stage 1": Case(MIX, stage=1, accumulation=2),
         "gradientmix stage 2": Case(MIX, accumulation=2),
-        # With two workers a coordinate's noise may vanish, and its ratio then amplifies the rounding of the model's
-        # own float32 gradients without bound (VRGD wants 8); two steps are still within 1e-5, in either precision.
+        # With two workers a coordinate's noise may vanish, and its ratio then amplifies the rounding of the
+        # model's own float32 gradients without bound (VRGD wants 8); two steps are still within 1e-5.
         "vrgd stage 1": Case(VRGD, stage=1, steps=2),
         "vrgd stage 2": Case(VRGD, steps=2),
     },
@@ -35,7 +35,9 @@ CASES: dict[int, dict[str, Case]] = {
         "gaf small buckets stage 1": Case({**GAF, **TINY}, stage=1, bucket=ONE_OWNER, accumulation=2),
         "gaf small buckets stage 2": Case({**GAF, **TINY}, bucket=ONE_OWNER, accumulation=2),
         "gaf by parameter": Case({**GAF, **TINY, "scope": "parameter"}, bucket=ONE_OWNER),
-        "gaf for the model": Case({**GAF, **TINY, "scope": "model"}, stage=1, bucket=ONE_OWNER, accumulation=2),
+        "gaf for the model": Case(
+            {**GAF, **TINY, "scope": "model"}, stage=1, bucket=ONE_OWNER, accumulation=2
+        ),
         "gaf vrgd for the model": Case({**BOTH, "scope": "model"}, stage=1),
         "vrgd small buckets": Case({**VRGD, **TINY}, bucket=ONE_OWNER),
         "vrgd momentum stage 1": Case({**SMOOTH, **TINY}, stage=1, accumulation=2, bucket=ONE_OWNER),
@@ -44,7 +46,9 @@ CASES: dict[int, dict[str, Case]] = {
         "overlap stage 1": Case({**BOTH, **TINY}, stage=1, accumulation=2, zero={"overlap_comm": True}),
         "round robin": Case({**BOTH, **TINY}, zero={"round_robin_gradients": True}, bucket=2000),
         "reduce to owners": Case(BOTH, zero={"use_multi_rank_bucket_allreduce": False}),
-        "gradientmix reduce to owners": Case(MIX, zero={"use_multi_rank_bucket_allreduce": False}, bucket=ONE_OWNER),
+        "gradientmix reduce to owners": Case(
+            MIX, zero={"use_multi_rank_bucket_allreduce": False}, bucket=ONE_OWNER
+        ),
         "two groups": Case({**BOTH, **TINY}, two_groups=True, bucket=ONE_OWNER, accumulation=2),
     },
     4: {
@@ -55,7 +59,9 @@ CASES: dict[int, dict[str, Case]] = {
         "gaf midpoint": Case({"mixing": {"type": "GAF", "params": {"merge": "midpoint", "order": "rank"}}}),
         "offload": Case({**BOTH, **TINY}, zero={"offload_optimizer": {"device": "cpu"}}, accumulation=2),
         "offload stage 1": Case({**SMOOTH, **TINY}, stage=1, zero={"offload_optimizer": {"device": "cpu"}}),
-        "mixed precision off, accumulate fp32": Case(GAF, config={"data_types": {"grad_accum_dtype": "fp32"}}),
+        "mixed precision off, accumulate fp32": Case(
+            GAF, config={"data_types": {"grad_accum_dtype": "fp32"}}
+        ),
         "skips": Case({"mixing": {"type": "GAF", "params": {"threshold": 0.6}}}),
     },
 }
@@ -67,7 +73,9 @@ STOCK: dict[str, Case] = {
     "bf16, fp32 accumulation": Case({}, dtype="bf16", config={"data_types": {"grad_accum_dtype": "fp32"}}),
     "gamma 1": Case({"scaling": {"type": "VRGD", "params": {"gamma": 1.0}}, **TINY}, accumulation=2),
     "threshold 2": Case({"mixing": {"type": "GAF", "params": {"threshold": 2.0}}, **TINY}, bucket=ONE_OWNER),
-    "clipping": Case({"mixing": {"type": "GAF", "params": {"threshold": 2}}}, config={"gradient_clipping": 0.3}),
+    "clipping": Case(
+        {"mixing": {"type": "GAF", "params": {"threshold": 2}}}, config={"gradient_clipping": 0.3}
+    ),
     "bf16 threshold 2": Case({"mixing": {"type": "GAF", "params": {"threshold": 2}}, **TINY}, dtype="bf16"),
     "bf16 gaf, fp32 accumulation": Case(
         {"mixing": {"type": "GAF", "params": {"threshold": 2}}, **TINY},
@@ -121,7 +129,7 @@ def test_mean_equals_stock(name: str) -> None:
     if not case.block:
         assert same == 0.0  # nothing in the block: it is DeepSpeed's own reduction
     else:
-        # float32: the order of sums; bf16: what the mean loses when it is summed in bf16 (8 bits), over 12 steps
+        # float32: the order of sums; bf16: what the mean loses when summed in bf16 (8 bits), over 12 steps
         assert same < (3e-2 if case.dtype == "bf16" else 1e-5)
 
 

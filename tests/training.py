@@ -1,7 +1,8 @@
-"""Training a small model: on W ranks under DeepSpeed, and once more in one process, in float64, from the reference.
+"""Training a small model: on W ranks under DeepSpeed, and once more in one process, in float64, from the
+reference.
 
-The replay follows DeepSpeed in what the rules depend on, which gradients are reduced together, by what the ranks say
-their buckets held; everything else it does on its own.
+The replay follows DeepSpeed in what the rules depend on, which gradients are reduced together, by what the
+ranks say their buckets held; everything else it does on its own.
 """
 
 from __future__ import annotations
@@ -124,7 +125,9 @@ def train(engine: Any, case: Case, first: int = 0, last: int | None = None) -> d
     reduce = optimizer.average_tensor
 
     def noting(tensor: torch.Tensor, dtype: torch.dtype) -> None:
-        names = [optimizer.param_names[optimizer.param_dict[i]] for _, _, i in optimizer.ipg_buckets[dtype].params]
+        names = [
+            optimizer.param_names[optimizer.param_dict[i]] for _, _, i in optimizer.ipg_buckets[dtype].params
+        ]
         held.append(names)
         reduce(tensor, dtype)
 
@@ -152,7 +155,9 @@ def run_cases(cases: dict[str, Case]) -> dict[str, Any]:
 
 
 def replay(case: Case, world: int, buckets: list[tuple[int, int, list[list[str]]]]) -> dict[str, Any]:
-    """The same training in one process, float64: the final weights, and the steps skipped so far after each step."""
+    """The same training in one process, float64: the final weights, and the steps skipped so far after each
+    step.
+    """
     exact = copy.deepcopy(case)
     object.__setattr__(exact, "dtype", "fp64")
     model = Model().double()
@@ -210,7 +215,9 @@ class Smooth:
 
     def commit(self) -> None:
         for name, factors in self.pending.items():
-            self.mean[name] = self.beta * self.mean.get(name, 0.0) + (1 - self.beta) * sum(factors) / len(factors)
+            self.mean[name] = self.beta * self.mean.get(name, 0.0) + (1 - self.beta) * sum(factors) / len(
+                factors
+            )
         self.pending.clear()
         self.steps += 1
 
