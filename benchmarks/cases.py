@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-WIDTH = 512
+NUM_LAYERS, WIDTH = 32, 512
+NUM_ELEMENTS = NUM_LAYERS * WIDTH * WIDTH
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
 DEEPSPEED_DTYPE = {"bf16": {"bf16": {"enabled": True}}}
 
@@ -45,17 +46,12 @@ class Case:
     stage: int
     world: int
     tile_bytes: int
-    num_layers: int
     rules: tuple[str, ...]
-
-    @property
-    def num_elements(self) -> int:
-        return self.num_layers * WIDTH * WIDTH
 
     @property
     def bucket_elements(self) -> int:
         """One reduction for the whole model, or ones that are half an owner's partition."""
-        return self.num_elements // (1 if self.owners == "even" else 2 * self.world)
+        return NUM_ELEMENTS // (1 if self.owners == "even" else 2 * self.world)
 
     @property
     def bucket_bytes(self) -> int:
@@ -63,7 +59,7 @@ class Case:
 
     @property
     def model_bytes(self) -> int:
-        return self.num_elements * ELEMENT_BYTES[self.dtype]
+        return NUM_ELEMENTS * ELEMENT_BYTES[self.dtype]
 
     def ds_config(self, rule: str, tile_bytes: int | None) -> dict[str, Any]:
         """The engine's configuration: defaults, but for what defines the case, and `tile_bytes` if given."""

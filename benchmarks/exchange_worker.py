@@ -28,7 +28,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from cases import DEEPSPEED_DTYPE, RULES, WIDTH, Case
+from cases import DEEPSPEED_DTYPE, NUM_LAYERS, RULES, WIDTH, Case
 from resident_memory import Watch, map_as_usual, map_every_block
 
 SETTLE_S = 0.05
@@ -38,10 +38,10 @@ TIMEOUT = timedelta(seconds=90)
 class Layers(torch.nn.Module):
     """Equal square matrices in a row, little to compute and much to exchange."""
 
-    def __init__(self, num_layers: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.layers = torch.nn.ModuleList(
-            torch.nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(num_layers)
+            torch.nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(NUM_LAYERS)
         )
 
     def forward(self, inputs_BD: torch.Tensor) -> torch.Tensor:
@@ -58,7 +58,7 @@ def build_engine(case: Case, rule: str, tile_bytes: int | None) -> Any:
 
         ds_gradmix.enable()
     torch.manual_seed(0)
-    model = Layers(case.num_layers)
+    model = Layers()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
     config = case.ds_config(rule, tile_bytes)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
