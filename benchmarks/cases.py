@@ -92,7 +92,7 @@ class Case:
         if rule == MODEL_SCOPE:
             return 0.5 * (2 + share)  # once for the Gram matrix, once more to combine
         if rule == MOMENTUM:
-            return 0.5 * (1 + share + share * 4 / ELEMENT_BYTES[self.dtype])  # r travels too, in float32
+            return 0.5 * (1 + 2 * share)  # r travels with the mean, in the same dtype
         return 0.5 * (1 + share)
 
     def bytes_bound(self, rule: str) -> float:
