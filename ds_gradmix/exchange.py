@@ -49,12 +49,15 @@ class Plan:
 def columns_per_tile(block: Block, num_workers: int, wire_bytes: int) -> int:
     """Elements a rank combines at a time, such that 3 `tile_bytes` hold all that a tile needs.
 
-    Per column: W elements sent and W received, in the wire's dtype; W float64 for the Gram matrix (three
-    times that by parameter: blocks that parameters share are copied) or W float32 and as many weights for the
-    combination; and up to 12 float32 of statistics.
+    Per column: W elements sent and W received, in the wire's dtype; up to 12 float32 of statistics; and for the
+    work W float64 (Gram matrix, or gradients in float32), or half as much again where weights differ by parameter,
+    or six times as much for Gram matrices by parameter (blocks that parameters share are copied for each).
     """
-    by_parameter = block.mixing.needs_gram and block.scope == "parameter"
-    work = 24 if by_parameter else 8
+    work = 8
+    if block.mixing.by_parameter:
+        work = 12
+    if block.mixing.needs_gram and block.scope == "parameter":
+        work = 48
     per_column = num_workers * (2 * wire_bytes + work) + 48
     return max(3 * block.tile_bytes // per_column, 1)
 

@@ -111,7 +111,7 @@ class Reduction:
             return
         weights_S = verdict.weights_SW[:, self.workers.rank].float()
         begin = 0
-        for chunk in flat_N.split(self.block.tile_bytes // 4):
+        for chunk in flat_N.split(self.block.tile_bytes // 8):
             segments = Segments([0], [chunk.numel()], 1, flat_N.device)
             if not one_row:
                 segments = _window(lengths, begin, chunk.numel(), flat_N.device)

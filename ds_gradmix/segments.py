@@ -15,6 +15,7 @@ from torch import Tensor
 
 _LONGEST_BLOCK = 4096
 _SHORTEST_BLOCK = 64
+_MANY_ROWS = 32  # from here on one matrix product keeps a GPU busy; with fewer, blocks of columns do
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
@@ -49,12 +50,10 @@ class Segments:
     ) -> None:
         self.num_segments = num_segments
         self.num_columns = int(sum(lengths))
-        per_run = self.num_columns // max(len(lengths), 1)
-        block = _LONGEST_BLOCK if num_segments == 1 else 1 << max(per_run, 1).bit_length() - 1
-        shortest = max(
-            _SHORTEST_BLOCK, 1 << (num_rows - 1).bit_length()
-        )  # a block's Gram matrix: no larger than it
-        self.block = max(min(block, _LONGEST_BLOCK), shortest)
+        wanted = self.num_columns // (8 if num_segments == 1 else max(len(lengths), 1))
+        # No shorter than there are rows, or the Gram matrices of the blocks would outgrow the blocks.
+        shortest = max(_SHORTEST_BLOCK, 1 << (num_rows - 1).bit_length())
+        self.block = max(min(1 << max(wanted, 1).bit_length() - 1, _LONGEST_BLOCK), shortest)
         self.num_padded = -(-self.num_columns // self.block) * self.block
         self._device = device
         if num_segments > 1:
@@ -105,6 +104,9 @@ class Segments:
     def gram(self, values_WC: Tensor) -> Tensor:
         """Gram matrices `[S, W, W]` of `[W, C]`, in float64: no overflow, and no tensor-core rounding."""
         num_rows = values_WC.shape[0]
+        if self.num_segments == 1 and num_rows >= _MANY_ROWS:
+            exact_WC = values_WC.double()
+            return torch.mm(exact_WC, exact_WC.t())[None]
         blocks_BWC = self.pad(values_WC, torch.float64).view(num_rows, -1, self.block).transpose(0, 1)
         if self.num_segments == 1:
             return torch.bmm(blocks_BWC, blocks_BWC.transpose(1, 2)).sum(0, keepdim=True)

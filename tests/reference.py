@@ -1,4 +1,4 @@
-"""The rules once more, in float64, in loops, from the papers alone: nothing of ds_gradmix is imported here."""
+"""The rules once more, in float64, in loops, from the papers alone: nothing of ds_gradmix is imported."""
 
 from __future__ import annotations
 

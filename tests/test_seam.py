@@ -185,7 +185,7 @@ def test_a_skipped_step_leaves_no_trace(name: str) -> None:
 
 
 def overflowing() -> list[Any]:
-    """fp16 with dynamic loss scaling: DeepSpeed must see the overflow that one worker has, whatever the rule."""
+    """fp16 with dynamic loss scaling: DeepSpeed must see one worker's overflow, whatever the rule."""
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().is_fp16_supported = lambda: True  # slow on a CPU, but true arithmetic

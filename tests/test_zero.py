@@ -14,7 +14,7 @@ GAF: dict[str, Any] = {"mixing": {"type": "GAF", "params": {"threshold": 0.9}}}
 MIX: dict[str, Any] = {"mixing": {"type": "GradientMix"}}
 VRGD: dict[str, Any] = {"scaling": {"type": "VRGD"}}
 SMOOTH: dict[str, Any] = {"scaling": {"type": "VRGD", "params": {"gamma": 0.2, "momentum": 0.8}}}
-# With few workers left, ratios amplify the rounding of the model's own float32 gradients; less with this gamma.
+# With few workers left, ratios amplify the rounding of the model's own gradients; less with this gamma.
 BOTH: dict[str, Any] = {"mixing": {"type": "GAF"}, "scaling": {"type": "VRGD", "params": {"gamma": 0.5}}}
 TINY = {"tile_bytes": 4096}  # many tiles, although the model is small
 ONE_OWNER = 700  # elements in a bucket: parameters larger than it, and buckets of one owner

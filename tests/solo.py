@@ -1,0 +1,116 @@
+"""One process that plays all workers of an exchange: collectives answer as if every other rank had the same tensors.
+
+For what a real group cannot show: which operations the reduction path uses, and what memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ds_gradmix.config import parse_block
+from ds_gradmix.layout import Piece
+from ds_gradmix.reduction import Reduction
+from ds_gradmix.workers import Workers
+
+
+class SoloWorkers(Workers):
+    """Rank 0 of `size` workers, alone."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.rank = size, 0
+
+    def all_to_all(self, out: Tensor, sent: Tensor, out_sizes: list[int], sent_sizes: list[int]) -> None:
+        assert out.numel() == sum(out_sizes) and sent.numel() == sum(sent_sizes)
+        begin = 0
+        for size in out_sizes:
+            part = out[begin : begin + size]
+            part.copy_(sent[: part.numel()] if sent.numel() >= part.numel() else torch.ones_like(part))
+            begin += size
+
+    def sum_at_first(self, values: Tensor) -> None:
+        pass
+
+    def from_first(self, values: Tensor) -> None:
+        pass
+
+    def sum(self, values: Tensor) -> None:
+        pass
+
+    def gather(self, value: Tensor) -> Tensor:
+        return value.expand(self.size).clone()
+
+    def agree(self, *_: Any) -> None:
+        pass
+
+
+def reduce_bucket(
+    block: dict[str, Any],
+    lengths: list[int],
+    owners: list[int],
+    flat_N: Tensor,
+    size: int = 4,
+    warm_up: bool = True,
+    around: Any = None,
+) -> None:
+    """One reduction of a bucket, within the context manager `around`; a first one plans and allocates state."""
+    pieces, start, homes = [], 0, [0] * size
+    for parameter, (length, owner) in enumerate(zip(lengths, owners, strict=True)):
+        pieces.append(Piece(start, length, owner, parameter, 0, homes[owner]))
+        start, homes[owner] = start + length, homes[owner] + length
+    names = [str(i) for i in range(len(lengths))]
+    reduction = Reduction(parse_block(block), SoloWorkers(size), names, [homes[0]], flat_N.device)
+    given = tuple(enumerate(lengths))
+
+    def once() -> None:
+        if reduction.exchanges:
+            reduction.exchange(flat_N, given, lambda: pieces, flat_N.dtype)
+        else:
+            reduction.weigh(flat_N, given)
+
+    if warm_up:
+        once()
+    with around:
+        once()
+
+
+class NoSynchronisation(TorchDispatchMode):
+    """Fails on operations for which the host has to wait for the device."""
+
+    WAIT = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in self.WAIT, f"{name} makes the host wait for the device"
+        return func(*args, **(kwargs or {}))
+
+
+class PeakMemory(TorchDispatchMode):
+    """Most bytes of new tensors alive at any one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak_bytes = 0
+        self._old: set[int] = set()
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor):
+                address = tensor.untyped_storage()._cdata
+                if address not in self._alive:
+                    self._old.add(address)
+        out = func(*args, **(kwargs or {}))
+        self._alive = {a: (ref, size) for a, (ref, size) in self._alive.items() if not ref.expired()}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._old:
+                    self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.peak_bytes = max(self.peak_bytes, sum(size for _, size in self._alive.values()))
+        return out

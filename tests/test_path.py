@@ -1,0 +1,69 @@
+"""The reduction path: no waiting for the device, and no more than three tiles of memory, whatever the bucket."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from solo import NoSynchronisation, PeakMemory, reduce_bucket
+
+GAF = {"mixing": {"type": "GAF"}}
+VRGD = {"scaling": {"type": "VRGD"}}
+BLOCKS: dict[str, dict[str, Any]] = {
+    "gaf": GAF,
+    "gaf by parameter": {**GAF, "scope": "parameter"},
+    "vrgd": VRGD,
+    "gaf vrgd by parameter": {**GAF, **VRGD, "scope": "parameter"},
+    "momentum": {"scaling": {"type": "VRGD", "params": {"momentum": 0.9}}},
+    "gaf drop": {**GAF, "nonfinite": "drop"},
+    "gradientmix": {"mixing": {"type": "GradientMix"}},
+    "gradientmix drop": {"mixing": {"type": "GradientMix"}, "nonfinite": "drop"},
+    "gradientmix by parameter": {"mixing": {"type": "GradientMix", "params": {"granularity": "parameter"}}},
+    "gradientmix by parameter vrgd": {
+        "mixing": {"type": "GradientMix", "params": {"granularity": "parameter"}},
+        **VRGD,
+    },
+}
+OWNERS = {"one owner": [0] * 8, "other owner": [2] * 8, "even": [3, 3, 2, 2, 1, 1, 0, 0]}
+
+
+@pytest.mark.parametrize("owners", OWNERS)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_host_never_waits(name: str, owners: str) -> None:
+    block = {**BLOCKS[name], "tile_bytes": 8192}
+    reduce_bucket(block, [200] * 8, OWNERS[owners], torch.randn(1600), around=NoSynchronisation())
+
+
+def test_waiting_is_noticed() -> None:
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoSynchronisation():
+        torch.ones(2).sum().item()
+
+
+TILE = 2**16
+
+
+@pytest.mark.parametrize("owners", OWNERS)
+@pytest.mark.parametrize("workers, dtype", [(2, torch.bfloat16), (4, torch.float32), (8, torch.bfloat16)])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_memory_is_bounded(name: str, workers: int, dtype: torch.dtype, owners: str) -> None:
+    block = {**BLOCKS[name], "tile_bytes": TILE}
+    lengths = [500, 90_000, 7, 12_000, 18_000, 12_000, 3000, 4000]
+    homes = [owner % workers for owner in OWNERS[owners]]
+    with torch.no_grad():
+        flat = torch.randn(sum(lengths)).to(dtype)
+        watch = PeakMemory()
+        reduce_bucket(block, lengths, homes, flat, workers, around=watch)
+    small = 32 * 1024  # W^2 and P numbers, and padding of a tile to whole blocks
+    assert watch.peak_bytes <= 3 * TILE + small, watch.peak_bytes / TILE
+    if "gradientmix" not in name or "vrgd" in name:
+        assert watch.peak_bytes > TILE  # it did see something
+
+
+def test_memory_is_noticed() -> None:
+    with PeakMemory() as watch:
+        kept = torch.empty(1000)
+        for _ in range(5):
+            torch.empty(500)
+        del kept
+    assert 4 * 1000 <= watch.peak_bytes <= 4 * 2000
