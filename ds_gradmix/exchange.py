@@ -49,9 +49,10 @@ class Plan:
 def columns_per_tile(block: Block, num_workers: int, wire_bytes: int) -> int:
     """Elements a rank combines at a time, such that 3 `tile_bytes` hold all that a tile needs.
 
-    Per column: W elements sent and W received, in the wire's dtype; up to 12 float32 of statistics; and for the
-    work W float64 (Gram matrix, or gradients in float32), or half as much again where weights differ by parameter,
-    or six times as much for Gram matrices by parameter (blocks that parameters share are copied for each).
+    Per column: W elements sent and W received, in the wire's dtype; up to 12 float32 of statistics; and for
+    the work W float64 (Gram matrix, or gradients in float32), or half as much again where weights differ by
+    parameter, or six times as much for Gram matrices by parameter (blocks that parameters share are copied
+    for each).
     """
     work = 8
     if block.mixing.by_parameter:

@@ -1,4 +1,5 @@
-"""One process that plays all workers of an exchange: collectives answer as if every other rank had the same tensors.
+"""One process that plays all workers of an exchange: collectives answer as if every other rank had the same
+tensors.
 
 For what a real group cannot show: which operations the reduction path uses, and what memory.
 """
