@@ -106,6 +106,11 @@ class Case:
         return self.theory(rule) + 0.035
 
     def memory_bound(self, rule: str, stock_reduction_bytes: float) -> float:
-        """The most that a reduction may allocate: three tiles, or what stock's does where stock's is used."""
+        """The most that a reduction may allocate: three tiles, or what stock's does where stock's is used.
+
+        Momentum's new state is pending from the first reduction of a step to its end, since the step may still
+        be skipped: one float32 for each element that the rank owns.
+        """
         base = stock_reduction_bytes if rule in WITHOUT_EXCHANGE else 3 * self.tile_bytes
-        return base + (2 << 20)
+        pending = 4 * NUM_ELEMENTS // self.world if rule == MOMENTUM else 0
+        return base + pending + (2 << 20)

@@ -59,7 +59,7 @@ def reduce_bucket(
     warm_up: bool = True,
     around: Any = None,
 ) -> None:
-    """One reduction of a bucket, within the context manager `around`; a first one plans and allocates state."""
+    """One reduction of a bucket, within the context manager `around`; a first one plans and allocates."""
     pieces, start, homes = [], 0, [0] * size
     for parameter, (length, owner) in enumerate(zip(lengths, owners, strict=True)):
         pieces.append(Piece(start, length, owner, parameter, 0, homes[owner]))

@@ -1,4 +1,4 @@
-"""The reduction path: no waiting for the device, and no more than three tiles of memory, whatever the bucket."""
+"""The reduction path: no waiting for the device, and at most three tiles of memory, whatever the bucket."""
 
 from __future__ import annotations
 

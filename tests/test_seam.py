@@ -118,6 +118,18 @@ def announcements() -> dict[str, list[str]]:
     return said
 
 
+def monitored(folder: str) -> None:
+    monitor = {"enabled": True, "output_path": folder, "job_name": "job"}
+    case = Case(GAF, config={"csv_monitor": monitor}, steps=2)
+    train(build(case), case)
+
+
+def test_monitors_are_told(tmp_path: Path) -> None:
+    run_ranks(2, monitored, str(tmp_path))
+    lines = (tmp_path / "job" / "Train_GradMix_kept_fraction.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["step", "8", "16"]  # samples
+
+
 def test_rank_0_says_in_one_line_what_is_active() -> None:
     first, second = run_ranks(2, announcements)
     assert all(len(lines) == 1 for lines in first.values()) and not any(second.values())

@@ -131,30 +131,26 @@ def sums(output: str) -> list[str]:
 
 
 def test_every_launcher_trains_alike(scripts: Path) -> None:
-    options = ["train.py", "--deepspeed_config", config(scripts, {"mixing": {"type": "GAF"}})]
-    port = str(free_port())
-    by_deepspeed = run(
-        "deepspeed",
-        "--num_accelerators",
-        "2",
-        "--master_port",
-        port,
-        "--module",
-        "ds_gradmix",
-        *options,
-        cwd=scripts,
-    )
+    """The commands are the README's, with a free port; srun is two processes that have a job step's
+    variables.
+    """
+    config(scripts, {"mixing": {"type": "GAF"}})
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    commands = {
+        line.split()[0]: line.split()[1:] for line in readme.splitlines() if "train.py --deep" in line
+    }
+    assert set(commands) == {"deepspeed", "torchrun", "srun"}
+    launcher = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port())]
+    by_deepspeed = run(*launcher, *commands["deepspeed"], cwd=scripts)
     assert "ds_gradmix: active over 2 workers" in by_deepspeed.stderr, by_deepspeed.stderr
     found = sums(by_deepspeed.stdout)
     assert len(found) == 2 and found[0] == found[1]
-    torchrun = ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port()), "-m", "ds_gradmix"]
-    by_torchrun = run(*torchrun, *options, cwd=scripts)
+    by_torchrun = run("torchrun", "--master_port", str(free_port()), *commands["torchrun"], cwd=scripts)
     assert sums(by_torchrun.stdout) == found, by_torchrun.stderr
     slurm = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, "-m", "ds_gradmix", *options]
     tasks = [
         subprocess.Popen(
-            command,
+            commands["srun"],
             cwd=scripts,
             env=environment(**slurm, SLURM_PROCID=str(task), SLURM_LOCALID=str(task)),
             stdout=subprocess.PIPE,

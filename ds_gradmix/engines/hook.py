@@ -84,6 +84,7 @@ def _choosing(original: Any) -> Any:
             gradmix_block=block,
             gradmix_hosts=getattr(self, _HOSTS),
             gradmix_step=lambda: int(self.global_steps),
+            gradmix_report=functools.partial(_monitor, self),
         )
         try:
             return original(self, optimizer)
@@ -174,6 +175,14 @@ def _announce(engine: Any, config: Mapping[str, Any], block: Block | None) -> No
             f"; {type(block.scaling).__name__} wants at least 8 workers, with fewer it reads noise as signal"
         )
     logger.info(f"ds_gradmix: {told}")
+
+
+def _monitor(engine: Any, numbers: Mapping[str, float]) -> None:
+    """To TensorBoard and what else DeepSpeed's monitor serves; the step's samples are not yet counted."""
+    if engine.monitor.enabled and engine.global_rank == 0:
+        samples = engine.global_samples + engine.train_batch_size()
+        events = [(f"Train/GradMix/{name}", value, samples) for name, value in numbers.items()]
+        engine.monitor.write_events(events)
 
 
 def _telling(original: Any) -> Any:

@@ -9,7 +9,7 @@ DeepSpeed's. Its own division by the number of workers is switched off where wei
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
         gradmix_block: the rules.
         gradmix_hosts: gloo group of all ranks, for `Workers.agree`.
         gradmix_step: tells the optimizer steps taken so far, skipped ones included.
+        gradmix_report: is told after each step what the rules decided in it.
     """
 
     check_grad_overflow: bool
@@ -42,6 +43,7 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
         gradmix_block: Block,
         gradmix_hosts: torch.distributed.ProcessGroup,
         gradmix_step: Callable[[], int],
+        gradmix_report: Callable[[Mapping[str, float]], None],
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -53,6 +55,7 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
         workers = Workers(self.dp_process_group, gradmix_hosts)
         self.gradmix = Reduction(gradmix_block, workers, names, owned, device)
         self._gradmix_step = gradmix_step
+        self._gradmix_report = gradmix_report
         self._gradmix_bucket: tuple[Tensor, tuple[tuple[int, int], ...]] | None = None
         self._gradmix_skips = False
         if not self.gradmix.is_stock:
@@ -163,6 +166,7 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
         with self._discarding_gradients() if self._gradmix_skips else contextlib.nullcontext():
             super().step(closure)
         self.gradmix.settle(taken=not self.overflow)
+        self._gradmix_report(self.gradmix.numbers)
 
     @contextlib.contextmanager
     def _discarding_gradients(self) -> Iterator[None]:
