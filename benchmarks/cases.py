@@ -108,7 +108,7 @@ class Case:
     def memory_bound(self, rule: str, stock_reduction_bytes: float) -> float:
         """The most that a reduction may allocate: three tiles, or what stock's does where stock's is used.
 
-        Momentum's new state is pending from the first reduction of a step to its end, since the step may still
+        Momentum's new state is pending from the first reduction of a step to its end, since it may still
         be skipped: one float32 for each element that the rank owns.
         """
         base = stock_reduction_bytes if rule in WITHOUT_EXCHANGE else 3 * self.tile_bytes
