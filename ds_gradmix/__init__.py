@@ -47,8 +47,9 @@ def stats(engine: Any) -> dict[str, float]:
     Returns:
         `kept_fraction` of the workers with a weight other than 0, `effective_workers` (1 / sum of squared
         weights), `agreed_fraction` of the decisions in which workers agreed, `mean_cosine` between different
-        workers (where a rule needs it), `mean_factor` of the scaling rule (if any), `dropped_workers`
-        (`nonfinite: "drop"`), and `skipped`, 1 if the step was skipped. The same on every rank.
+        workers (where a rule needs it), `mean_factor` of the scaling rule (if any), `dropped_workers`, how
+        often one was left out of a reduction (`nonfinite: "drop"`), and `skipped`, 1 if the step was skipped.
+        The same on every rank.
     """
     from ds_gradmix.engines.hook import reduction_of
 

@@ -9,39 +9,48 @@ from ds_gradmix.reduction import Reduction
 KEY = "gradmix"
 
 
-def save(reduction: Reduction) -> dict[str, Any]:
-    """This rank's part. Draws need no state: they are keyed by DeepSpeed's own step count."""
+def save(reduction: Reduction, layout: int) -> dict[str, Any]:
+    """This rank's part. Draws need no state: they are keyed by DeepSpeed's own step count.
+
+    `layout` stands for where parameters lie in the partitions, which the momentum depends on.
+    """
     smoothing = reduction.smoothing
     return {
-        "mixing": type(reduction.block.mixing).__name__,
-        "scaling": type(reduction.block.scaling).__name__ if reduction.block.scaling else None,
+        "scaling": _scaling(reduction),
+        "layout": layout,
         "smoothing": smoothing.state_dict() if smoothing else None,
     }
 
 
-def load(reduction: Reduction, saved: dict[str, Any] | None) -> str | None:
-    """Take over a saved state if it fits; else keep a fresh one and tell why.
+def load(reduction: Reduction, saved: dict[str, Any] | None, layout: int) -> str | None:
+    """Take over a saved state if it fits; else start afresh and tell why.
 
     `mixing` may change between runs, since no mixing rule has state.
     """
-    scaling = type(reduction.block.scaling).__name__ if reduction.block.scaling else None
+    scaling = _scaling(reduction)
+    if saved is None:
+        return start_afresh(reduction, "it was made without a gradmix block")
+    if saved["scaling"] != scaling:
+        return start_afresh(reduction, f"it was made with scaling {saved['scaling']}, not {scaling}")
+    if reduction.smoothing is None:
+        return (
+            None
+            if saved["smoothing"] is None
+            else f"the checkpoint's momentum of {scaling} is dropped: it is off now"
+        )
+    if saved["smoothing"] is None:
+        return start_afresh(reduction, f"it holds no momentum of {scaling}")
+    if saved["layout"] != layout or not reduction.smoothing.load_state_dict(saved["smoothing"]):
+        return start_afresh(reduction, f"its momentum of {scaling} is of another partitioning")
+    return None
+
+
+def start_afresh(reduction: Reduction, why: str) -> str:
+    """Forget all state; what to warn of."""
     if reduction.smoothing is not None:
         reduction.smoothing.reset()
-    if saved is None:
-        return "the checkpoint was made without a gradmix block; the rules start afresh from here"
-    if saved["scaling"] != scaling:
-        before = saved["scaling"]
-        return (
-            f"the checkpoint was made with scaling {before}, not {scaling}; scaling starts afresh from here"
-        )
-    if reduction.smoothing is None:
-        if saved["smoothing"] is not None:
-            return f"the checkpoint holds {scaling}'s momentum, which is off now; it is dropped"
-        return None
-    if saved["smoothing"] is None:
-        return f"the checkpoint holds no momentum of {scaling}; it starts afresh from here"
-    if not reduction.smoothing.load_state_dict(saved["smoothing"]):
-        return (
-            f"the checkpoint's momentum of {scaling} is of another partitioning; it starts afresh from here"
-        )
-    return None
+    return f"the checkpoint has no state for these rules ({why}); they start afresh from here"
+
+
+def _scaling(reduction: Reduction) -> str | None:
+    return type(reduction.block.scaling).__name__ if reduction.block.scaling else None

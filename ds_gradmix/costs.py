@@ -2,9 +2,12 @@
 
 For a bucket of B bytes and W workers, per rank and reduction (exchange.py tells where they come from):
 
-    stock all-reduce           2 (W-1)/W B exchange, even buckets       (W-1)/W B exchange, one owner
-    (W-1)/W B (1 + h/W)      h = 2 if the factors travel with the mean (momentum), else 1 Gram pass, scope
-    "model"     (W-1)/W B more
+    stock all-reduce              2 (W-1)/W B
+    exchange, even buckets          (W-1)/W B
+    exchange, one owner             (W-1)/W B (1 + h/W)
+    Gram pass of scope "model"      (W-1)/W B more
+
+with h = 1, or 2 where the factors travel with the mean (momentum).
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
-"""The reduction that replaces averaging: every rank gets all W copies of its share of a bucket, and combines
-them.
+"""The reduction that replaces averaging: every rank gets all W copies of its share, and combines them.
 
-    1. all-to-all: rank j gets every worker's gradient for region j (layout.py)      (W-1)/W B sent by each
-    rank 2. Gram matrices of the shares, summed on the first rank, which decides           W^2 numbers
-       and tells everybody the weights: identical by construction                    W numbers
-    3. a scaling rule's mean ratio of every parameter, summed over the ranks          P numbers
+    1. all-to-all: rank j gets every worker's gradient for region j (layout.py);  a rank sends (W-1)/W B
+    2. Gram matrices of the shares are summed on the first rank, which decides;   W^2 numbers
+       it tells the weights to all: identical by construction;                    W numbers
+    3. a scaling rule's mean ratio of every parameter, summed over the ranks;     P numbers
     4. weighted combination, one pass over the share
-    5. all-to-all of combined gradients to their owners, unless regions are owned     (W-1)/W B/W
+    5. all-to-all of what was combined to its owners, unless regions are owned;   (W-1)/W B/W
 
 for a bucket of B bytes; stock ZeRO all-reduces it for 2 (W-1)/W B. With a smoothed scaling rule hop 5 carries
 the factors as well, since the owner has their running mean. Weights known beforehand leave out step 2.
@@ -31,7 +30,7 @@ from ds_gradmix.record import Record
 from ds_gradmix.scaling import Scaling
 from ds_gradmix.scaling.smoothing import Smoothing
 from ds_gradmix.segments import Segments, to_device, weighted_sum
-from ds_gradmix.transit import Transit
+from ds_gradmix.transit import Transit, Wire
 from ds_gradmix.workers import Workers
 
 
@@ -46,7 +45,7 @@ class Plan:
     elements: Tensor  # of every parameter of the bucket, float64
 
 
-def columns_per_tile(block: Block, num_workers: int, wire_bytes: int) -> int:
+def columns_per_tile(block: Block, num_workers: int, wire: Wire) -> int:
     """Elements a rank combines at a time, such that 3 `tile_bytes` hold all that a tile needs.
 
     Per column: W elements sent and W received, in the wire's dtype; up to 12 float32 of statistics; and for
@@ -59,7 +58,7 @@ def columns_per_tile(block: Block, num_workers: int, wire_bytes: int) -> int:
         work = 12
     if block.mixing.needs_gram and block.scope == "parameter":
         work = 48
-    per_column = num_workers * (2 * wire_bytes + work) + 48
+    per_column = num_workers * (wire.num_bytes + work) + 48
     return max(3 * block.tile_bytes // per_column, 1)
 
 
@@ -82,10 +81,10 @@ class Exchange:
         self._smoothing = smoothing
         self._by_parameter = block.mixing.needs_gram and block.scope == "parameter"
 
-    def plan(self, pieces: Sequence[Piece], wire: torch.dtype, device: torch.device) -> Plan:
+    def plan(self, pieces: Sequence[Piece], wire: Wire, device: torch.device) -> Plan:
         """Plan the exchange of a bucket, given all its pieces in order. Worth keeping: buckets recur."""
         workers = self._workers
-        columns = columns_per_tile(self._block, workers.size, wire.itemsize)
+        columns = columns_per_tile(self._block, workers.size, wire)
         tiles = plan_tiles(pieces, workers.size, workers.rank, columns)
         num_parameters = 1 + max((piece.parameter for piece in pieces), default=0)
         elements = [0] * num_parameters
@@ -103,10 +102,11 @@ class Exchange:
         self,
         flat_N: Tensor,
         plan: Plan,
-        wire: torch.dtype,
+        wire: Wire,
         moment: Moment,
         present_W: Tensor,
         known: Verdict | None,
+        outputs: Sequence[Tensor] = (),
     ) -> None:
         """Replace, in every owner's slices of the bucket, its own gradient by the combination of all
         workers'.
@@ -114,14 +114,21 @@ class Exchange:
         Args:
             flat_N: the bucket, this worker's gradients; elsewhere than in owned slices undefined afterwards.
             plan: of this composition of the bucket.
-            wire: the dtype in which gradients travel.
+            wire: the dtypes in which gradients travel.
             moment: keys what is drawn at random.
             present_W: which workers count; the gradient of one that does not must be finite.
             known: the weights, if they do not depend on this bucket; one row, or one a parameter.
+            outputs: for each of `plan.owned`, what its combined gradient is also added to, unless empty.
         """
         if not plan.tiles:
             return
-        transit = Transit(self._workers, flat_N, plan.tiles, wire)
+        transit = Transit(
+            self._workers,
+            flat_N,
+            plan.tiles,
+            wire,
+            list(zip(plan.owned, outputs, strict=True)) if outputs else (),
+        )
         verdict = known
         if verdict is None:
             segments = plan.parameters if self._by_parameter else plan.whole
@@ -145,13 +152,13 @@ class Exchange:
             self._record.add_factors(factors_C)
             transit.place(k, signal.mean_C, factors_C, self._smoothing)
 
-    def gram(self, grads: Sequence[Tensor], wire: torch.dtype) -> Tensor:
+    def gram(self, grads: Sequence[Tensor], wire: Wire) -> Tensor:
         """Gram matrix `[1, W, W]` of whole gradients, on the first rank; they are read, and nothing is kept.
 
         Any division of the elements among the ranks serves, so each tile is cut into W equal parts.
         """
         workers = self._workers
-        columns = columns_per_tile(self._block, workers.size, wire.itemsize)
+        columns = columns_per_tile(self._block, workers.size, wire)
         pieces, start = [], 0
         for grad in grads:
             pieces.append((start, grad.reshape(-1)))
@@ -164,7 +171,7 @@ class Exchange:
                 for first, flat in pieces
                 if first < end and first + flat.numel() > begin
             ]
-            sent = torch.cat([part.to(wire) for part in parts])
+            sent = torch.cat([part.to(wire.gradient) for part in parts])
             sizes = [
                 (end - begin) // workers.size + (j < (end - begin) % workers.size)
                 for j in range(workers.size)
@@ -177,7 +184,7 @@ class Exchange:
         return total
 
     def decide_for_model(
-        self, grads: Sequence[Tensor], wire: torch.dtype, moment: Moment, present_W: Tensor
+        self, grads: Sequence[Tensor], wire: Wire, moment: Moment, present_W: Tensor
     ) -> Verdict:
         """One decision for all gradients of a model, to be given to `combine` as `known`."""
         return self._decide(self.gram(grads, wire), moment, present_W)

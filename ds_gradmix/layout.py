@@ -103,6 +103,8 @@ def plan_tiles(pieces: Sequence[Piece], num_workers: int, rank: int, columns: in
     sizes = [sum(piece.length for piece in region) for region in regions]
     if max(sizes) == 0:
         return []
+    if direct:
+        columns = max(columns * 4 // 5, 1)  # leaves room for the last tile, which is as uneven as the owners
     num_full = min(-(-max(sizes) // columns) - 1, min(sizes) // columns)
     edges = [k * columns for k in range(num_full + 1)] + [max(sizes)]
     cuts = [_cut(region, edges) for region in regions]
@@ -114,7 +116,7 @@ def _regions(pieces: Sequence[Piece], num_workers: int, columns: int) -> tuple[l
     for piece in pieces:
         owned[piece.owner] += piece.length
     total = sum(owned)
-    if num_workers * max(owned) <= _IMBALANCE * total and max(owned) - min(owned) <= columns // 4:
+    if num_workers * max(owned) <= _IMBALANCE * total and max(owned) - min(owned) <= columns // 5:
         room = owned
     else:
         room = [total // num_workers + (j < total % num_workers) for j in range(num_workers)]

@@ -16,10 +16,12 @@ from ds_gradmix.config import Block
 from ds_gradmix.decision import Verdict, known_verdict
 from ds_gradmix.exchange import Exchange, Plan
 from ds_gradmix.layout import Piece
+from ds_gradmix.log import logger
 from ds_gradmix.mixing import KnownMixing, Mean, Moment
 from ds_gradmix.record import Record
 from ds_gradmix.scaling.smoothing import Smoothing
 from ds_gradmix.segments import Segments, to_device
+from ds_gradmix.transit import Wire
 from ds_gradmix.workers import Workers, fingerprint_of
 
 _PLANS_KEPT = 1024  # compositions of buckets; they recur from step to step
@@ -58,7 +60,7 @@ class Reduction:
         self._record = Record(device)
         self._exchange = Exchange(workers, block, self._record, self.smoothing)
         self._everyone_W = torch.ones(workers.size, dtype=torch.bool, device=device)
-        self._plans: OrderedDict[tuple[torch.dtype, Gradients], Plan] = OrderedDict()
+        self._plans: OrderedDict[tuple[Wire, Gradients], Plan] = OrderedDict()
         self._fingerprints: dict[tuple[str, Gradients], int] = {}
         self._drawn: tuple[int, npt.NDArray[np.float64]] | None = None
         self._for_model: tuple[Verdict, Tensor] | None = None
@@ -89,6 +91,8 @@ class Reduction:
 
         key = (occasion, gradients)
         if key not in self._fingerprints:
+            if len(self._fingerprints) > _PLANS_KEPT:
+                self._fingerprints.clear()
             self._fingerprints[key] = fingerprint_of([occasion, *words()])
         self.workers.agree(self._fingerprints[key], words, occasion)
 
@@ -119,16 +123,18 @@ class Reduction:
             begin += chunk.numel()
 
     def exchange(
-        self, flat_N: Tensor, gradients: Gradients, pieces: Callable[[], Sequence[Piece]], wire: torch.dtype
+        self,
+        flat_N: Tensor,
+        gradients: Gradients,
+        pieces: Callable[[], Sequence[Piece]],
+        wire: Wire,
+        outputs: Sequence[Tensor] = (),
     ) -> None:
         """Replace the bucket's owned slices by the combination of all workers' gradients.
 
-        `pieces` tells who owns what of it, and is asked once for every composition of a bucket.
+        `pieces` tells who owns what of it, and is asked once for every composition of a bucket. `outputs`, if
+        there are any, are what the combined gradients of owned pieces are added to, in order.
         """
-        if self.block.scope == "model" and self.block.mixing.needs_gram and self._for_model is None:
-            raise RuntimeError(
-                'gradmix.scope "model": gradients are reduced before the whole model has been seen'
-            )
         known: Verdict | None = None
         if self._for_model is not None:
             known, present_W = self._for_model
@@ -141,20 +147,33 @@ class Reduction:
         self._plans[key] = plan
         if len(self._plans) > _PLANS_KEPT:
             self._plans.popitem(last=False)
-        self._exchange.combine(flat_N, plan, wire, self.moment, present_W, known)
+        self._exchange.combine(flat_N, plan, wire, self.moment, present_W, known, outputs)
 
-    def decide_for_model(self, grads: Sequence[Tensor], wire: torch.dtype) -> None:
-        """Scope `"model"`: decide once, from all gradients of the step; the buckets that follow use the
-        decision.
-        """
+    @property
+    def awaits_the_model(self) -> bool:
+        """Whether the buckets to come need a decision for the whole model, which is not yet made."""
+        whole = self.exchanges and self.block.mixing.needs_gram and self.block.scope == "model"
+        return whole and self._for_model is None
+
+    def decide_for_model(self, grads: Sequence[Tensor], wire: Wire) -> None:
+        """Scope `"model"`: decide once, from all gradients of the step, for all buckets that follow."""
         present_W = self._present(grads)
         self._for_model = (self._exchange.decide_for_model(grads, wire, self.moment, present_W), present_W)
 
+    def end_backward(self) -> None:
+        """All gradients of a backward pass are reduced: the next one decides for the model anew."""
+        self._for_model = None
+
     def finish(self) -> bool:
         """The step's gradients are reduced: read what was decided. Whether the step is to be skipped."""
-        self._for_model = None
         scaled = self.block.scaling is not None and not self.is_stock
         self.numbers = self._record.read(self.workers, scaled=scaled)
+        drops = self.numbers.get("dropped_workers", 0.0)
+        if drops > 0 and self.workers.rank == 0:
+            logger.warning(
+                f"ds_gradmix: step {self.step}: {drops:.0f} times a worker was left out of a reduction, "
+                "because its gradient was not finite"
+            )
         return self.numbers.get("skipped", 0.0) > 0
 
     def settle(self, *, taken: bool) -> None:

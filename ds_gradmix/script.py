@@ -26,10 +26,11 @@ def run_script(arguments: Sequence[str]) -> None:
         return
     path = rest[0]
     sys.argv = [path, *ranks, *rest[1:]]
-    sys.path[0] = os.path.dirname(os.path.realpath(path))
+    if not getattr(sys.flags, "safe_path", False):  # Python 3.11
+        sys.path[0] = os.path.dirname(os.path.realpath(path))
     full_path = os.path.abspath(path)  # as Python itself gives a script its __file__
     with open(path, "rb") as file:
-        code = compile(file.read(), full_path, "exec")
+        code = compile(file.read(), full_path, "exec", dont_inherit=True)  # not our __future__
     # Not runpy.run_path, which takes the module away when the script ends: threads and exit handlers need it.
     main = types.ModuleType("__main__")
     main.__file__ = full_path

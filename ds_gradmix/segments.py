@@ -40,6 +40,15 @@ class Segments:
     see.
     """
 
+    _run_ids: Tensor
+    _run_lengths: Tensor
+    _whole_blocks: Tensor
+    _whole_ids: Tensor
+    _part_blocks: Tensor
+    _part_ids: Tensor
+    _part_low: Tensor
+    _part_high: Tensor
+
     def __init__(
         self,
         ids: Sequence[int],
@@ -73,8 +82,8 @@ class Segments:
         high = np.minimum(ends[runs] - blocks * self.block, self.block)
         whole = high - low == self.block
         tables = {
-            "_run_ids": ids,
-            "_run_lengths": lengths,
+            "_run_ids": ids[runs],  # runs cut at blocks: on a GPU one warp repeats one run
+            "_run_lengths": high - low,
             "_whole_blocks": blocks[whole],
             "_whole_ids": ids[runs[whole]],
             "_part_blocks": blocks[~whole],
@@ -84,15 +93,6 @@ class Segments:
         }
         for name, table in tables.items():
             setattr(self, name, to_device(torch.from_numpy(np.ascontiguousarray(table)), self._device))
-
-    _run_ids: Tensor
-    _run_lengths: Tensor
-    _whole_blocks: Tensor
-    _whole_ids: Tensor
-    _part_blocks: Tensor
-    _part_ids: Tensor
-    _part_low: Tensor
-    _part_high: Tensor
 
     def pad(self, values_RC: Tensor, dtype: torch.dtype) -> Tensor:
         """A copy of `[R, C]` in `dtype`, padded with zero columns to whole blocks."""

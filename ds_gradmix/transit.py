@@ -5,13 +5,26 @@ their owners.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ds_gradmix.layout import Tile
+from ds_gradmix.layout import Piece, Tile
 from ds_gradmix.scaling.smoothing import Smoothing
 from ds_gradmix.workers import Workers
+
+
+class Wire(NamedTuple):
+    """How numbers travel."""
+
+    gradient: torch.dtype  # to those who combine
+    result: torch.dtype  # from them to the owners
+
+    @property
+    def num_bytes(self) -> int:
+        """What an element takes in the staging buffers of a tile, sent and received."""
+        return 2 * self.gradient.itemsize + (self.result.itemsize if self.result != self.gradient else 0)
 
 
 class Transit:
@@ -22,18 +35,27 @@ class Transit:
     there. After `place` a tile's gradients are gone, since the result takes their memory; so only the last
     sweep may place.
 
-    Memory: two staging buffers of one tile each.
+    Memory: two staging buffers of one tile each, and a third where results travel in another dtype.
     """
 
-    def __init__(self, workers: Workers, flat_N: Tensor, tiles: Sequence[Tile], wire: torch.dtype) -> None:
+    def __init__(
+        self,
+        workers: Workers,
+        flat_N: Tensor,
+        tiles: Sequence[Tile],
+        wire: Wire,
+        outputs: Sequence[tuple[Piece, Tensor]] = (),
+    ) -> None:
         self._workers = workers
         self._flat_N = flat_N
         self._tiles = tiles
         self._exchanged = False
         num_sent = max(max(sum(tile.sizes), sum(tile.received_from)) for tile in tiles)
         num_received = max(max(workers.size * tile.num_columns, sum(tile.received_from)) for tile in tiles)
-        self._outbox = flat_N.new_empty(num_sent, dtype=wire)
-        self._inbox = flat_N.new_empty(num_received, dtype=wire)
+        self._wire = wire
+        self._outbox = flat_N.new_empty(num_sent, dtype=wire.gradient)
+        self._inbox = flat_N.new_empty(num_received, dtype=wire.gradient)
+        self._outputs = {piece.parameter: (piece.home, output) for piece, output in outputs}
 
     def sweep(self, last: bool = False) -> Iterator[tuple[int, Tensor]]:
         """All tiles in some order: the number of the tile and every worker's gradients `[W, C]`, not to be
@@ -70,8 +92,13 @@ class Transit:
             return
         if factors_C is not None and smoothing is not None:
             mean_C = mean_C * smoothing.apply(tile.placed, factors_C)
+        lengths = [piece.length for piece in tile.placed]
         slices = [self._flat_N.narrow(0, piece.start, piece.length) for piece in tile.placed]
-        torch._foreach_copy_(slices, list(mean_C.split([piece.length for piece in tile.placed])))
+        torch._foreach_copy_(slices, list(mean_C.split(lengths)))
+        if self._outputs:
+            homes = [(*self._outputs[piece.parameter], piece) for piece in tile.placed]
+            sums = [output.narrow(0, piece.home - home, piece.length) for home, output, piece in homes]
+            torch._foreach_add_(sums, list(mean_C.to(sums[0].dtype).split(lengths)))
 
     def _exchange(self, keep: bool) -> Iterator[tuple[int, Tensor]]:
         for k, tile in enumerate(self._tiles):
@@ -99,6 +126,8 @@ class Transit:
         return buffer[: self._workers.size * columns].view(self._workers.size, columns)
 
     def _forward(self, tile: Tile, values_C: Tensor, out: Tensor) -> Tensor:
+        if out.dtype != self._wire.result:
+            out = out.new_empty(sum(tile.received_from), dtype=self._wire.result)
         received = out[: sum(tile.received_from)]
         self._workers.all_to_all(received, values_C.to(out.dtype), tile.received_from, tile.sent_to)
         return received

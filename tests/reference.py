@@ -57,6 +57,7 @@ def vrgd(grads: list[Array], weights: Array, sizes: list[int], gamma: float) -> 
     begin = 0
     for size in sizes:
         ratios: dict[int, float] = {}
+        noiseless = set()
         for j in range(begin, begin + size):
             m = sum(float(w) * float(g[j]) for w, g in zip(weights, grads, strict=True))
             v = sum(float(w) * (float(g[j]) - m) ** 2 for w, g in zip(weights, grads, strict=True))
@@ -65,9 +66,10 @@ def vrgd(grads: list[Array], weights: Array, sizes: list[int], gamma: float) -> 
                 ratios[j] = m * m / v
             elif m != 0:
                 ratios[j] = 1.0
+                noiseless.add(j)
         layer = sum(ratios.values()) / max(len(ratios), 1)
         for j in range(begin, begin + size):
             scaled = ratios[j] / layer if j in ratios and layer > 0 else 0.0
-            factors[j] = min(max(scaled, gamma), 1.0)
+            factors[j] = 1.0 if j in noiseless else min(max(scaled, gamma), 1.0)
         begin += size
     return mean, factors

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from ds_gradmix.config import parse_block
 from ds_gradmix.layout import Piece
 from ds_gradmix.reduction import Reduction
+from ds_gradmix.transit import Wire
 from ds_gradmix.workers import Workers
 
 
@@ -70,7 +71,7 @@ def reduce_bucket(
 
     def once() -> None:
         if reduction.exchanges:
-            reduction.exchange(flat_N, given, lambda: pieces, flat_N.dtype)
+            reduction.exchange(flat_N, given, lambda: pieces, Wire(flat_N.dtype, flat_N.dtype))
         else:
             reduction.weigh(flat_N, given)
 

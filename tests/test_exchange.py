@@ -14,6 +14,7 @@ from ds_gradmix import combine
 from ds_gradmix.config import parse_block
 from ds_gradmix.layout import Piece
 from ds_gradmix.reduction import Reduction
+from ds_gradmix.transit import Wire
 from ds_gradmix.workers import Workers
 
 GAF = {"mixing": {"type": "GAF", "params": {"threshold": 0.97}}}
@@ -88,7 +89,7 @@ def exchange_everything(workers_count: int) -> dict[Any, Any]:
                     pieces = pieces_of(name, workers_count)
                     given = tuple(enumerate(lengths))
                     reduction.agree(given, "test")
-                    reduction.exchange(flat, given, lambda pieces=pieces: pieces, dtype)
+                    reduction.exchange(flat, given, lambda pieces=pieces: pieces, Wire(dtype, dtype))
                     skip = reduction.finish()
                     mine = [p for p in pieces if p.owner == workers.rank]
                     values = {p.start: flat[p.start : p.start + p.length] for p in mine}

@@ -70,6 +70,8 @@ def refusals() -> dict[str, str]:
     torch.nn.Module.__init__(experts.moe)
     layers = [torch.nn.Linear(3, 3)] * 2
     tries: dict[str, Any] = {
+        "sequence parallel": lambda: build_with({}, mesh_param=(1, 2)),
+        "falsy": lambda: build_with({"zero_optimization": {"stage": 2, "contiguous_gradients": 0}}),
         "stage 3": lambda: build_with({"zero_optimization": {"stage": 3}}),
         "misspelt rule": lambda: build_with({"gradmix": {"mixing": {"type": "gfa"}}}),
         "model scope": lambda: build_with({"gradmix": {**GAF, "scope": "model"}}),
@@ -91,6 +93,8 @@ def test_refused_when_the_engine_is_built() -> None:
     first, second = run_ranks(2, refusals)
     assert first == second
     words = {
+        "sequence parallel": "sequence parallelism",
+        "falsy": "contiguous_gradients",
         "stage 3": "zero_optimization.stage: 3",
         "misspelt rule": 'did you mean "GAF"?',
         "model scope": "set stage to 1",
@@ -311,7 +315,7 @@ def test_checkpoints(tmp_path: Path) -> None:
     warned = {
         "no block to rule": "made without a gradmix block",
         "no momentum to momentum": "no momentum",
-        "momentum to none": "it is dropped",
+        "momentum to none": "is dropped",
         "no scaling to scaling": "scaling None, not VRGD",
     }
     for name in ("rule to no block", "mixing to mixing", "weights only", *warned):
@@ -344,7 +348,33 @@ def other_gradients(block: dict[str, Any], stage: int, bucket: int) -> None:
         engine.step()
 
 
+def other_block() -> None:
+    build_with({"gradmix": {**GAF, "seed": torch.distributed.get_rank()}})
+
+
+def coalesced() -> dict[str, Any]:
+    """Several backwards, one reduction, by DeepSpeed's context manager; a decision for the whole model."""
+    out = {}
+    for scope in ("bucket", "model"):
+        case = Case({**GAF, "scope": scope}, stage=1)
+        engine = build(case)
+        rank = torch.distributed.get_rank()
+        with engine.coalesce_grad_reduction():
+            for micro in range(2):
+                engine.backward(loss_of(engine, 0, micro, rank, case))
+        engine.step()
+        out[scope] = weights_of(engine)
+    return out
+
+
+def test_coalesced_reduction_with_model_scope() -> None:
+    for rank in run_ranks(2, coalesced):
+        np.testing.assert_equal(rank["model"], rank["bucket"])  # one bucket is the model
+
+
 def test_ranks_that_differ_do_not_hang() -> None:
+    with pytest.raises(RankError, match="building the engine: worker 1 has gradmix block"):
+        run_ranks(2, other_block, timeout=60)
     with pytest.raises(RankError, match=r"building the engine: worker 1 has second.weight \(28, 31\)"):
         run_ranks(2, other_shape, timeout=60)
 

@@ -17,7 +17,9 @@ from ds_gradmix.slurm import first_host, rank_environment
 BIN = Path(sys.executable).parent
 TELL = """
 import json, os, pickle, sys
-class Here: pass
+class Here:
+    x: int = 0
+assert Here.__annotations__["x"] is int  # compiled without anybody's __future__
 pickle.loads(pickle.dumps(Here()))  # finds the class in __main__
 rank = os.environ.get("RANK", "0")
 told = dict(argv=sys.argv, name=__name__, file=__file__, cwd=os.getcwd(), path=sys.path[0],

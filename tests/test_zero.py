@@ -133,6 +133,18 @@ def test_mean_equals_stock(name: str) -> None:
         assert same < (3e-2 if case.dtype == "bf16" else 1e-5)
 
 
+def test_fp32_accumulation_of_what_travels_in_fp32() -> None:
+    """With two workers stock's division in bf16 is exact, so that nothing is rounded before it is
+    accumulated.
+    """
+    config = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+    rule = {"mixing": {"type": "GAF", "params": {"threshold": 2}}, **TINY}
+    for bucket in (ONE_OWNER, 10**8):
+        case = Case(rule, dtype="bf16", accumulation=4, bucket=bucket, config=config)
+        for rank in run_ranks(2, run_cases, {"rule": case, "stock": without_block(case)}):
+            assert relative(rank["rule"]["weights"], rank["stock"]["weights"]) < 1e-5
+
+
 def test_rules_do_something() -> None:
     """The replay would agree with a rule that is not there, if the reference left it out, too."""
     ranks = runs(2)

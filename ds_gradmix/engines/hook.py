@@ -16,6 +16,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.constants import default_pg_timeout
 from deepspeed.runtime import engine as engine_module
 from deepspeed.runtime.engine import DeepSpeedEngine
 
@@ -61,8 +62,8 @@ def _building(original: Any) -> Any:
         if block is not None:
             model = kwargs.get("model", args[1] if len(args) > 1 else None)
             _refuse_model(model, kwargs.get("mpu"))
-            hosts = dist.new_group(backend="gloo")
-            _check_parameters(model, hosts)
+            hosts = dist.new_group(backend="gloo", timeout=default_pg_timeout)
+            _check_alike(model, config, block, hosts)
             object.__setattr__(self, _BLOCK, block)  # before Module.__init__ there is no other way
             object.__setattr__(self, _HOSTS, hosts)
         original(self, *args, **kwargs)
@@ -134,24 +135,28 @@ def _refuse_model(model: Any, mpu: Any) -> None:
             raise ConfigError(f"mpu.{name}(): {size}, but only 1 is supported by this version: {remove}")
 
 
-def _check_parameters(model: Any, hosts: dist.ProcessGroup) -> None:
-    """All ranks must have built the same model; DeepSpeed would hang broadcasting parameters of different
-    shapes.
-    """
-    if not isinstance(model, torch.nn.Module) or dist.get_world_size() == 1:
+def _check_alike(model: Any, config: Mapping[str, Any], block: Block, hosts: dist.ProcessGroup) -> None:
+    """All ranks must have the same rules and model; DeepSpeed would hang on differing shapes."""
+    if dist.get_world_size() == 1:
         return
-    words = [
-        f"{name} {tuple(p.shape)} {str(p.dtype).removeprefix('torch.')}{'' if p.requires_grad else ' frozen'}"
-        for name, p in model.named_parameters()
-    ]
+    words = [f"gradmix block {block!r}", f"zero_optimization {config.get('zero_optimization')!r}"]
+    for name, p in model.named_parameters() if isinstance(model, torch.nn.Module) else ():
+        dtype = str(p.dtype).removeprefix("torch.")
+        words.append(f"{name} {tuple(p.shape)} {dtype}{'' if p.requires_grad else ' frozen'}")
     Workers(None, hosts).agree(fingerprint_of(words), lambda: words, "building the engine")
 
 
 def _announce(engine: Any, config: Mapping[str, Any], block: Block | None) -> None:
     """Exactly one line, on rank 0, so that nobody trains with plain averaging by mistake."""
+    reduction = reduction_of(engine)
+    if block is not None and reduction is None:
+        raise ConfigError(
+            f'"{KEY}": the engine was built without the ZeRO optimizer that carries the rules '
+            f"({type(engine.optimizer).__name__}); give it an optimizer, or remove the block"
+        )
     if dist.get_rank() != 0:
         return
-    if block is None:
+    if block is None or reduction is None:
         wrong = misspelt_key(config)
         told = (
             f'the config has "{wrong}" but no "{KEY}" block (misspelt?)'
@@ -160,14 +165,8 @@ def _announce(engine: Any, config: Mapping[str, Any], block: Block | None) -> No
         )
         logger.warning(f"ds_gradmix: NOT active, gradients are averaged: {told}")
         return
-    reduction = reduction_of(engine)
-    if reduction is None:
-        raise ConfigError(
-            f'"{KEY}": the engine was built without the ZeRO optimizer that carries the rules '
-            f"({type(engine.optimizer).__name__}); give it an optimizer, or remove the block"
-        )
-    workers = f"{reduction.workers.size} workers, ZeRO-{engine.zero_optimization_stage()}"
-    told = f"active over {workers}: {block.describe()}"
+    workers = "1 worker" if reduction.workers.size == 1 else f"{reduction.workers.size} workers"
+    told = f"active over {workers}, ZeRO-{engine.zero_optimization_stage()}: {block.describe()}"
     if reduction.workers.size == 1:
         told += "; with one worker every rule is the identity"
     elif block.scaling is not None and reduction.workers.size < 8:

@@ -92,10 +92,10 @@ def refused_settings(config: Mapping[str, Any], block: Block) -> Iterator[str]:
 
 def _refused_combinations(config: Mapping[str, Any], block: Block) -> Iterator[str]:
     stage = lookup(config, "zero_optimization.stage", 0)
-    dtype = lookup(config, "data_types.grad_accum_dtype", None)
+    dtype = str(lookup(config, "data_types.grad_accum_dtype", None)).removeprefix("torch.")
     bf16 = lookup(config, "bf16.enabled", lookup(config, "bfloat16.enabled", False))
     offload = lookup(config, "zero_optimization.offload_optimizer.device", "none")
-    if stage == 1 and bf16 is True and dtype in ("fp32", "float32", "float") and offload in ("none", None):
+    if stage == 1 and bf16 is True and dtype in ("fp32", "float32", "float") and offload != "cpu":
         yield (
             f'data_types.grad_accum_dtype: "{dtype}" with ZeRO-1 and bf16 builds BF16_Optimizer, which '
             "is not supported by this version: set zero_optimization.stage to 2, or remove it"

@@ -13,15 +13,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
 from ds_gradmix import checkpoint
-from ds_gradmix.config import Block
+from ds_gradmix.config import Block, ConfigError
 from ds_gradmix.layout import Piece
 from ds_gradmix.log import logger
 from ds_gradmix.reduction import Reduction
-from ds_gradmix.workers import Workers
+from ds_gradmix.transit import Wire
+from ds_gradmix.workers import Workers, fingerprint_of
 
 
 class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
@@ -47,6 +49,7 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self._gradmix_refuse()
         names = [
             self.param_names.get(self.param_dict[i], f"parameter {i}") for i in range(len(self.param_dict))
         ]
@@ -63,6 +66,25 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
         if self.gradmix.exchanges:
             self.use_multi_rank_bucket_allreduce = True  # one call with all of a bucket's slices
 
+    def _gradmix_refuse(self) -> None:
+        """What is seen only now: settings as DeepSpeed took them, and parallelism that the script set up."""
+        wrong = {
+            "contiguous_gradients: false": not self.contiguous_gradients,
+            "reduce_scatter: false": not self.reduce_scatter,
+            "sequence parallelism": self.sequence_parallel_size != 1,
+            "model parallelism": torch.distributed.get_world_size(self.dp_process_group)
+            != torch.distributed.get_world_size(),
+            "mixture of experts": self.has_moe_layers,
+            "ZenFlow": self.zenflow,
+            "the Muon optimizer": "muon" in type(self.optimizer).__name__.lower(),
+        }
+        found = [name for name, there in wrong.items() if there]
+        if found:
+            raise ConfigError(
+                f"gradmix: the engine was built with {', '.join(found)}, which this version does not take; "
+                'change that, or remove the "gradmix" block'
+            )
+
     # --- one bucket ---
 
     def average_tensor(self, tensor: Tensor, communication_data_type: torch.dtype) -> None:
@@ -70,6 +92,8 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
         bucket = self.ipg_buckets[communication_data_type]
         gradients = tuple((index, self.param_dict[index].numel()) for _, _, index in bucket.params)
         self.gradmix.step = self._gradmix_step()
+        if self.gradmix.awaits_the_model:
+            self._decide_for_model()
         self.gradmix.agree(gradients, "gradient reduction")
         self._gradmix_bucket = (tensor, gradients)
         super().average_tensor(tensor, communication_data_type)
@@ -86,13 +110,25 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
         assert self._gradmix_bucket is not None
         flat_N, gradients = self._gradmix_bucket
         slices = [(next(iter(owners)), part.numel()) for owners, part, _ in bucket]
-        wire = flat_N.dtype  # a wider communication type gains nothing: sums are float32 here anyway
-        if communication_data_type.itemsize < wire.itemsize:
-            wire = communication_data_type
-        self.gradmix.exchange(flat_N, gradients, lambda: list(self._pieces(gradients, slices)), wire)
-        for owners, part, output in bucket:
-            if self.gradmix.workers.rank in owners:
-                self._add_to_grad_partition_buffer(output, part)
+        mine = [(part, out) for owners, part, out in bucket if self.gradmix.workers.rank in owners]
+        outputs = [out for _, out in mine if out is not None]
+        assert len(outputs) in (0, len(mine))
+        # What is combined in float32 gains nothing from gradients that were widened before they were sent.
+        wire = min(flat_N.dtype, communication_data_type, key=lambda dtype: dtype.itemsize)
+        result = wire
+        if self._use_compact_grad_partition_buffer(0) and communication_data_type.itemsize > wire.itemsize:
+            result = communication_data_type  # sums over micro-steps are kept in float32, and asked for in it
+        self.gradmix.exchange(
+            flat_N, gradients, lambda: list(self._pieces(gradients, slices)), Wire(wire, result), outputs
+        )
+        if self.cpu_offload:  # accumulates whole gradients: what others own must not look like an overflow
+            others = [part for owners, part, _ in bucket if self.gradmix.workers.rank not in owners]
+            if others:
+                torch._foreach_zero_(others)
+        if self.overlap_comm and not get_accelerator().resolves_data_dependency():
+            flat_N.record_stream(
+                self.reduction_stream
+            )  # a large parameter's own gradient is freed after this
 
     def allreduce_no_retain(self, *args: Any, **kwargs: Any) -> None:
         """The slices of one owner, with `use_multi_rank_bucket_allreduce: false`."""
@@ -128,33 +164,23 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
 
     # --- one backward ---
 
-    def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
-        """ZeRO-1 at the accumulation boundary: all gradients are there."""
-        if (
-            self.gradmix.exchanges
-            and self.gradmix.block.scope == "model"
-            and self.gradmix.block.mixing.needs_gram
-        ):
-            self._decide_for_model()
-        super().reduce_gradients(pipeline_parallel=pipeline_parallel)
-
     def _decide_for_model(self) -> None:
+        """ZeRO-1, before its first bucket: all gradients are there, in the bucket or not."""
         parameters = [(self.get_param_id(p), p) for group in self.bit16_groups for p in group]
         found = [(index, self.get_gradient_for_reduction(p)) for index, p in parameters]
         present = [(index, grad) for index, grad in found if grad is not None and grad.numel()]
-        self.gradmix.step = self._gradmix_step()
-        self.gradmix.agree(
-            tuple((index, grad.numel()) for index, grad in present), "gradient reduction for the model"
-        )
+        gradients = tuple((index, grad.numel()) for index, grad in present)
+        self.gradmix.agree(gradients, "gradient reduction for the model")
         if present:
             grads = [grad.detach() for _, grad in present]
-            wire = min((grads[0].dtype, self.communication_data_type), key=lambda dtype: dtype.itemsize)
-            self.gradmix.decide_for_model(grads, wire)
+            wire = min(grads[0].dtype, self.communication_data_type, key=lambda dtype: dtype.itemsize)
+            self.gradmix.decide_for_model(grads, Wire(wire, wire))
 
     def independent_gradient_partition_epilogue(self) -> None:
         """The end of a backward's reductions: all ranks must have come to it."""
         super().independent_gradient_partition_epilogue()
         self.gradmix.agree((), "end of the backward pass")
+        self.gradmix.end_backward()
 
     # --- one step ---
 
@@ -162,6 +188,7 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
         """Take the optimizer step, or skip it if no worker agreed: then by the way DeepSpeed skips an
         overflow.
         """
+        self.gradmix.agree((), "optimizer step")
         self._gradmix_skips = self.gradmix.finish()
         with self._discarding_gradients() if self._gradmix_skips else contextlib.nullcontext():
             super().step(closure)
@@ -193,15 +220,33 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """DeepSpeed's, and ours under a key of its own."""
-        return {**super().state_dict(), checkpoint.KEY: checkpoint.save(self.gradmix)}
+        return {**super().state_dict(), checkpoint.KEY: checkpoint.save(self.gradmix, self._gradmix_layout())}
 
     def load_state_dict(
         self, state_dict_list: Any, load_optimizer_states: bool = True, **kwargs: Any
     ) -> None:
         """DeepSpeed's, and ours if it is there and fits."""
         super().load_state_dict(state_dict_list, load_optimizer_states=load_optimizer_states, **kwargs)
-        if load_optimizer_states:
-            mine = state_dict_list[self.gradmix.workers.rank] if state_dict_list else {}
-            warning = checkpoint.load(self.gradmix, mine.get(checkpoint.KEY))
-            if warning and self.gradmix.workers.rank == 0:
-                logger.warning(f"ds_gradmix: {warning}")
+        if not load_optimizer_states:
+            return
+        if state_dict_list is None:
+            warning: str | None = checkpoint.start_afresh(
+                self.gradmix, "a universal checkpoint does not hold it"
+            )
+        else:
+            saved = state_dict_list[self.gradmix.workers.rank].get(checkpoint.KEY)
+            warning = checkpoint.load(self.gradmix, saved, self._gradmix_layout())
+        if warning and self.gradmix.workers.rank == 0:
+            logger.warning(f"ds_gradmix: {warning}")
+
+    def _gradmix_layout(self) -> int:
+        """A number for where each parameter lies in the partitions."""
+        return fingerprint_of(
+            [
+                f"{self.param_names.get(p)} {p.numel()} {offset}"
+                for group, offsets in zip(
+                    self.round_robin_bit16_groups, self.round_robin_bit16_offsets, strict=True
+                )
+                for p, offset in zip(group, offsets, strict=True)
+            ]
+        )

@@ -23,7 +23,9 @@ class GradientMix(KnownMixing):
     `lambda ~ Beta(alpha, alpha)`.
     """
 
-    alpha: float = Field(1.0, gt=0, allow_inf_nan=False, description="concentration; large means the mean")
+    alpha: float = Field(
+        1.0, gt=0, le=1e12, allow_inf_nan=False, description="concentration; large means the mean"
+    )
     distribution: Literal["dirichlet", "beta"] = Field("dirichlet", description="how weights are drawn")
     granularity: Literal["model", "parameter"] = Field(
         "model", description="one draw for all parameters, or each"

@@ -14,6 +14,7 @@ class Signal(NamedTuple):
 
     mean_C: Tensor  # weighted mean over the workers
     ratio_C: Tensor  # signal-to-noise ratio, not yet normalised
+    noiseless_C: Tensor  # bool, whether there is a mean without noise: its factor is 1
     counted_C: Tensor  # bool, whether the coordinate takes part in its layer's mean ratio
 
 

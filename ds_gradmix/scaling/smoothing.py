@@ -34,10 +34,13 @@ class Smoothing:
         """A reduction of these gradients starts: the whole of what this rank owns of each parameter in it."""
         if not self._pending:
             self._pending = [torch.full_like(mean, self._idle) for mean in self._means]
-        for piece in owned:
-            key = (piece.group, piece.home, piece.length)
-            if key not in self._reductions:
-                self._pending[piece.group].narrow(0, piece.home, piece.length).zero_()
+        keys = [(piece.group, piece.home, piece.length) for piece in owned]
+        fresh = [key for key in keys if key not in self._reductions]
+        if fresh:
+            torch._foreach_zero_(
+                [self._pending[group].narrow(0, home, length) for group, home, length in fresh]
+            )
+        for key in keys:
             self._reductions[key] = self._reductions.get(key, 0) + 1
 
     def apply(self, pieces: Sequence[Piece], factors_C: Tensor) -> Tensor:

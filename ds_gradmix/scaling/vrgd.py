@@ -46,11 +46,12 @@ class VRGD(Scaling):
         divisor_C = torch.where(mean_C == 0, precision.tiny, mean_C)
         deviations_WC = grads_WC.sub_(mean_C).div_(divisor_C)
         noise_C = weighted_sum(deviations_WC.clamp_(-_HUGE, _HUGE).square_(), weights_WC)  # v / m^2
-        ratio_C = torch.where(noise_C <= noiseless, 1.0, 1.0 / noise_C)
-        ratio_C = torch.where(mean_C == 0, 0.0, ratio_C)
-        return Signal(mean_C, ratio_C, (mean_C != 0) | (noise_C != 0))
+        noiseless_C = (noise_C <= noiseless) & (mean_C != 0)
+        ratio_C = torch.where(noiseless_C, 1.0, torch.where(mean_C == 0, 0.0, 1.0 / noise_C))
+        return Signal(mean_C, ratio_C, noiseless_C, (mean_C != 0) | (noise_C != 0))
 
     def factors(self, signal: Signal, layer_mean_C: Tensor) -> Tensor:
         """`clip(r / layer mean, gamma, 1)`."""
         ratio_C = signal.ratio_C / layer_mean_C.clamp(min=torch.finfo(layer_mean_C.dtype).tiny)
-        return torch.where(signal.counted_C, ratio_C.clamp(self.gamma, 1.0), self.gamma)
+        factors_C = torch.where(signal.noiseless_C, 1.0, ratio_C.clamp(self.gamma, 1.0))
+        return torch.where(signal.counted_C, factors_C, self.gamma)
