@@ -79,8 +79,7 @@ def _scaled(
     rule: Scaling, grads_WN: Tensor, weights_WN: Tensor, parameters: Segments
 ) -> tuple[Tensor, Tensor]:
     signal = rule.signal(grads_WN, weights_WN)
-    layer_sum_P = parameters.sum(torch.where(signal.counted_C, signal.ratio_C, 0.0))
-    count_P = parameters.sum(signal.counted_C.to(grads_WN.dtype))
+    layer_sum_P, count_P = (parameters.sum(terms_N) for terms_N in signal.layer_terms())
     layer_mean_P = (layer_sum_P / count_P.clamp(min=1)).to(grads_WN.dtype)
     factors_N = rule.factors(signal, parameters.expand(layer_mean_P[None])[0])
     return factors_N * signal.mean_C, factors_N

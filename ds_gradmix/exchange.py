@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -28,8 +29,8 @@ from ds_gradmix.layout import Piece, Tile, plan_tiles
 from ds_gradmix.mixing import GramMixing, Moment
 from ds_gradmix.record import Record
 from ds_gradmix.scaling import Scaling
-from ds_gradmix.scaling.smoothing import Smoothing
 from ds_gradmix.segments import Segments, to_device, weighted_sum
+from ds_gradmix.smoothing import Smoothing
 from ds_gradmix.transit import Transit, Wire
 from ds_gradmix.workers import Workers
 
@@ -39,10 +40,37 @@ class Plan:
     """How one composition of a bucket is exchanged."""
 
     tiles: list[Tile]
-    parameters: list[Segments]  # of every tile, one segment a parameter of the bucket
-    whole: list[Segments]  # of every tile, as one segment
-    owned: list[Piece]  # what this rank owns of the bucket
-    elements: Tensor  # of every parameter of the bucket, float64
+    pieces: list[Piece]
+    rank: int
+    num_workers: int
+    device: torch.device
+
+    @cached_property
+    def owned(self) -> list[Piece]:
+        """What this rank owns of the bucket."""
+        return [piece for piece in self.pieces if piece.owner == self.rank]
+
+    @cached_property
+    def elements(self) -> Tensor:
+        """Elements of every parameter of the bucket, `[P]` float64."""
+        counts = [0] * self._num_parameters
+        for piece in self.pieces:
+            counts[piece.parameter] += piece.length
+        return to_device(torch.tensor(counts, dtype=torch.float64), self.device)
+
+    @cached_property
+    def parameters(self) -> list[Segments]:
+        """Of every tile, one segment a parameter of the bucket."""
+        return [tile.segments(self._num_parameters, self.device, self.num_workers) for tile in self.tiles]
+
+    @cached_property
+    def whole(self) -> list[Segments]:
+        """Of every tile, as one segment."""
+        return [tile.segments(1, self.device, self.num_workers) for tile in self.tiles]
+
+    @property
+    def _num_parameters(self) -> int:
+        return 1 + max((piece.parameter for piece in self.pieces), default=0)
 
 
 def columns_per_tile(block: Block, num_workers: int, wire: Wire) -> int:
@@ -86,17 +114,7 @@ class Exchange:
         workers = self._workers
         columns = columns_per_tile(self._block, workers.size, wire)
         tiles = plan_tiles(pieces, workers.size, workers.rank, columns)
-        num_parameters = 1 + max((piece.parameter for piece in pieces), default=0)
-        elements = [0] * num_parameters
-        for piece in pieces:
-            elements[piece.parameter] += piece.length
-        return Plan(
-            tiles,
-            [tile.segments(num_parameters, device, workers.size) for tile in tiles],
-            [tile.segments(1, device, workers.size) for tile in tiles],
-            [piece for piece in pieces if piece.owner == workers.rank],
-            to_device(torch.tensor(elements, dtype=torch.float64), device),
-        )
+        return Plan(tiles, list(pieces), workers.rank, workers.size, device)
 
     def combine(
         self,
@@ -139,16 +157,36 @@ class Exchange:
         weights_WS = verdict.weights_SW.t().float()
         segments = plan.whole if one_row else plan.parameters
         if self._block.scaling is not None:
-            layer_mean_S = self._layer_means(self._block.scaling, transit, plan, segments, weights_WS)
+            self._scale(self._block.scaling, transit, plan, segments, weights_WS)
+            return
+        for k, grads_WC in transit.sweep(last=True):
+            transit.place(k, weighted_sum(grads_WC.float(), segments[k].expand(weights_WS)))
+
+    def _scale(
+        self, rule: Scaling, transit: Transit, plan: Plan, segments: Sequence[Segments], weights_WS: Tensor
+    ) -> None:
+        """Statistics of all tiles, their mean over every parameter and all ranks that have a part, factors.
+        """
+        sums_2S: list[Tensor] = []
+        for k, grads_WC in transit.sweep():
+            signal = rule.signal(grads_WC, segments[k].expand(weights_WS))
+            sums_2S.append(torch.stack([plan.parameters[k].sum(terms_C) for terms_C in signal.layer_terms()]))
+            if transit.holds_signals:
+                transit.hold(k, signal)
+        total_2S = _total(iter(sums_2S))
+        self._workers.sum(total_2S)
+        layer_mean_S = (total_2S[0] / total_2S[1].clamp(min=1)).float()
         if self._smoothing is not None:
             self._smoothing.begin(plan.owned)
-        for k, grads_WC in transit.sweep(last=True):
-            weights_WC = segments[k].expand(weights_WS)
-            if self._block.scaling is None:
-                transit.place(k, weighted_sum(grads_WC.float(), weights_WC))
-                continue
-            signal = self._block.scaling.signal(grads_WC.to(torch.float32, copy=True), weights_WC)
-            factors_C = self._block.scaling.factors(signal, plan.parameters[k].expand(layer_mean_S[None])[0])
+        again = (
+            transit.held()
+            if transit.holds_signals
+            else (
+                (k, rule.signal(g_WC, segments[k].expand(weights_WS))) for k, g_WC in transit.sweep(last=True)
+            )
+        )
+        for k, signal in again:
+            factors_C = rule.factors(signal, plan.parameters[k].expand(layer_mean_S[None])[0])
             self._record.add_factors(factors_C)
             transit.place(k, signal.mean_C, factors_C, self._smoothing)
 
@@ -202,22 +240,6 @@ class Exchange:
             packed = gram_SWW.new_empty(gram_SWW.shape[0], self._workers.size + 2)
         self._workers.from_first(packed)
         return Verdict.unpacked(packed)
-
-    def _layer_means(
-        self, rule: Scaling, transit: Transit, plan: Plan, segments: list[Segments], weights_WS: Tensor
-    ) -> Tensor:
-        """Mean signal-to-noise ratio of every parameter, over all the ranks that combine a part of it."""
-
-        def sums() -> Iterator[Tensor]:
-            for k, grads_WC in transit.sweep():
-                signal = rule.signal(grads_WC.to(torch.float32, copy=True), segments[k].expand(weights_WS))
-                ratio_C = torch.where(signal.counted_C, signal.ratio_C, 0.0)
-                counted_S = plan.parameters[k].sum(signal.counted_C.float())
-                yield torch.stack([plan.parameters[k].sum(ratio_C), counted_S])
-
-        total = _total(sums())
-        self._workers.sum(total)
-        return (total[0] / total[1].clamp(min=1)).float()
 
 
 def _total(parts: Iterator[Tensor]) -> Tensor:

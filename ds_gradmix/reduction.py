@@ -19,8 +19,8 @@ from ds_gradmix.layout import Piece
 from ds_gradmix.log import logger
 from ds_gradmix.mixing import KnownMixing, Mean, Moment
 from ds_gradmix.record import Record
-from ds_gradmix.scaling.smoothing import Smoothing
 from ds_gradmix.segments import Segments, to_device
+from ds_gradmix.smoothing import Smoothing
 from ds_gradmix.transit import Wire
 from ds_gradmix.workers import Workers, fingerprint_of
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ds_gradmix.layout import Piece, Tile
-from ds_gradmix.scaling.smoothing import Smoothing
+from ds_gradmix.scaling import Signal
+from ds_gradmix.smoothing import Smoothing
 from ds_gradmix.workers import Workers
 
 
@@ -50,6 +51,7 @@ class Transit:
         self._flat_N = flat_N
         self._tiles = tiles
         self._exchanged = False
+        self._held: dict[int, Signal | None] = {}  # None where it is in the bucket's memory
         num_sent = max(max(sum(tile.sizes), sum(tile.received_from)) for tile in tiles)
         num_received = max(max(workers.size * tile.num_columns, sum(tile.received_from)) for tile in tiles)
         self._wire = wire
@@ -73,6 +75,43 @@ class Transit:
         for k in range(final):
             self._pack(k)
             yield k, self._rows(k, self._outbox)
+
+    @property
+    def holds_signals(self) -> bool:
+        """Whether a tile's memory in the bucket is enough for two float32 a column."""
+        return self._workers.size * self._flat_N.element_size() >= 8
+
+    def hold(self, k: int, signal: Signal) -> None:
+        """Keep tile k's statistics, float32, in place of its gradients; called during a sweep."""
+        self._held[k] = signal
+        if k < len(self._tiles) - 1:
+            bits = torch.stack(signal).view(-1).view(self._flat_N.dtype)
+            torch._foreach_copy_(*self._home_of_bits(k, bits))
+            self._held[k] = None
+
+    def held(self) -> Iterator[tuple[int, Signal]]:
+        """What was held, tile by tile; the caller may place each when it is done with it."""
+        for k in reversed(range(len(self._tiles))):
+            signal = self._held[k]
+            if signal is None:
+                num_columns = self._tiles[k].num_columns
+                bits = self._flat_N.new_empty(8 * num_columns // self._flat_N.element_size())
+                places, parts = self._home_of_bits(k, bits)
+                torch._foreach_copy_(parts, places)
+                signal = Signal(*bits.view(torch.float32).view(2, num_columns))
+            yield k, signal
+
+    def _home_of_bits(self, k: int, bits: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Views of tile k's memory in the bucket, and as much of `bits` for each of them."""
+        places, parts, begin = [], [], 0
+        for start, length in self._tiles[k].spans:
+            length = min(length, bits.numel() - begin)
+            if length == 0:
+                break
+            places.append(self._flat_N.narrow(0, start, length))
+            parts.append(bits.narrow(0, begin, length))
+            begin += length
+        return places, parts
 
     def place(
         self, k: int, mean_C: Tensor, factors_C: Tensor | None = None, smoothing: Smoothing | None = None
@@ -106,7 +145,7 @@ class Transit:
             received = self._inbox[: self._workers.size * tile.num_columns]
             self._workers.all_to_all(received, sent, [tile.num_columns] * self._workers.size, tile.sizes)
             yield k, self._rows(k, self._inbox)
-            if keep and k < len(self._tiles) - 1:
+            if keep and k < len(self._tiles) - 1 and k not in self._held:
                 self._unpack(k)
 
     def _pack(self, k: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import NamedTuple
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
@@ -13,9 +14,13 @@ class Signal(NamedTuple):
     """What one pass over the workers' gradients tells about C coordinates."""
 
     mean_C: Tensor  # weighted mean over the workers
-    ratio_C: Tensor  # signal-to-noise ratio, not yet normalised
-    noiseless_C: Tensor  # bool, whether there is a mean without noise: its factor is 1
-    counted_C: Tensor  # bool, whether the coordinate takes part in its layer's mean ratio
+    ratio_C: Tensor  # signal-to-noise ratio, not yet normalised; inf without noise, -1 without any gradient
+
+    def layer_terms(self) -> tuple[Tensor, Tensor]:
+        """What each coordinate adds to its layer's sum of ratios, and to its count: `[C]` both."""
+        idle_C = self.ratio_C < 0
+        ratio_C = torch.where(self.ratio_C == float("inf"), 1.0, self.ratio_C)
+        return torch.where(idle_C, 0.0, ratio_C), (~idle_C).to(ratio_C.dtype)
 
 
 class Scaling(BaseModel):
@@ -35,9 +40,9 @@ class Scaling(BaseModel):
 
     @abstractmethod
     def signal(self, grads_WC: Tensor, weights_WC: Tensor) -> Signal:
-        """Statistics of C coordinates from gradients `[W, C]`, float32 or float64, which are overwritten.
+        """Statistics of C coordinates from gradients `[W, C]`, of any dtype, which are not changed.
 
-        `weights_WC` is of the same dtype, `[W, C]` or `[W, 1]`.
+        `weights_WC` is `[W, C]` or `[W, 1]`, in float32 or float64, which is what is computed in.
         """
 
     @abstractmethod

@@ -39,19 +39,21 @@ class VRGD(Scaling):
         return self.gamma
 
     def signal(self, grads_WC: Tensor, weights_WC: Tensor) -> Signal:
-        """m and the raw ratio `m^2/v`; overwrites `grads_WC`."""
-        precision = torch.finfo(grads_WC.dtype)
+        """m and the raw ratio `m^2/v`."""
+        precision = torch.finfo(weights_WC.dtype)
         noiseless = (8 * precision.eps) ** 2  # v/m^2 of equal workers, as rounding leaves it
-        mean_C = weighted_sum(grads_WC, weights_WC)
+        values_WC = grads_WC.to(weights_WC.dtype)
+        mean_C = weighted_sum(values_WC, weights_WC)
         divisor_C = torch.where(mean_C == 0, precision.tiny, mean_C)
-        deviations_WC = grads_WC.sub_(mean_C).div_(divisor_C)
-        noise_C = weighted_sum(deviations_WC.clamp_(-_HUGE, _HUGE).square_(), weights_WC)  # v / m^2
-        noiseless_C = (noise_C <= noiseless) & (mean_C != 0)
-        ratio_C = torch.where(noiseless_C, 1.0, torch.where(mean_C == 0, 0.0, 1.0 / noise_C))
-        return Signal(mean_C, ratio_C, noiseless_C, (mean_C != 0) | (noise_C != 0))
+        copied = values_WC is not grads_WC
+        deviations_WC = values_WC.sub_(mean_C) if copied else values_WC - mean_C
+        deviations_WC.div_(divisor_C).clamp_(-_HUGE, _HUGE).square_()
+        noise_C = weighted_sum(deviations_WC, weights_WC)  # v / m^2
+        ratio_C = torch.where(noise_C <= noiseless, float("inf"), 1.0 / noise_C)
+        without_mean_C = torch.where(noise_C == 0, -1.0, 0.0)
+        return Signal(mean_C, torch.where(mean_C == 0, without_mean_C, ratio_C))
 
     def factors(self, signal: Signal, layer_mean_C: Tensor) -> Tensor:
         """`clip(r / layer mean, gamma, 1)`."""
         ratio_C = signal.ratio_C / layer_mean_C.clamp(min=torch.finfo(layer_mean_C.dtype).tiny)
-        factors_C = torch.where(signal.noiseless_C, 1.0, ratio_C.clamp(self.gamma, 1.0))
-        return torch.where(signal.counted_C, factors_C, self.gamma)
+        return ratio_C.clamp_(self.gamma, 1.0)
