@@ -18,7 +18,7 @@ _USAGE = """usage: python -m ds_gradmix SCRIPT [its options]       (also: -m MOD
 
 def main(arguments: list[str]) -> None:
     """Start a script; a verb in its place is passed on to the command line."""
-    plain = [argument for argument in arguments if not argument.startswith("--local_rank")]
+    plain = [argument for argument in arguments if not argument.startswith(("--local_rank", "--local-rank"))]
     if not plain or plain[0] in ("-h", "--help"):
         sys.stderr.write(_USAGE.format(verbs="|".join(VERBS)))
         sys.exit(0 if plain else 2)

@@ -39,19 +39,23 @@ def cost_table(config: Mapping[str, Any], block: Block, workers: Sequence[int]) 
     for size in workers:
         even, uneven = (sent_ratio(block, size, one_owner=one) for one in (False, True))
         lines.append(f"  {size:7d}  {even:12.3f}  {uneven:18.3f}")
+    bucket = int(lookup(config, "zero_optimization.reduce_bucket_size", 500_000_000))
+    width = 2 if any(lookup(config, f"{name}.enabled", False) is True for name in ("bf16", "fp16")) else 4
+    stock = f"stock: a copy of the bucket, at most {bucket * width / 2**20:g} MiB"
     if exchanges:
         tiles = 3 * block.tile_bytes / 2**20
         lines.append(
-            f"extra memory per rank: at most {tiles:g} MiB while a bucket is reduced (3 tiles of tile_bytes)"
+            f"extra memory per rank while a bucket is reduced: at most {tiles:g} MiB, 3 tiles ({stock})"
         )
         if block.mixing.needs_gram:
             each = "every parameter of a bucket" if block.scope == "parameter" else "each decision"
             lines.append(f"  and W x W float64 for {each}")
     elif isinstance(block.mixing, Mean) and block.nonfinite == "propagate":
-        lines.append("extra memory per rank: none; this is stock DeepSpeed")
+        lines.append(f"extra memory per rank: none, this is stock DeepSpeed ({stock})")
     else:
+        tile = block.tile_bytes / 2**20
         lines.append(
-            f"extra memory per rank: at most {block.tile_bytes / 2**20:g} MiB while a bucket is reduced"
+            f"extra memory per rank while a bucket is reduced: at most {tile:g} MiB besides stock's ({stock})"
         )
     if block.scaling is not None and block.scaling.smoothing > 0:
         lines.append(

@@ -122,6 +122,21 @@ def announcements() -> dict[str, list[str]]:
     return said
 
 
+def untested_version() -> list[str]:
+    from ds_gradmix.engines import hook
+
+    hook.TESTED_DEEPSPEED = ("0.1.0",)
+    with log_lines() as lines:
+        hook.enable()
+        hook.enable()
+    return lines
+
+
+def test_an_untested_deepspeed_is_warned_about() -> None:
+    (lines,) = run_ranks(1, untested_version)
+    assert len(lines) == 1 and "is untested (tested: 0.1.0)" in lines[0]
+
+
 def monitored(folder: str) -> None:
     monitor = {"enabled": True, "output_path": folder, "job_name": "job"}
     case = Case(GAF, config={"csv_monitor": monitor}, steps=2)

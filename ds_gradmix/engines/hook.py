@@ -8,6 +8,7 @@ before.
 from __future__ import annotations
 
 import functools
+import logging
 import sys
 from collections.abc import Mapping
 from types import TracebackType
@@ -167,13 +168,13 @@ def _announce(engine: Any, config: Mapping[str, Any], block: Block | None) -> No
         return
     workers = "1 worker" if reduction.workers.size == 1 else f"{reduction.workers.size} workers"
     told = f"active over {workers}, ZeRO-{engine.zero_optimization_stage()}: {block.describe()}"
+    level = logging.INFO
     if reduction.workers.size == 1:
         told += "; with one worker every rule is the identity"
-    elif block.scaling is not None and reduction.workers.size < 8:
-        told += (
-            f"; {type(block.scaling).__name__} wants at least 8 workers, with fewer it reads noise as signal"
-        )
-    logger.info(f"ds_gradmix: {told}")
+    elif block.scaling is not None and reduction.workers.size < block.scaling.min_workers:
+        level = logging.WARNING
+        told += f"; {type(block.scaling).__name__} wants at least {block.scaling.min_workers} workers"
+    logger.log(level, f"ds_gradmix: {told}")
 
 
 def _monitor(engine: Any, numbers: Mapping[str, float]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -27,6 +27,8 @@ class Scaling(BaseModel):
     """Base of all scaling rules; its fields are the rule's `params` in ds_config.json."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    min_workers: ClassVar[int] = 1  # with fewer, rank 0 warns
 
     @property
     def smoothing(self) -> float:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -24,6 +26,8 @@ class VRGD(Scaling):
     gamma. Everything is computed from `(g_i - m)/m`, in two passes, so no square of a gradient can over- or
     underflow.
     """
+
+    min_workers: ClassVar[int] = 8  # at W = 4 a third of all coordinates of pure noise sit on the floor
 
     gamma: float = Field(0.1, ge=0, le=1, allow_inf_nan=False, description="smallest factor")
     momentum: float = Field(0.0, ge=0, lt=1, allow_inf_nan=False, description="beta3 of the paper; 0 is off")
