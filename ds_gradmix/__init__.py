@@ -1,9 +1,9 @@
 """Gradient mixing, filtering and variance scaling in place of averaging, inside DeepSpeed ZeRO.
 
-    g = r * sum_i w_i grad f_i(theta)
+    g = r * sum_i w_i grad f_i(theta + delta_i)
 
-`mixing` gives the workers' weights w, `scaling` the coordinates' factors r; both are switched on by a block
-in ds_config.json. See the README.
+`mixing` gives the workers' weights w, `scaling` the coordinates' factors r, `extrapolation` the offsets
+delta; all are switched on by a block in ds_config.json. See the README.
 """
 
 from __future__ import annotations

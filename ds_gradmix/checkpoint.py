@@ -1,56 +1,79 @@
-"""What of the rules a checkpoint holds: which scaling rule it was, and its running mean."""
+"""What of the rules a checkpoint holds: a scaling rule's running mean, and the gradient a worker looks ahead
+by.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+from pydantic import BaseModel
+
+from ds_gradmix.lookahead import LookAhead
 from ds_gradmix.reduction import Reduction
 
 KEY = "gradmix"
 
 
-def save(reduction: Reduction, layout: int) -> dict[str, Any]:
+def save(reduction: Reduction, lookahead: LookAhead | None, layout: int) -> dict[str, Any]:
     """This rank's part. Draws need no state: they are keyed by DeepSpeed's own step count.
 
-    `layout` stands for where parameters lie in the partitions, which the momentum depends on.
+    `layout` stands for where parameters lie in the partitions, which all state depends on.
     """
     smoothing = reduction.smoothing
     return {
-        "scaling": _scaling(reduction),
+        "scaling": _name(reduction.block.scaling),
+        "extrapolation": _name(reduction.block.extrapolation),
         "layout": layout,
         "smoothing": smoothing.state_dict() if smoothing else None,
+        "lookahead": lookahead.state_dict() if lookahead else None,
     }
 
 
-def load(reduction: Reduction, saved: dict[str, Any] | None, layout: int) -> str | None:
-    """Take over a saved state if it fits; else start afresh and tell why.
+def load(
+    reduction: Reduction, lookahead: LookAhead | None, saved: dict[str, Any] | None, layout: int, why: str
+) -> str | None:
+    """Take over a saved state where it fits, and start afresh where not; what to warn of.
 
-    `mixing` may change between runs, since no mixing rule has state.
+    `mixing` may change between runs, since no mixing rule has state. `why` tells why `saved` is None.
     """
-    scaling = _scaling(reduction)
-    if saved is None:
-        return start_afresh(reduction, "it was made without a gradmix block")
-    if saved["scaling"] != scaling:
-        return start_afresh(reduction, f"it was made with scaling {saved['scaling']}, not {scaling}")
-    if reduction.smoothing is None:
-        return (
-            None
-            if saved["smoothing"] is None
-            else f"the checkpoint's momentum of {scaling} is dropped: it is off now"
-        )
-    if saved["smoothing"] is None:
-        return start_afresh(reduction, f"it holds no momentum of {scaling}")
-    if saved["layout"] != layout or not reduction.smoothing.load_state_dict(saved["smoothing"]):
-        return start_afresh(reduction, f"its momentum of {scaling} is of another partitioning")
-    return None
-
-
-def start_afresh(reduction: Reduction, why: str) -> str:
-    """Forget all state; what to warn of."""
     if reduction.smoothing is not None:
         reduction.smoothing.reset()
-    return f"the checkpoint has no state for these rules ({why}); they start afresh from here"
+    if lookahead is not None:
+        lookahead.forget()
+    if saved is None:
+        return _afresh(why)
+    if saved["layout"] != layout:
+        return _afresh("it is of another partitioning")
+    told = [_load_smoothing(reduction, saved), _load_lookahead(reduction, lookahead, saved)]
+    return _afresh("; ".join(reasons)) if (reasons := [reason for reason in told if reason]) else None
 
 
-def _scaling(reduction: Reduction) -> str | None:
-    return type(reduction.block.scaling).__name__ if reduction.block.scaling else None
+def _load_smoothing(reduction: Reduction, saved: dict[str, Any]) -> str | None:
+    scaling = _name(reduction.block.scaling)
+    if saved["scaling"] != scaling:
+        return f"it was made with scaling {saved['scaling']}, not {scaling}"
+    if reduction.smoothing is None:
+        return (
+            None if saved["smoothing"] is None else f"its momentum of {scaling} is dropped, which is off now"
+        )
+    if saved["smoothing"] is None:
+        return f"it holds no momentum of {scaling}"
+    fits = reduction.smoothing.load_state_dict(saved["smoothing"])
+    return None if fits else f"its momentum of {scaling} is of another partitioning"
+
+
+def _load_lookahead(reduction: Reduction, lookahead: LookAhead | None, saved: dict[str, Any]) -> str | None:
+    extrapolation = _name(reduction.block.extrapolation)
+    if saved["extrapolation"] != extrapolation:
+        return f"it was made with extrapolation {saved['extrapolation']}, not {extrapolation}"
+    if lookahead is None or lookahead.load_state_dict(saved["lookahead"]):
+        return None
+    return "its past gradients are of another partitioning"
+
+
+def _afresh(why: str) -> str:
+    return f"the checkpoint has not all state of these rules ({why}); what it has not starts afresh from here"
+
+
+def _name(rule: BaseModel | None) -> str | None:
+    return None if rule is None else type(rule).__name__

@@ -30,8 +30,8 @@ def combine(
         The combined gradient `[N]`, in the dtype of `grads_WN`, and a dictionary: `weights`, float64 `[W]`,
         or `[P, W]` where they are decided by parameter; `factors`, `[N]`, if the block scales; `skipped`,
         whether the optimizer step would be skipped because no worker agreed, or none was finite under
-        `nonfinite: "drop"`. `momentum` needs a history and has no effect on a single gradient (its bias
-        correction undoes it).
+        `nonfinite: "drop"`. `extrapolation` has no part in it: the gradients are already taken. `momentum`
+        needs a history and has no effect on a single gradient (its bias correction undoes it).
 
     Raises:
         ValueError: for a mistake in the block, a tensor that is not `[W, N]`, or sizes that do not add up to

@@ -3,6 +3,7 @@
     "gradmix": {
       "mixing":  {"type": "GAF",  "params": {"threshold": 0.97}},
       "scaling": {"type": "VRGD", "params": {"gamma": 0.1, "momentum": 0.9}},
+      "extrapolation": {"type": "PastGradient", "params": {"lr": 0.05}},
       "scope": "bucket", "seed": 1234, "nonfinite": "propagate", "tile_bytes": 33554432
     }
 
@@ -18,7 +19,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ds_gradmix import mixing, scaling
+from ds_gradmix import extrapolation, mixing, scaling
+from ds_gradmix.extrapolation import Extrapolation
 from ds_gradmix.mixing import Mixing
 from ds_gradmix.scaling import Scaling
 
@@ -36,7 +38,7 @@ class Block(BaseModel):
 
     mixing: Mixing = Field(default_factory=mixing.Mean, description="who counts")
     scaling: Scaling | None = Field(None, description="how much each coordinate counts; null for off")
-    extrapolation: None = Field(None, description="where each worker looks; not in this version")
+    extrapolation: Extrapolation | None = Field(None, description="where each worker looks; null for off")
     scope: Literal["bucket", "parameter", "model"] = Field(
         "bucket", description="what one Gram matrix covers"
     )
@@ -48,13 +50,20 @@ class Block(BaseModel):
 
     def describe(self) -> str:
         """One line: the rules with their numbers, and the rest where it is not the default."""
-        parts = [f"mixing {self.mixing!r}"] + ([f"scaling {self.scaling!r}"] if self.scaling else [])
+        parts = [f"mixing {self.mixing!r}"]
+        parts += [
+            f"{slot} {rule!r}" for slot in ("scaling", "extrapolation") if (rule := getattr(self, slot))
+        ]
         for name in ("scope", "seed", "nonfinite"):
             parts.append(f"{name} {getattr(self, name)}")
         return ", ".join(parts)
 
 
-SLOTS: dict[str, Sequence[type[BaseModel]]] = {"mixing": mixing.RULES, "scaling": scaling.RULES}
+SLOTS: dict[str, Sequence[type[BaseModel]]] = {
+    "mixing": mixing.RULES,
+    "scaling": scaling.RULES,
+    "extrapolation": extrapolation.RULES,
+}
 
 
 def parse_block(block: object, path: str = KEY) -> Block:
@@ -76,15 +85,6 @@ def parse_block(block: object, path: str = KEY) -> Block:
     for slot, rules in SLOTS.items():
         if values.get(slot) is not None:
             values[slot] = _parse_slot(f"{path}.{slot}", values[slot], rules, mistakes)
-    if values.get("extrapolation") is not None:
-        mistakes.append(
-            _mistake(
-                f"{path}.extrapolation",
-                values.pop("extrapolation"),
-                "null",
-                "it is not in this version: remove it",
-            )
-        )
     if "mixing" in values and values["mixing"] is None:
         del values["mixing"]  # null is the default, in every slot
     try:

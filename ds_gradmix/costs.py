@@ -61,6 +61,15 @@ def cost_table(config: Mapping[str, Any], block: Block, workers: Sequence[int]) 
         lines.append(
             "  and for momentum 4 bytes per parameter / W throughout, as much again during reductions"
         )
+    if block.extrapolation is not None:
+        stage = lookup(config, "zero_optimization.stage", 0)
+        twice = stage == 2 and lookup(config, "gradient_accumulation_steps", 1) not in (1, None)
+        copies = 2 if twice and block.extrapolation.needs_gradient else 1
+        words = "two copies" if copies == 2 else "one copy"
+        lines.append(
+            f"extra memory per rank for {type(block.extrapolation).__name__}: {words} of the parameters in "
+            f"their own dtype ({copies * width} bytes a parameter); no communication"
+        )
     if block.mixing.needs_gram and block.scope == "bucket":
         size = lookup(config, "zero_optimization.reduce_bucket_size", 500_000_000)
         lines.append(

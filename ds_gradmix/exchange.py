@@ -165,7 +165,7 @@ class Exchange:
     def _scale(
         self, rule: Scaling, transit: Transit, plan: Plan, segments: Sequence[Segments], weights_WS: Tensor
     ) -> None:
-        """Statistics of all tiles, their means over every parameter on all ranks that have a part, factors."""
+        """Statistics of all tiles, their means over every parameter on all the ranks, and factors."""
         sums_2S: list[Tensor] = []
         for k, grads_WC in transit.sweep():
             signal = rule.signal(grads_WC, segments[k].expand(weights_WS))

@@ -41,7 +41,8 @@ MISTAKES: list[tuple[Any, list[str]]] = [
         ["gradmix.scaling.params.momentum: is 1.0", "< 1"],
     ),
     ({"scaling": {"type": "GAF"}}, ["gradmix.scaling.type", '"VRGD"']),
-    ({"extrapolation": {"type": "Noise"}}, ["gradmix.extrapolation", "not in this version"]),
+    ({"extrapolation": {"type": "Noise"}}, ["gradmix.extrapolation.params", "exactly one of std"]),
+    ({"extrapolation": {"type": "pastgrad"}}, ["gradmix.extrapolation.type", 'did you mean "PastGradient"?']),
     ({"scope": "modle"}, ['gradmix.scope: is "modle"', 'did you mean "model"?']),
     ({"seed": -1}, ["gradmix.seed: is -1", ">= 0"]),
     ({"seed": 1.5}, ["gradmix.seed: is 1.5", "integer"]),
@@ -123,6 +124,11 @@ COMBINATIONS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"zero_optimization": ZERO}, {"scope": "model"}, "set stage to 1"),
     ({"zero_optimization": {"stage": 1, "overlap_comm": True}}, {"scope": "model"}, "overlap_comm to false"),
     ({"zero_optimization": ZERO, "fp16": {"enabled": True}}, {"nonfinite": "drop"}, "propagate"),
+    (
+        {"zero_optimization": ZERO, "managed_gradient_accumulation": False},
+        {"extrapolation": {"type": "Noise", "params": {"std": 1.0}}},
+        "managed_gradient_accumulation: false",
+    ),
 ]
 
 
@@ -166,6 +172,14 @@ def test_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert resolved["mixing"] == {"type": "GAF", "params": {**resolved["mixing"]["params"], "threshold": 1.0}}
     assert parse_block(resolved) == parse_block(good["gradmix"])
     assert "0.500" in out and "0.625" in out and "96 MiB" in out and "reduce_bucket_size" in out
+
+
+def test_check_tells_what_extrapolation_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rule = {"extrapolation": {"type": "PastGradient", "params": {"lr": 0.1}}}
+    for steps, words in ((1, "one copy"), (4, "two copies")):
+        config = {"zero_optimization": ZERO, "gradient_accumulation_steps": steps, "bf16": {"enabled": True}}
+        assert main(["check", write(tmp_path / "c.json", {**config, "gradmix": rule})]) == 0
+        assert f"PastGradient: {words} of the parameters" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

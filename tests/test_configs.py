@@ -39,9 +39,11 @@ def test_its_block_names_the_rules_that_its_name_does(path: Path) -> None:
         assert "gradmix" not in config  # the control is DeepSpeed and nothing else
         return
     block = parse_block(config["gradmix"])
-    rules = {type(rule).__name__.lower() for rule in (block.mixing, block.scaling) if rule is not None} - {
-        "mean"
-    }
+    rules = {
+        type(rule).__name__.lower()
+        for rule in (block.mixing, block.scaling, block.extrapolation)
+        if rule is not None
+    } - {"mean"}
     assert rules == set(path.stem.split("_")[:-1]) - {"model"}
     assert (block.scope == "model") == ("model" in path.stem)
 

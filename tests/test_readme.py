@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_gradmix import mixing, scaling
+from ds_gradmix import extrapolation, mixing, scaling
 from ds_gradmix.config import Block, parse_block
 
 ROOT = Path(__file__).parent.parent
@@ -47,7 +47,9 @@ def test_every_command_is_of_a_known_kind() -> None:
     assert kinds == {"make", "deepspeed", "torchrun", "srun", "ds_gradmix"}  # else: write its test first
 
 
-@pytest.mark.parametrize("rule", [*mixing.RULES, *scaling.RULES], ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize(
+    "rule", [*mixing.RULES, *scaling.RULES, *extrapolation.RULES], ids=lambda rule: rule.__name__
+)
 def test_every_key_of_a_rule_is_in_the_table(rule: type) -> None:
     rows = [line for line in README.splitlines() if line.startswith("|") and f"({rule.__name__})" in line]
     for name, field in rule.model_fields.items():  # type: ignore[attr-defined]
@@ -60,7 +62,7 @@ def test_every_key_of_a_rule_is_in_the_table(rule: type) -> None:
 def test_every_key_of_the_block_is_in_the_table() -> None:
     for name, field in Block.model_fields.items():
         row = next(line for line in README.splitlines() if line.startswith(f"| `{name}"))
-        if name not in ("mixing", "scaling"):
+        if name not in ("mixing", "scaling", "extrapolation"):
             assert f"`{json.dumps(field.default)}`" in row.split("|")[2], row
 
 

@@ -7,7 +7,9 @@ ranks say their buckets held; everything else it does on its own.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -166,6 +168,7 @@ def replay(case: Case, world: int, buckets: list[tuple[int, int, list[list[str]]
     rule = case.block or {}
     smooth = Smooth(rule)
     skipped, count = [], 0
+    ahead = Ahead(rule, named, world)
     for step in range(case.steps):
         gradient = {name: torch.zeros_like(p) for name, p in named.items() if p.requires_grad}
         agreed = False
@@ -173,7 +176,11 @@ def replay(case: Case, world: int, buckets: list[tuple[int, int, list[list[str]]
             if at != step:
                 continue
             micros = range(case.accumulation) if case.stage == 1 else [micro]
-            workers = [_gradients(model, exact, step, micros, rank) for rank in range(world)]
+            workers = []
+            for rank in range(world):
+                with ahead.offset(rank, optimizer):
+                    workers.append(_gradients(model, exact, step, micros, rank))
+                ahead.note(rank, workers[-1])
             decided = _model_weights(rule, workers, step)
             for names in bucket_list:
                 if names:
@@ -183,9 +190,11 @@ def replay(case: Case, world: int, buckets: list[tuple[int, int, list[list[str]]
                 named[name].grad = value if name.split(".")[0] not in ("unused", "empty") else None
             optimizer.step()
             smooth.commit()
+            ahead.commit()
         else:
             count += 1
             smooth.pending.clear()
+            ahead.drop()
         skipped.append(count)
     return {"weights": {n: p.detach().numpy() for n, p in named.items()}, "skipped": skipped}
 
@@ -195,6 +204,41 @@ def _gradients(model: Model, case: Case, step: int, micros: Any, rank: int) -> d
     for micro in micros:
         (loss_of(model, step, micro, rank, case) / case.accumulation).backward()
     return {n: p.grad.reshape(-1).numpy().copy() for n, p in model.named_parameters() if p.grad is not None}
+
+
+class Ahead:
+    """Each worker's past gradient, and parameters offset by it."""
+
+    def __init__(self, rule: dict[str, Any], named: dict[str, torch.nn.Parameter], world: int) -> None:
+        self.params = rule.get("extrapolation", {}).get("params", {})
+        self.named = named
+        self.past: list[dict[str, Any]] = [{} for _ in range(world)]
+        self.present: list[dict[str, Any]] = [{} for _ in range(world)]
+
+    @contextlib.contextmanager
+    def offset(self, rank: int, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        before = {name: p.detach().clone() for name, p in self.named.items()}
+        rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        for name, gradient in self.past[rank].items():
+            p = self.named[name]
+            rate = self.params["lr"] if "lr" in self.params else self.params["lr_ratio"] * rates[id(p)]
+            if self.params.get("layerwise"):
+                norm = np.linalg.norm(gradient)
+                rate = rate * float(p.detach().norm()) / norm if norm > 0 else 0.0
+            p.data.add_(torch.from_numpy(gradient).view_as(p), alpha=-rate)
+        yield
+        for name, p in self.named.items():
+            p.data.copy_(before[name])
+
+    def note(self, rank: int, gradients: dict[str, Any]) -> None:
+        for name, gradient in gradients.items() if self.params else ():
+            self.present[rank][name] = self.present[rank].get(name, 0.0) + gradient
+
+    def commit(self) -> None:
+        self.past, self.present = self.present, [{} for _ in self.present]
+
+    def drop(self) -> None:
+        self.past, self.present = [{} for _ in self.past], [{} for _ in self.past]
 
 
 class Smooth:

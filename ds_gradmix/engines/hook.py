@@ -23,6 +23,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from ds_gradmix.config import KEY, Block, ConfigError, misspelt_key, parse_block
 from ds_gradmix.engines.support import TESTED_DEEPSPEED, refused_settings
+from ds_gradmix.engines.visibility import watch
 from ds_gradmix.engines.zero12 import GradmixZeroOptimizer
 from ds_gradmix.log import logger
 from ds_gradmix.reduction import Reduction
@@ -69,6 +70,8 @@ def _building(original: Any) -> Any:
             object.__setattr__(self, _HOSTS, hosts)
         original(self, *args, **kwargs)
         _announce(self, config, block)
+        if block is not None:
+            watch(self)
 
     __init__._gradmix = True  # type: ignore[attr-defined]
     return __init__
@@ -170,7 +173,7 @@ def _announce(engine: Any, config: Mapping[str, Any], block: Block | None) -> No
     told = f"active over {workers}, ZeRO-{engine.zero_optimization_stage()}: {block.describe()}"
     level = logging.INFO
     if reduction.workers.size == 1:
-        told += "; with one worker every rule is the identity"
+        told += "; with one worker every rule of mixing and scaling is the identity"
     elif block.scaling is not None and reduction.workers.size < block.scaling.min_workers:
         level = logging.WARNING
         told += f"; {type(block.scaling).__name__} wants at least {block.scaling.min_workers} workers"

@@ -112,6 +112,11 @@ def _refused_combinations(config: Mapping[str, Any], block: Block) -> Iterator[s
             'gradmix.scope: "model" leaves nothing to overlap with backward: set '
             'zero_optimization.overlap_comm to false, or scope to "bucket" or "parameter"'
         )
+    if block.extrapolation is not None and lookup(config, "managed_gradient_accumulation", True) is False:
+        yield (
+            "managed_gradient_accumulation: false leaves it open which backward pass is a step's last, and "
+            "gradmix.extrapolation has to know: set it to true, or remove the extrapolation"
+        )
     if block.nonfinite == "drop" and lookup(config, "fp16.enabled", False) is True:
         yield (
             'gradmix.nonfinite: "drop" would hide overflows from the loss scaling of fp16.enabled: true; set '

@@ -21,6 +21,7 @@ from ds_gradmix import checkpoint
 from ds_gradmix.config import Block, ConfigError
 from ds_gradmix.layout import Piece
 from ds_gradmix.log import logger
+from ds_gradmix.lookahead import LookAhead
 from ds_gradmix.reduction import Reduction
 from ds_gradmix.transit import Wire
 from ds_gradmix.workers import Workers, fingerprint_of
@@ -57,6 +58,7 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
         owned = [int(size) for size in self.partition_size]
         workers = Workers(self.dp_process_group, gradmix_hosts)
         self.gradmix = Reduction(gradmix_block, workers, names, owned, device)
+        self.gradmix_lookahead = self._gradmix_lookahead(gradmix_block)
         self._gradmix_step = gradmix_step
         self._gradmix_report = gradmix_report
         self._gradmix_bucket: tuple[Tensor, tuple[tuple[int, int], ...]] | None = None
@@ -104,11 +106,12 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
     ) -> None:
         """All slices of a bucket, `(owners, slice, fp32 output or None)`."""
         if not self.gradmix.exchanges:
-            self._weigh_once()
+            self._capture_and_weigh_once()
             super().allreduce_and_scatter(bucket, communication_data_type, **kwargs)
             return
         assert self._gradmix_bucket is not None
         flat_N, gradients = self._gradmix_bucket
+        self._capture(flat_N, gradients)
         slices = [(next(iter(owners)), part.numel()) for owners, part, _ in bucket]
         mine = [(part, out) for owners, part, out in bucket if self.gradmix.workers.rank in owners]
         outputs = [out for _, out in mine if out is not None]
@@ -132,13 +135,21 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
 
     def allreduce_no_retain(self, *args: Any, **kwargs: Any) -> None:
         """The slices of one owner, with `use_multi_rank_bucket_allreduce: false`."""
-        self._weigh_once()
+        self._capture_and_weigh_once()
         super().allreduce_no_retain(*args, **kwargs)
 
-    def _weigh_once(self) -> None:
-        if self._gradmix_bucket is not None and not self.gradmix.is_stock:
-            self.gradmix.weigh(*self._gradmix_bucket)
+    def _capture_and_weigh_once(self) -> None:
+        if self._gradmix_bucket is not None:
+            self._capture(*self._gradmix_bucket)
+            if not self.gradmix.is_stock:
+                self.gradmix.weigh(*self._gradmix_bucket)
         self._gradmix_bucket = None
+
+    def _capture(self, flat_N: Tensor, gradients: tuple[tuple[int, int], ...]) -> None:
+        if self.gradmix_lookahead is not None:
+            self.gradmix_lookahead.capture(
+                gradients, flat_N, boundary=self.is_gradient_accumulation_boundary()
+            )
 
     def _pieces(
         self, gradients: Sequence[tuple[int, int]], slices: Sequence[tuple[int, int]]
@@ -181,6 +192,11 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
         super().independent_gradient_partition_epilogue()
         self.gradmix.agree((), "end of the backward pass")
         self.gradmix.end_backward()
+        if self.gradmix_lookahead is not None:
+            boundary = bool(self.is_gradient_accumulation_boundary())
+            # Where DeepSpeed averages, it has divided by the number of workers before we see the gradient.
+            scale = float(self.loss_scale) / (self.gradmix.workers.size if self.gradient_average else 1)
+            self.gradmix_lookahead.end_backward(boundary=boundary, gradient_scale=scale)
 
     # --- one step ---
 
@@ -193,6 +209,10 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
         with self._discarding_gradients() if self._gradmix_skips else contextlib.nullcontext():
             super().step(closure)
         self.gradmix.settle(taken=not self.overflow)
+        if self.gradmix_lookahead is not None and (
+            self.overflow or self.gradmix.numbers.get("dropped_workers")
+        ):
+            self.gradmix_lookahead.drop()
         self._gradmix_report(self.gradmix.numbers)
 
     @contextlib.contextmanager
@@ -216,27 +236,60 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
         if not self._gradmix_skips:  # disagreement says nothing about the loss scale
             super()._update_scale(has_overflow)
 
+    # --- the look-ahead point ---
+
+    def _gradmix_lookahead(self, block: Block) -> LookAhead | None:
+        if block.extrapolation is None:
+            return None
+        found = {
+            self.get_param_id(p): (group, int(offset), p.numel())
+            for group, params in enumerate(self.round_robin_bit16_groups)
+            for p, offset in zip(params, self.round_robin_bit16_offsets[group], strict=True)
+        }
+        return LookAhead(
+            block.extrapolation,
+            self.bit16_groups_flat,
+            [found[index] for index in range(len(found))],
+            (block.seed, torch.distributed.get_rank(self.dp_process_group)),
+            accumulates=bool(self.partition_gradients) and self.gradient_accumulation_steps > 1,
+        )
+
+    def gradmix_go_ahead(self) -> None:
+        """Training is about to use the parameters."""
+        if self.gradmix_lookahead is not None:
+            rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+            self.gradmix_lookahead.go_ahead(self._gradmix_step(), rates)
+
+    def update_lp_params(self) -> None:
+        """Parameters anew from the master weights: without an offset, until the next step."""
+        super().update_lp_params()
+        if self.gradmix_lookahead is not None:
+            self.gradmix_lookahead.forget()
+
     # --- checkpoints ---
 
     def state_dict(self) -> dict[str, Any]:
         """DeepSpeed's, and ours under a key of its own."""
-        return {**super().state_dict(), checkpoint.KEY: checkpoint.save(self.gradmix, self._gradmix_layout())}
+        return {
+            **super().state_dict(),
+            checkpoint.KEY: checkpoint.save(self.gradmix, self.gradmix_lookahead, self._gradmix_layout()),
+        }
 
     def load_state_dict(
         self, state_dict_list: Any, load_optimizer_states: bool = True, **kwargs: Any
     ) -> None:
         """DeepSpeed's, and ours if it is there and fits."""
         super().load_state_dict(state_dict_list, load_optimizer_states=load_optimizer_states, **kwargs)
-        if not load_optimizer_states:
-            return
         if state_dict_list is None:
-            warning: str | None = checkpoint.start_afresh(
-                self.gradmix, "a universal checkpoint does not hold it"
-            )
+            saved, why = None, "a universal checkpoint does not hold it"
+        elif not load_optimizer_states:
+            saved, why = None, "optimizer states were not loaded"
         else:
             saved = state_dict_list[self.gradmix.workers.rank].get(checkpoint.KEY)
-            warning = checkpoint.load(self.gradmix, saved, self._gradmix_layout())
-        if warning and self.gradmix.workers.rank == 0:
+            why = "it was made without a gradmix block"
+        warning = checkpoint.load(self.gradmix, self.gradmix_lookahead, saved, self._gradmix_layout(), why)
+        told = load_optimizer_states or self.gradmix_lookahead is not None  # weights alone are asked for, too
+        if warning and told and self.gradmix.workers.rank == 0:
             logger.warning(f"ds_gradmix: {warning}")
 
     def _gradmix_layout(self) -> int:

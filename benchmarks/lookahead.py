@@ -1,0 +1,96 @@
+"""What PastGradient costs in time: paired steps of two engines that differ in nothing else, on 2 ranks here.
+
+The model is a stack of matrices, the batch as many tokens as a small language model has on a rank, so that a
+step computes about as much for each parameter as training does. Quote the median; single steps are noisy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import statistics
+import time
+from typing import Any
+
+import torch
+import torch.multiprocessing as multiprocessing
+
+RAW = argparse.RawDescriptionHelpFormatter
+RULE = {"extrapolation": {"type": "PastGradient", "params": {"lr": 0.01}}}
+
+
+def build(width: int, depth: int, block: dict[str, Any], stage: int, dtype: str) -> Any:
+    """An engine with that block."""
+    import deepspeed
+
+    import ds_gradmix
+
+    ds_gradmix.enable()
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(width, width, bias=False) for _ in range(depth)))
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True}},
+        "zero_optimization": {"stage": stage},
+        "gradmix": block,
+    }
+    if dtype == "bf16":
+        config["bf16"] = {"enabled": True}
+    return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
+
+
+def step_seconds(engine: Any, tokens: int) -> float:
+    """One training step, from all ranks ready to this rank done."""
+    parameter = next(engine.parameters())
+    x = torch.randn(tokens, parameter.shape[0]).to(parameter.dtype)
+    torch.distributed.barrier()
+    start = time.perf_counter()
+    engine.backward(engine(x).square().mean())
+    engine.step()
+    return time.perf_counter() - start
+
+
+def rank_main(rank: int, options: argparse.Namespace, port: int) -> None:
+    """On a rank: time pairs of steps; rank 0 prints."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    os.environ.update(MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    torch.set_num_threads(1)
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would have to be compiled
+    deepspeed.init_distributed("gloo", verbose=False)
+    shape = (options.width, options.depth)
+    engines = [build(*shape, block, options.stage, options.dtype) for block in ({}, RULE)]
+    for engine in engines:
+        step_seconds(engine, options.tokens)
+    ratios = []
+    for _ in range(options.rounds):
+        without, with_rule = (step_seconds(engine, options.tokens) for engine in engines)
+        ratios.append(with_rule / without)
+    if rank == 0:
+        print(
+            f"ZeRO-{options.stage}, {options.dtype}: step with PastGradient / without: median "
+            f"{statistics.median(ratios):.3f} of {len(ratios)} pairs (from {min(ratios):.3f} to {max(ratios):.3f})"
+        )
+    torch.distributed.destroy_process_group()
+
+
+def main() -> None:
+    """Parse, start two ranks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=RAW)
+    parser.add_argument("--stage", type=int, choices=(1, 2), default=2)
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--depth", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=1024, help="rows in a rank's batch")
+    parser.add_argument("--rounds", type=int, default=15)
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    os.environ["OMP_NUM_THREADS"] = "1"
+    multiprocessing.spawn(rank_main, (parser.parse_args(), port), nprocs=2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Who sees the look-ahead point: training forwards and backwards do, and nothing else."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ds_gradmix.engines.zero12 import GradmixZeroOptimizer
+
+
+def watch(engine: Any) -> None:
+    """Move an engine's parameters to the look-ahead point for training, and back for everything else.
+
+    A forward of the engine's module is training if the module is in training mode and gradients are enabled.
+    Other forwards, `engine.eval()`, and whatever reads the module's state dict (checkpoints and exports do)
+    see theta, and theta stays until training goes on.
+    """
+    optimizer: GradmixZeroOptimizer = engine.optimizer
+    lookahead = optimizer.gradmix_lookahead
+    if lookahead is None:
+        return
+
+    def before_forward(module: torch.nn.Module, _: Any) -> None:
+        if module.training and torch.is_grad_enabled():
+            optimizer.gradmix_go_ahead()
+        else:
+            lookahead.leave()
+
+    engine.module.register_forward_pre_hook(before_forward, prepend=True)
+    engine.module.register_state_dict_pre_hook(lambda *_: lookahead.leave())
+    engine._backward_prologue = _before(optimizer.gradmix_go_ahead, engine._backward_prologue)
+    engine.eval = _before(lookahead.leave, engine.eval)
+    engine.load_module_state_dict = _before(lookahead.drop, engine.load_module_state_dict)
+
+
+def _before(action: Callable[[], None], method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        action()
+        return method(*args, **kwargs)
+
+    return wrapped

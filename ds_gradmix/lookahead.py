@@ -1,0 +1,245 @@
+"""The look-ahead point of one worker: parameters that hold theta + delta while it trains, and theta
+otherwise.
+
+One buffer of the parameters' size and dtype is enough, since it and the parameters exchange their contents:
+
+    state       parameters      buffer
+    EMPTY       theta           nothing
+    GRADIENT    theta           the worker's gradient of the last step
+    AHEAD       theta + delta   theta
+    ASIDE       theta           theta + delta
+
+The first training forward of a step moves GRADIENT to AHEAD. An evaluation or a save moves AHEAD to ASIDE and
+the next training forward or backward moves back: exchanges, so both are exact, and local, so one rank may do
+it alone. Where a step's gradients are reduced, each parameter gets theta back, and its place in the buffer
+goes to the gradient. If reductions add up over several micro-steps (ZeRO-2), a second buffer collects the
+gradient.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_gradmix.extrapolation import Extrapolation
+from ds_gradmix.extrapolation.rounding import round_stochastically
+from ds_gradmix.segments import Segments, to_device
+
+_CHUNK = 2**22  # elements moved at a time
+
+
+class State(enum.Enum):
+    """What parameters and buffer hold; see the module."""
+
+    EMPTY = "empty"
+    GRADIENT = "gradient"
+    AHEAD = "ahead"
+    ASIDE = "aside"
+
+
+class LookAhead:
+    """Parameters at a worker's look-ahead point.
+
+    Args:
+        rule: the offset.
+        flats: the parameters of each of the optimizer's groups, flat, in their own dtype.
+        places: for every parameter its group, where it begins in the group's flat tensor, and its elements.
+        key: seed and rank, for what is drawn at random.
+        accumulates: whether gradients of one step come in several reductions.
+    """
+
+    def __init__(
+        self,
+        rule: Extrapolation,
+        flats: Sequence[Tensor],
+        places: Sequence[tuple[int, int, int]],
+        key: tuple[int, int],
+        *,
+        accumulates: bool,
+    ) -> None:
+        self.rule = rule
+        self.state = State.EMPTY
+        self._flats = list(flats)
+        self._places = list(places)
+        # Of each group, in the order of memory: where a parameter begins, and its elements.
+        self._order = [sorted((b, n) for g, b, n in places if g == group) for group in range(len(flats))]
+        self._key = key
+        self._kept = [torch.zeros_like(flat) for flat in flats]
+        self._sums = [torch.zeros_like(flat) for flat in flats] if accumulates and rule.needs_gradient else []
+        self._gradient_scale = 1.0
+        self._captured: set[int] = set()
+        self._segments: dict[tuple[int, int], Segments] = {}
+
+    # --- moving ---
+
+    def go_ahead(self, step: int, learning_rates: Sequence[float]) -> None:
+        """Training is about to use the parameters."""
+        if self.state is State.ASIDE:
+            self._exchange(State.AHEAD)
+        elif self.state is State.GRADIENT or (self.state is State.EMPTY and not self.rule.needs_gradient):
+            with torch.no_grad():
+                for group, rate in enumerate(learning_rates):
+                    self._shift(group, step, rate)
+            self.state = State.AHEAD
+
+    def leave(self) -> None:
+        """Something other than training is about to see the parameters."""
+        if self.state is State.AHEAD and not self._captured:
+            self._exchange(State.ASIDE)
+
+    def drop(self) -> None:
+        """Forget the offset, and the gradient it would come from; the parameters hold theta afterwards."""
+        self._give_back()
+        self.forget()
+
+    def forget(self) -> None:
+        """The same where somebody else has just written the parameters."""
+        self.state = State.EMPTY
+        self._captured.clear()
+        for total in self._sums:
+            total.zero_()
+
+    def _exchange(self, state: State) -> None:
+        with torch.no_grad():
+            for flat, kept in zip(self._flats, self._kept, strict=True):
+                for ours, theirs in zip(flat.split(_CHUNK), kept.split(_CHUNK), strict=True):
+                    before = ours.clone()
+                    ours.copy_(theirs)
+                    theirs.copy_(before)
+        self.state = state
+
+    def _shift(self, group: int, step: int, learning_rate: float) -> None:
+        flat, kept = self._flats[group], self._kept[group]
+        scales_P = self._scales(group, learning_rate)
+        random = torch.Generator(flat.device)
+        random.manual_seed(self._seed(step, group))
+        for begin in range(0, flat.numel(), _CHUNK):
+            weights, past = flat[begin : begin + _CHUNK], kept[begin : begin + _CHUNK]
+            gradient = past.float() / self._gradient_scale if self.rule.needs_gradient else None
+            direction = self.rule.direction(gradient, weights, random)
+            scale = self._window(group, begin, weights.numel()).expand(scales_P[None])[0]
+            ahead = round_stochastically(weights.float() + direction * scale, weights.dtype, random)
+            past.copy_(weights)
+            weights.copy_(ahead)
+
+    def _scales(self, group: int, learning_rate: float) -> Tensor:
+        """Scale of every parameter of the group, and 0 for the padding behind each."""
+        places = self._order[group]
+        weights = [self._flats[group].narrow(0, begin, size) for begin, size in places]
+        norms_P = torch.stack(torch._foreach_norm(weights, 2, dtype=torch.float32))
+        gradient_norms_P = None
+        if self.rule.needs_gradient:
+            past = [self._kept[group].narrow(0, begin, size) for begin, size in places]
+            gradient_norms_P = (
+                torch.stack(torch._foreach_norm(past, 2, dtype=torch.float32)) / self._gradient_scale
+            )
+        elements_P = to_device(torch.tensor([float(size) for _, size in places]), norms_P.device)
+        scales_P = self.rule.scales(norms_P, gradient_norms_P, elements_P, learning_rate)
+        return torch.cat([scales_P, scales_P.new_zeros(1)])
+
+    def _window(self, group: int, begin: int, length: int) -> Segments:
+        """Which of the group's parameters, or the padding after the last of them, each column belongs to."""
+        if (group, begin) not in self._segments:
+            places = self._order[group]
+            ids, lengths, end = [], [], begin + length
+            at = begin
+            for i, (first, size) in enumerate(places):
+                if first + size <= at or first >= end:
+                    continue
+                if first > at:
+                    ids.append(len(places))
+                    lengths.append(first - at)
+                    at = first
+                stop = min(first + size, end)
+                ids.append(i)
+                lengths.append(stop - at)
+                at = stop
+            if at < end:
+                ids.append(len(places))
+                lengths.append(end - at)
+            self._segments[group, begin] = Segments(ids, lengths, len(places) + 1, self._flats[group].device)
+        return self._segments[group, begin]
+
+    def _seed(self, step: int, group: int) -> int:
+        words = ",".join(map(str, (*self._key, step, group)))
+        return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "little") >> 1
+
+    # --- gradients ---
+
+    def capture(self, gradients: Sequence[tuple[int, int]], flat_N: Tensor, *, boundary: bool) -> None:
+        """These parameters' gradients are about to be reduced, and nothing of this step needs the parameters.
+
+        Args:
+            gradients: index of each parameter in the bucket, and its elements.
+            flat_N: the bucket, still this worker's own.
+            boundary: whether it is the last reduction of the step.
+        """
+        parts = list(flat_N.split([elements for _, elements in gradients]))
+        indices = [index for index, _ in gradients]
+        with torch.no_grad():
+            if self._sums:
+                torch._foreach_add_(
+                    self._views(self._sums, indices), [part.to(self._sums[0].dtype) for part in parts]
+                )
+            if not boundary:
+                return
+            if self.state is State.AHEAD:
+                torch._foreach_copy_(self._views(self._flats, indices), self._views(self._kept, indices))
+            if self.rule.needs_gradient and not self._sums:
+                torch._foreach_copy_(self._views(self._kept, indices), parts)
+            self._captured.update(indices)
+
+    def end_backward(self, *, boundary: bool, gradient_scale: float) -> None:
+        """All gradients of a backward pass are reduced."""
+        if not boundary:
+            self._captured.clear()
+            return
+        self._give_back()
+        if self._sums:
+            self._kept, self._sums = self._sums, self._kept
+            for total in self._sums:
+                total.zero_()
+        self._gradient_scale = gradient_scale
+        self.state = State.GRADIENT if self.rule.needs_gradient else State.EMPTY
+
+    def _give_back(self) -> None:
+        """Parameters that were not captured get theta back, too, and count as having no gradient."""
+        rest = [i for i in range(len(self._places)) if i not in self._captured]
+        self._captured.clear()
+        if not rest:
+            return
+        with torch.no_grad():
+            if self.state is State.AHEAD:
+                torch._foreach_copy_(self._views(self._flats, rest), self._views(self._kept, rest))
+            torch._foreach_zero_(self._views(self._kept, rest))
+
+    def _views(self, flats: Sequence[Tensor], indices: Sequence[int]) -> list[Tensor]:
+        return [flats[g].narrow(0, begin, size) for g, begin, size in (self._places[i] for i in indices)]
+
+    # --- checkpoints ---
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs; the parameters hold theta afterwards."""
+        self.leave()
+        buffers = self._kept if self.rule.needs_gradient and self.state is not State.EMPTY else []
+        return {"state": self.state.value, "gradient_scale": self._gradient_scale, "buffers": buffers}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> bool:
+        """Take over a checkpoint's state; False, and no offset for one step, if it is of other sizes."""
+        self._captured.clear()
+        self.state = State.EMPTY
+        buffers = saved["buffers"]
+        if not self.rule.needs_gradient or not buffers:
+            return True
+        if [kept.numel() for kept in self._kept] != [buffer.numel() for buffer in buffers]:
+            return False
+        for kept, buffer in zip(self._kept, buffers, strict=True):
+            kept.copy_(buffer)
+        self._gradient_scale = saved["gradient_scale"]
+        self.state = State(saved["state"])
+        return True
