@@ -29,7 +29,7 @@ def build(width: int, depth: int, block: dict[str, Any], stage: int, dtype: str)
     ds_gradmix.enable()
     torch.manual_seed(0)
     model = torch.nn.Sequential(*(torch.nn.Linear(width, width, bias=False) for _ in range(depth)))
-    config = {
+    config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True}},
         "zero_optimization": {"stage": stage},
@@ -71,7 +71,7 @@ def rank_main(rank: int, options: argparse.Namespace, port: int) -> None:
     if rank == 0:
         print(
             f"ZeRO-{options.stage}, {options.dtype}: step with PastGradient / without: median "
-            f"{statistics.median(ratios):.3f} of {len(ratios)} pairs (from {min(ratios):.3f} to {max(ratios):.3f})"
+            f"{statistics.median(ratios):.3f} of {len(ratios)} pairs ({min(ratios):.3f} to {max(ratios):.3f})"
         )
     torch.distributed.destroy_process_group()
 

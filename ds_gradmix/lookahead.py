@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ds_gradmix.extrapolation import Extrapolation
 from ds_gradmix.extrapolation.rounding import round_stochastically
-from ds_gradmix.segments import Segments, to_device
+from ds_gradmix.segments import to_device
 
 _CHUNK = 2**22  # elements moved at a time
 
@@ -73,7 +73,6 @@ class LookAhead:
         self._sums = [torch.zeros_like(flat) for flat in flats] if accumulates and rule.needs_gradient else []
         self._gradient_scale = 1.0
         self._captured: set[int] = set()
-        self._segments: dict[tuple[int, int], Segments] = {}
 
     # --- moving ---
 
@@ -115,55 +114,36 @@ class LookAhead:
 
     def _shift(self, group: int, step: int, learning_rate: float) -> None:
         flat, kept = self._flats[group], self._kept[group]
-        scales_P = self._scales(group, learning_rate)
         random = torch.Generator(flat.device)
         random.manual_seed(self._seed(step, group))
-        for begin in range(0, flat.numel(), _CHUNK):
-            weights, past = flat[begin : begin + _CHUNK], kept[begin : begin + _CHUNK]
-            gradient = past.float() / self._gradient_scale if self.rule.needs_gradient else None
-            direction = self.rule.direction(gradient, weights, random)
-            scale = self._window(group, begin, weights.numel()).expand(scales_P[None])[0]
-            ahead = round_stochastically(weights.float() + direction * scale, weights.dtype, random)
-            past.copy_(weights)
-            weights.copy_(ahead)
+        for begin, size, scale in self._spans(group, learning_rate):
+            for first in range(begin, begin + size, _CHUNK):
+                length = min(_CHUNK, begin + size - first)
+                weights, past = flat.narrow(0, first, length), kept.narrow(0, first, length)
+                direction = self.rule.direction(past, random)
+                if isinstance(scale, Tensor):
+                    ahead = torch.addcmul(weights.float(), direction.float(), scale)
+                else:
+                    ahead = torch.add(weights.float(), direction, alpha=scale)
+                past.copy_(weights)
+                weights.copy_(round_stochastically(ahead, weights.dtype, random))
 
-    def _scales(self, group: int, learning_rate: float) -> Tensor:
-        """Scale of every parameter of the group, and 0 for the padding behind each."""
+    def _spans(self, group: int, learning_rate: float) -> list[tuple[int, int, float | Tensor]]:
+        """Stretches of the group's memory that one scale serves: the whole, or every parameter."""
+        unit = self._gradient_scale if self.rule.needs_gradient else 1.0
+        scale = self.rule.scale(learning_rate)
+        if scale is not None:
+            return [(0, self._flats[group].numel(), scale / unit)]
         places = self._order[group]
-        weights = [self._flats[group].narrow(0, begin, size) for begin, size in places]
+        weights, past = (
+            [flat.narrow(0, begin, size) for begin, size in places]
+            for flat in (self._flats[group], self._kept[group])
+        )
         norms_P = torch.stack(torch._foreach_norm(weights, 2, dtype=torch.float32))
-        gradient_norms_P = None
-        if self.rule.needs_gradient:
-            past = [self._kept[group].narrow(0, begin, size) for begin, size in places]
-            gradient_norms_P = (
-                torch.stack(torch._foreach_norm(past, 2, dtype=torch.float32)) / self._gradient_scale
-            )
+        past_norms_P = torch.stack(torch._foreach_norm(past, 2, dtype=torch.float32)) / unit
         elements_P = to_device(torch.tensor([float(size) for _, size in places]), norms_P.device)
-        scales_P = self.rule.scales(norms_P, gradient_norms_P, elements_P, learning_rate)
-        return torch.cat([scales_P, scales_P.new_zeros(1)])
-
-    def _window(self, group: int, begin: int, length: int) -> Segments:
-        """Which of the group's parameters, or the padding after the last of them, each column belongs to."""
-        if (group, begin) not in self._segments:
-            places = self._order[group]
-            ids, lengths, end = [], [], begin + length
-            at = begin
-            for i, (first, size) in enumerate(places):
-                if first + size <= at or first >= end:
-                    continue
-                if first > at:
-                    ids.append(len(places))
-                    lengths.append(first - at)
-                    at = first
-                stop = min(first + size, end)
-                ids.append(i)
-                lengths.append(stop - at)
-                at = stop
-            if at < end:
-                ids.append(len(places))
-                lengths.append(end - at)
-            self._segments[group, begin] = Segments(ids, lengths, len(places) + 1, self._flats[group].device)
-        return self._segments[group, begin]
+        scales_P = self.rule.scales(norms_P, past_norms_P, elements_P, learning_rate) / unit
+        return [(begin, size, part) for (begin, size), part in zip(places, scales_P.unbind(), strict=True)]
 
     def _seed(self, step: int, group: int) -> int:
         words = ",".join(map(str, (*self._key, step, group)))

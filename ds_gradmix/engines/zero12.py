@@ -280,16 +280,23 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
     ) -> None:
         """DeepSpeed's, and ours if it is there and fits."""
         super().load_state_dict(state_dict_list, load_optimizer_states=load_optimizer_states, **kwargs)
-        if state_dict_list is None:
-            saved, why = None, "a universal checkpoint does not hold it"
-        elif not load_optimizer_states:
-            saved, why = None, "optimizer states were not loaded"
-        else:
+        if not load_optimizer_states:
+            return
+        saved, why = None, "a universal checkpoint does not hold it"
+        if state_dict_list is not None:
             saved = state_dict_list[self.gradmix.workers.rank].get(checkpoint.KEY)
             why = "it was made without a gradmix block"
+        self._gradmix_load(saved, why)
+
+    def refresh_fp32_params(self) -> None:
+        """Master weights anew from the model's: a checkpoint was loaded without its optimizer states."""
+        super().refresh_fp32_params()
+        if self.gradmix_lookahead is not None:
+            self._gradmix_load(None, "optimizer states were not loaded")
+
+    def _gradmix_load(self, saved: dict[str, Any] | None, why: str) -> None:
         warning = checkpoint.load(self.gradmix, self.gradmix_lookahead, saved, self._gradmix_layout(), why)
-        told = load_optimizer_states or self.gradmix_lookahead is not None  # weights alone are asked for, too
-        if warning and told and self.gradmix.workers.rank == 0:
+        if warning and self.gradmix.workers.rank == 0:
             logger.warning(f"ds_gradmix: {warning}")
 
     def _gradmix_layout(self) -> int:

@@ -33,21 +33,19 @@ class Noise(Extrapolation):
             raise ValueError(f"give exactly one of std ({self.std}) and std_ratio ({self.std_ratio})")
         return self
 
-    def direction(self, gradient_C: Tensor | None, like_C: Tensor, random: torch.Generator) -> Tensor:
+    def direction(self, past_C: Tensor, random: torch.Generator) -> Tensor:
         """Noise of standard deviation 1."""
-        out_C = torch.empty_like(like_C, dtype=torch.float32)
+        out_C = torch.empty_like(past_C, dtype=torch.float32)
         if self.distribution == "gaussian":
             return out_C.normal_(generator=random)
         return out_C.uniform_(-(3.0**0.5), 3.0**0.5, generator=random)
 
+    def scale(self, learning_rate: float) -> float | None:
+        """std."""
+        return self.std
+
     def scales(
-        self,
-        weight_norms_P: Tensor,
-        gradient_norms_P: Tensor | None,
-        elements_P: Tensor,
-        learning_rate: float,
+        self, weight_norms_P: Tensor, past_norms_P: Tensor, elements_P: Tensor, learning_rate: float
     ) -> Tensor:
-        """std, or `std_ratio ||theta_l|| / sqrt(n_l)`."""
-        if self.std is not None:
-            return torch.full_like(weight_norms_P, self.std)
+        """`std_ratio ||theta_l|| / sqrt(n_l)`."""
         return (self.std_ratio or 0.0) * weight_norms_P / elements_P.clamp(min=1).sqrt()

@@ -35,21 +35,20 @@ class PastGradient(Extrapolation):
             raise ValueError(f"give exactly one of lr ({self.lr}) and lr_ratio ({self.lr_ratio})")
         return self
 
-    def direction(self, gradient_C: Tensor | None, like_C: Tensor, random: torch.Generator) -> Tensor:
-        """`-g`."""
-        assert gradient_C is not None
-        return -gradient_C
+    def direction(self, past_C: Tensor, random: torch.Generator) -> Tensor:
+        """g; the scale has the sign."""
+        return past_C
+
+    def scale(self, learning_rate: float) -> float | None:
+        """-lr."""
+        return None if self.layerwise else -self._step_size(learning_rate)
 
     def scales(
-        self,
-        weight_norms_P: Tensor,
-        gradient_norms_P: Tensor | None,
-        elements_P: Tensor,
-        learning_rate: float,
+        self, weight_norms_P: Tensor, past_norms_P: Tensor, elements_P: Tensor, learning_rate: float
     ) -> Tensor:
-        """lr, or `lr ||theta_l|| / ||g_l||`."""
-        step = self.lr if self.lr is not None else learning_rate * (self.lr_ratio or 0.0)
-        if not self.layerwise:
-            return torch.full_like(weight_norms_P, step)
-        assert gradient_norms_P is not None
-        return torch.where(gradient_norms_P > 0, step * weight_norms_P / gradient_norms_P, 0.0)
+        """`-lr ||theta_l|| / ||g_l||`."""
+        step = self._step_size(learning_rate)
+        return torch.where(past_norms_P > 0, -step * weight_norms_P / past_norms_P, 0.0)
+
+    def _step_size(self, learning_rate: float) -> float:
+        return self.lr if self.lr is not None else learning_rate * (self.lr_ratio or 0.0)

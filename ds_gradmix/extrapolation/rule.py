@@ -22,19 +22,15 @@ class Extrapolation(BaseModel):
     needs_gradient: ClassVar[bool]  # of the step before, this worker's own
 
     @abstractmethod
-    def direction(self, gradient_C: Tensor | None, like_C: Tensor, random: torch.Generator) -> Tensor:
-        """Directions `[C]`, float32: from past gradients, float32, or drawn at random in the shape of
-        `like_C`.
-        """
+    def direction(self, past_C: Tensor, random: torch.Generator) -> Tensor:
+        """Directions `[C]`: from past gradients, or drawn at random in their shape, float32."""
 
     @abstractmethod
+    def scale(self, learning_rate: float) -> float | None:
+        """The scale of all parameters, at the optimizer's learning rate; None where `scales` tells."""
+
     def scales(
-        self,
-        weight_norms_P: Tensor,
-        gradient_norms_P: Tensor | None,
-        elements_P: Tensor,
-        learning_rate: float,
+        self, weight_norms_P: Tensor, past_norms_P: Tensor, elements_P: Tensor, learning_rate: float
     ) -> Tensor:
-        """The scale of every parameter, `[P]` float32, from 2-norms, sizes, and the optimizer's learning
-        rate.
-        """
+        """The scale of every parameter, `[P]` float32, from 2-norms and sizes."""
+        raise RuntimeError(f"{type(self).__name__} has one scale for all parameters")
