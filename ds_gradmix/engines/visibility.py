@@ -33,7 +33,22 @@ def watch(engine: Any) -> None:
     engine.module.register_state_dict_pre_hook(lambda *_: lookahead.leave())
     engine._backward_prologue = _before(optimizer.gradmix_go_ahead, engine._backward_prologue)
     engine.eval = _before(lookahead.leave, engine.eval)
+    engine.load_checkpoint = _warning(optimizer, engine.load_checkpoint)
     engine.load_module_state_dict = _before(lookahead.drop, engine.load_module_state_dict)
+
+
+def _warning(optimizer: GradmixZeroOptimizer, load: Callable[..., Any]) -> Callable[..., Any]:
+    """Loading a checkpoint's weights alone passes the optimizer by: tell that past gradients are missing."""
+
+    @functools.wraps(load)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        before = optimizer.gradmix_loads
+        loaded = load(*args, **kwargs)
+        if loaded[0] is not None and optimizer.gradmix_loads == before:
+            optimizer.gradmix_load(None, "optimizer states were not loaded")
+        return loaded
+
+    return wrapped
 
 
 def _before(action: Callable[[], None], method: Callable[..., Any]) -> Callable[..., Any]:

@@ -63,6 +63,7 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
         self._gradmix_report = gradmix_report
         self._gradmix_bucket: tuple[Tensor, tuple[tuple[int, int], ...]] | None = None
         self._gradmix_skips = False
+        self.gradmix_loads = 0  # checkpoints loaded with optimizer states
         if not self.gradmix.is_stock:
             self.gradient_average = False  # weights sum to 1
         if self.gradmix.exchanges:
@@ -286,15 +287,11 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
         if state_dict_list is not None:
             saved = state_dict_list[self.gradmix.workers.rank].get(checkpoint.KEY)
             why = "it was made without a gradmix block"
-        self._gradmix_load(saved, why)
+        self.gradmix_load(saved, why)
 
-    def refresh_fp32_params(self) -> None:
-        """Master weights anew from the model's: a checkpoint was loaded without its optimizer states."""
-        super().refresh_fp32_params()
-        if self.gradmix_lookahead is not None:
-            self._gradmix_load(None, "optimizer states were not loaded")
-
-    def _gradmix_load(self, saved: dict[str, Any] | None, why: str) -> None:
+    def gradmix_load(self, saved: dict[str, Any] | None, why: str) -> None:
+        """Take over our state from a checkpoint, or start afresh with one warning; `why` there is none."""
+        self.gradmix_loads += 1
         warning = checkpoint.load(self.gradmix, self.gradmix_lookahead, saved, self._gradmix_layout(), why)
         if warning and self.gradmix.workers.rank == 0:
             logger.warning(f"ds_gradmix: {warning}")
