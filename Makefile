@@ -1,13 +1,15 @@
 # make test       the environment, linters, type checker and tests
 # make pretrain   the environment, then a small language model trained on text this machine has; again: resumes
 #                 CORPUS="files or folders" trains on those, RUN=folder goes there instead of runs/quickstart
+#                 CONFIG=ds_config.json trains by other rules
 
 PYTHON ?= python3
 RUN ?= runs/quickstart
 CORPUS ?=
+CONFIG ?= configs/gaf_vrgd_zero2.json
 
 bin := .venv/bin
-export RUN
+export RUN CONFIG
 # ninja is looked up on PATH; ranks and tests that outnumber cores must not each start a thread per core.
 export PATH := $(CURDIR)/$(bin):$(PATH)
 export OMP_NUM_THREADS := 1

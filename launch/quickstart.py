@@ -27,10 +27,11 @@ def free_port() -> int:
 
 
 def command(run: Path, extra: Sequence[str]) -> list[str]:
+    config = os.environ.get("CONFIG", "configs/gaf_vrgd_zero2.json")
     num_workers = torch.cuda.device_count() or CPU_WORKERS
     launcher = f"deepspeed --log_level warning --num_accelerators {num_workers} --master_port {free_port()}"
     training = (
-        "--module ds_gradmix launch/pretrain.py --deepspeed_config configs/gaf_vrgd_zero2.json"
+        f"--module ds_gradmix launch/pretrain.py --deepspeed_config {config}"
         f" --model configs/models/llama-tiny.json --data {run}/data --out {run} --steps 300 --warmup-steps 20"
         " --validate-every 30 --validation-windows 128 --checkpoint-every 60"
     )
