@@ -75,5 +75,5 @@ def _afresh(why: str) -> str:
     return f"the checkpoint has not all state of these rules ({why}); what it has not starts afresh from here"
 
 
-def _name(rule: BaseModel | None) -> str | None:
-    return None if rule is None else type(rule).__name__
+def _name(rule: BaseModel | None) -> str:
+    return "none" if rule is None else type(rule).__name__

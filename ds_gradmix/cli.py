@@ -83,6 +83,8 @@ def _block_of(config: Mapping[str, Any]) -> Block:
             else "; without it gradients are averaged as ever"
         )
         raise ConfigError(f'has no "{KEY}" block{hint}')
+    if wrong := misspelt_key(config):
+        raise ConfigError(f'"{wrong}" beside "{KEY}" would be ignored; is it misspelt? remove one of them')
     block = parse_block(config[KEY])
     refused = list(refused_settings(config, block))
     if refused:

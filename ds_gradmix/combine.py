@@ -86,6 +86,10 @@ def _scaled(
 
 
 def _check(grads_WN: Tensor, sizes: Sequence[int] | None) -> list[int]:
+    if not isinstance(grads_WN, Tensor):
+        raise ValueError(
+            f"grads_WN: a {type(grads_WN).__name__}; allowed is a tensor [W, N]; stack the gradients"
+        )
     if grads_WN.dim() != 2 or grads_WN.shape[0] == 0 or not grads_WN.is_floating_point():
         raise ValueError(
             f"grads_WN: {grads_WN.dtype} of shape {tuple(grads_WN.shape)}; allowed is a floating-point "

@@ -81,7 +81,7 @@ def parse_block(block: object, path: str = KEY) -> Block:
     if not isinstance(block, Mapping):
         raise ConfigError(_mistake(path, block, "an object", "see the README for its keys"))
     mistakes: list[str] = []
-    values = dict(block)
+    values = {str(key): value for key, value in block.items()}
     for slot, rules in SLOTS.items():
         if values.get(slot) is not None:
             values[slot] = _parse_slot(f"{path}.{slot}", values[slot], rules, mistakes)

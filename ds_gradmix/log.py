@@ -11,3 +11,4 @@ if not logger.handlers:
     _handler.setFormatter(logging.Formatter("[%(asctime)s] [%(levelname)s] %(message)s"))
     logger.addHandler(_handler)
     logger.setLevel(logging.INFO)
+    logger.propagate = False  # or every line stands there twice once a script has called basicConfig

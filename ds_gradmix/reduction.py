@@ -94,7 +94,11 @@ class Reduction:
             if len(self._fingerprints) > _PLANS_KEPT:
                 self._fingerprints.clear()
             self._fingerprints[key] = fingerprint_of([occasion, *words()])
-        self.workers.agree(self._fingerprints[key], words, occasion)
+        advice = (
+            "every worker must have the same gradients, of the same shapes, in the same order; look for "
+            "parameters that only some workers use, say behind a branch on the data"
+        )
+        self.workers.agree(self._fingerprints[key], words, occasion, advice)
 
     def weigh(self, flat_N: Tensor, gradients: Gradients) -> None:
         """Multiply this worker's gradients by its weights, in place, to be summed over the workers by
@@ -171,8 +175,8 @@ class Reduction:
         drops = self.numbers.get("dropped_workers", 0.0)
         if drops > 0 and self.workers.rank == 0:
             logger.warning(
-                f"ds_gradmix: step {self.step}: {drops:.0f} times a worker was left out of a reduction, "
-                "because its gradient was not finite"
+                f"ds_gradmix: step {self.step}: left a worker out of {drops:.0f} reduction(s), because its "
+                "gradient was not finite"
             )
         return self.numbers.get("skipped", 0.0) > 0
 

@@ -57,20 +57,21 @@ class Workers:
         dist.all_gather_into_tensor(out, value.view(1), group=self._group)
         return out
 
-    def agree(self, fingerprint: int, described: Callable[[], list[str]], occasion: str) -> None:
+    def agree(self, fingerprint: int, described: Callable[[], list[str]], occasion: str, advice: str) -> None:
         """Check that every rank is at the same point with the same gradients.
 
         Args:
             fingerprint: a number below 2**63 that tells what this rank is about to do.
             described: the same in words, one for each gradient, for the message.
             occasion: what is being done, for the message.
+            advice: what to do about a difference, for the message.
 
         Raises:
             MismatchError: on every rank, naming the first gradient in which some rank differs from rank 0.
         """
         largest = self._max_over_hosts(torch.tensor([fingerprint, -fingerprint]))
         if int(largest[0]) != -int(largest[1]):
-            raise MismatchError(self._difference(described(), occasion))
+            raise MismatchError(self._difference(described(), occasion, advice))
 
     def _max_over_hosts(self, values: Tensor) -> Tensor:
         """Maximum over the ranks in ceil(log2 W) rounds, where gloo's all-reduce, a ring, would take 2 (W-1).
@@ -90,7 +91,7 @@ class Workers:
             distance *= 2
         return values
 
-    def _difference(self, described: list[str], occasion: str) -> str:
+    def _difference(self, described: list[str], occasion: str, advice: str) -> str:
         gathered: list[Any] = [None] * self.size
         dist.all_gather_object(gathered, described, group=self._hosts)
         for rank, other in enumerate(gathered):
@@ -99,8 +100,7 @@ class Workers:
                 if ours != theirs:
                     return (
                         f"{occasion}: worker {rank} has {theirs} where worker 0 has {ours} (number {i}); "
-                        "every worker must have the same gradients, of the same shapes, in the same order; "
-                        "look for parameters that only some workers use, say behind a branch on the data"
+                        f"{advice}"
                     )
         return f"{occasion}: the workers are at different points of the step"
 

@@ -15,7 +15,7 @@ from ds_gradmix.engines.support import REFUSALS, refused_settings
 MISTAKES: list[tuple[Any, list[str]]] = [
     (5, ["gradmix: is 5", "an object"]),
     ({"mixing": "GAF"}, ["gradmix.mixing: is", '"GAF"', '{"type"']),
-    ({"mixing": {}}, ["gradmix.mixing.type: is missing", '"Mean", "GradientMix", "GAF"']),
+    ({"mixing": {}}, ["gradmix.mixing.type: is missing", '"GAF", "GradientMix", "Mean"']),
     ({"mixing": {"type": "GAFF"}}, ["gradmix.mixing.type", '"GAFF"', 'did you mean "GAF"?']),
     ({"mixing": {"type": 3}}, ["gradmix.mixing.type: is 3"]),
     ({"mixing": {"type": "GAF", "threshold": 1}}, ["gradmix.mixing.threshold", "gradmix.mixing.params"]),
@@ -186,6 +186,10 @@ def test_check_tells_what_extrapolation_takes(tmp_path: Path, capsys: pytest.Cap
     "config, words",
     [
         ({"zero_optimization": ZERO}, 'has no "gradmix" block'),
+        (
+            {"zero_optimization": ZERO, "gradmix": {}, "gradmx": {}},
+            '"gradmx" beside "gradmix" would be ignored',
+        ),
         ({"zero_optimization": ZERO, "grad_mix": {}}, 'did you mean "gradmix" by "grad_mix"?'),
         ({"zero_optimization": ZERO, "gradmix": {"mixing": {"type": "gad"}}}, "gradmix.mixing.type"),
         ({"zero_optimization": {"stage": 3}, "gradmix": {}}, "zero_optimization.stage: 3"),

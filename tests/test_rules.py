@@ -230,6 +230,11 @@ def test_nonfinite(name: str, bad: float) -> None:
 
 
 def test_combine_refuses() -> None:
+    for wrong in ([[1.0, 2.0]], "x", None):
+        with pytest.raises(ValueError, match="stack the gradients"):
+            combine(wrong, {})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"gradmix\.1: unknown key"):
+        combine(torch.zeros(2, 3), {1: 2})  # type: ignore[dict-item]
     with pytest.raises(ValueError, match="allowed is a floating-point tensor"):
         combine(torch.zeros(3), {})
     with pytest.raises(ValueError, match="allowed is a floating-point tensor"):

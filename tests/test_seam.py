@@ -331,7 +331,7 @@ def test_checkpoints(tmp_path: Path) -> None:
         "no block to rule": "made without a gradmix block",
         "no momentum to momentum": "no momentum",
         "momentum to none": "is dropped",
-        "no scaling to scaling": "scaling None, not VRGD",
+        "no scaling to scaling": "scaling none, not VRGD",
     }
     for name in ("rule to no block", "mixing to mixing", "weights only", *warned):
         lines, finite = first[name]

@@ -143,11 +143,12 @@ def _check_alike(model: Any, config: Mapping[str, Any], block: Block, hosts: dis
     """All ranks must have the same rules and model; DeepSpeed would hang on differing shapes."""
     if dist.get_world_size() == 1:
         return
+    advice = "every rank must be given the same gradmix block, zero_optimization settings and model"
     words = [f"gradmix block {block!r}", f"zero_optimization {config.get('zero_optimization')!r}"]
     for name, p in model.named_parameters() if isinstance(model, torch.nn.Module) else ():
         dtype = str(p.dtype).removeprefix("torch.")
         words.append(f"{name} {tuple(p.shape)} {dtype}{'' if p.requires_grad else ' frozen'}")
-    Workers(None, hosts).agree(fingerprint_of(words), lambda: words, "building the engine")
+    Workers(None, hosts).agree(fingerprint_of(words), lambda: words, "building the engine", advice)
 
 
 def _announce(engine: Any, config: Mapping[str, Any], block: Block | None) -> None:
@@ -172,6 +173,9 @@ def _announce(engine: Any, config: Mapping[str, Any], block: Block | None) -> No
     workers = "1 worker" if reduction.workers.size == 1 else f"{reduction.workers.size} workers"
     told = f"active over {workers}, ZeRO-{engine.zero_optimization_stage()}: {block.describe()}"
     level = logging.INFO
+    if wrong := misspelt_key(config):
+        level = logging.WARNING
+        told += f'; "{wrong}" is ignored (misspelt?)'
     if reduction.workers.size == 1:
         told += "; with one worker every rule of mixing and scaling is the identity"
     elif block.scaling is not None and reduction.workers.size < block.scaling.min_workers:

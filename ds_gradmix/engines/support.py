@@ -75,7 +75,10 @@ REFUSALS: tuple[Refusal, ...] = (
         "scales gradients before the rules see them: set it to 1",
     ),
     Refusal(
-        "gradient_allreduce_op", "mean", lambda v: v != "mean", 'weights sum to 1 here: set it to "mean"'
+        "gradient_allreduce_op",
+        "mean",
+        lambda v: v != "mean",
+        'is not supported, since weights sum to 1: set it to "mean"',
     ),
 )
 

@@ -1,10 +1,13 @@
-"""Who counts: every rule that gives workers weights. To add one, write its file and name it in `RULES`."""
+"""Who counts: every rule that gives workers weights. To add one, write its file and import it here."""
 
-from ds_gradmix.mixing.gaf import GAF
-from ds_gradmix.mixing.gradientmix import GradientMix
-from ds_gradmix.mixing.mean import Mean
-from ds_gradmix.mixing.rule import Decision, GramMixing, KnownMixing, Mixing, Moment
+from ds_gradmix.mixing.gaf import GAF as GAF
+from ds_gradmix.mixing.gradientmix import GradientMix as GradientMix
+from ds_gradmix.mixing.mean import Mean as Mean
+from ds_gradmix.mixing.rule import Decision as Decision
+from ds_gradmix.mixing.rule import GramMixing as GramMixing
+from ds_gradmix.mixing.rule import KnownMixing as KnownMixing
+from ds_gradmix.mixing.rule import Mixing as Mixing
+from ds_gradmix.mixing.rule import Moment as Moment
+from ds_gradmix.rules import rules_among
 
-RULES: tuple[type[Mixing], ...] = (Mean, GradientMix, GAF)
-
-__all__ = ["GAF", "RULES", "Decision", "GradientMix", "GramMixing", "KnownMixing", "Mean", "Mixing", "Moment"]
+RULES = rules_among(globals(), Mixing)
