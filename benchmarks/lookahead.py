@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--depth", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=1024, help="rows in a rank's batch")
+    parser.add_argument("--tokens", type=int, default=2048, help="rows in a rank's batch")
     parser.add_argument("--rounds", type=int, default=15)
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))

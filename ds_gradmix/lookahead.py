@@ -30,7 +30,7 @@ from ds_gradmix.extrapolation import Extrapolation
 from ds_gradmix.extrapolation.rounding import round_stochastically
 from ds_gradmix.segments import to_device
 
-_CHUNK = 2**22  # elements moved at a time
+_CHUNK_ON_CPU, _CHUNK = 2**17, 2**24  # elements moved at a time; on a CPU what stays in its cache
 
 
 class State(enum.Enum):
@@ -69,6 +69,8 @@ class LookAhead:
         # Of each group, in the order of memory: where a parameter begins, and its elements.
         self._order = [sorted((b, n) for g, b, n in places if g == group) for group in range(len(flats))]
         self._key = key
+        on_cpu = all(flat.device.type == "cpu" for flat in flats)
+        self._chunk = _CHUNK_ON_CPU if on_cpu else _CHUNK
         self._kept = [torch.zeros_like(flat) for flat in flats]
         self._sums = [torch.zeros_like(flat) for flat in flats] if accumulates and rule.needs_gradient else []
         self._gradient_scale = 1.0
@@ -106,7 +108,7 @@ class LookAhead:
     def _exchange(self, state: State) -> None:
         with torch.no_grad():
             for flat, kept in zip(self._flats, self._kept, strict=True):
-                for ours, theirs in zip(flat.split(_CHUNK), kept.split(_CHUNK), strict=True):
+                for ours, theirs in zip(flat.split(self._chunk), kept.split(self._chunk), strict=True):
                     before = ours.clone()
                     ours.copy_(theirs)
                     theirs.copy_(before)
@@ -117,8 +119,8 @@ class LookAhead:
         random = torch.Generator(flat.device)
         random.manual_seed(self._seed(step, group))
         for begin, size, scale in self._spans(group, learning_rate):
-            for first in range(begin, begin + size, _CHUNK):
-                length = min(_CHUNK, begin + size - first)
+            for first in range(begin, begin + size, self._chunk):
+                length = min(self._chunk, begin + size - first)
                 weights, past = flat.narrow(0, first, length), kept.narrow(0, first, length)
                 direction = self.rule.direction(past, random)
                 if isinstance(scale, Tensor):
