@@ -80,6 +80,7 @@ class LookAhead:
 
     def go_ahead(self, step: int, learning_rates: Sequence[float]) -> None:
         """Training is about to use the parameters."""
+        self._recover()
         if self.state is State.ASIDE:
             self._exchange(State.AHEAD)
         elif self.state is State.GRADIENT or (self.state is State.EMPTY and not self.rule.needs_gradient):
@@ -90,8 +91,14 @@ class LookAhead:
 
     def leave(self) -> None:
         """Something other than training is about to see the parameters."""
-        if self.state is State.AHEAD and not self._captured:
+        self._recover()
+        if self.state is State.AHEAD:
             self._exchange(State.ASIDE)
+
+    def _recover(self) -> None:
+        """A step's last backward broke off between reductions: give the other parameters theta back."""
+        if self._captured:
+            self.drop()
 
     def drop(self) -> None:
         """Forget the offset, and the gradient it would come from; the parameters hold theta afterwards."""

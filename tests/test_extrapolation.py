@@ -14,7 +14,7 @@ import torch
 from ranks import run_ranks
 from test_seam import log_lines
 from test_zero import BOTH, ONE_OWNER, TINY, relative
-from training import LR, Case, build, loss_of, replay, run_cases, train, weights_of
+from training import LR, Case, Model, build, loss_of, replay, run_cases, train, weights_of
 
 from ds_gradmix.config import ConfigError, parse_block
 from ds_gradmix.extrapolation import Noise, PastGradient
@@ -246,6 +246,40 @@ def test_resuming_is_exact(tmp_path: Path) -> None:
     for rank in run_ranks(2, resuming, str(tmp_path)):
         for name, (whole, rest) in rank.items():
             assert equal(rest, whole), name
+
+
+class Breaking(Model):
+    """Its backward fails, when told to, after some gradients have been reduced."""
+
+    fails = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.first(x))
+        if self.fails:
+            hidden.register_hook(self.fail)
+        return self.last(torch.tanh(self.second(torch.tanh(self.frozen(hidden))))) * self.scale
+
+    def fail(self, _: torch.Tensor) -> None:
+        raise RuntimeError("out of memory, say")
+
+
+def breaking() -> list[bool]:
+    case = Case(past(lr=0.3), bucket=ONE_OWNER)
+    engine = build(case, Breaking())
+    rank = torch.distributed.get_rank()
+    train(engine, case, 0, 2)
+    theta = weights_of(engine)
+    engine.module.fails = True
+    with pytest.raises(RuntimeError, match="out of memory"):
+        engine.backward(loss_of(engine, 2, 0, rank, case))
+    engine.module.fails = False
+    with torch.no_grad():
+        engine(torch.ones(1, 13))
+    return [bool(engine.optimizer.gradmix_lookahead.state.value == "empty"), equal(weights_of(engine), theta)]
+
+
+def test_a_backward_that_breaks_off_loses_nothing() -> None:
+    assert run_ranks(2, breaking) == [[True, True]] * 2
 
 
 def setting() -> list[bool]:

@@ -100,14 +100,14 @@ def groups_of(model: Model, case: Case) -> Any:
     return [{"params": large, "lr": LR}, {"params": small, "lr": LR / 2}]
 
 
-def build(case: Case) -> Any:
+def build(case: Case, model: Model | None = None) -> Any:
     """An engine; with a block or without."""
     import deepspeed
 
     import ds_gradmix
 
     ds_gradmix.enable()
-    model = Model()
+    model = model or Model()
     options = {"lr": LR, "momentum": 0.5}
     parameters = groups_of(model, case)
     optimizer = torch.optim.SGD(parameters, **options)
