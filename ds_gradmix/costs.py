@@ -66,6 +66,9 @@ def cost_table(config: Mapping[str, Any], block: Block, workers: Sequence[int]) 
         twice = stage == 2 and lookup(config, "gradient_accumulation_steps", 1) not in (1, None)
         copies = 2 if twice and block.extrapolation.needs_gradient else 1
         words = "two copies" if copies == 2 else "one copy"
+        derived = stage == 2 and "gradient_accumulation_steps" not in config and "train_batch_size" in config
+        if derived and block.extrapolation.needs_gradient:
+            words += " (two if DeepSpeed comes to accumulate gradients)"
         lines.append(
             f"extra memory per rank for {type(block.extrapolation).__name__}: {words} of the parameters in "
             f"their own dtype ({copies * width} bytes a parameter); no communication"

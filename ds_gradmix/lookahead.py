@@ -74,13 +74,20 @@ class LookAhead:
         self._kept = [torch.zeros_like(flat) for flat in flats]
         self._sums = [torch.zeros_like(flat) for flat in flats] if accumulates and rule.needs_gradient else []
         self._gradient_scale = 1.0
-        self._captured: set[int] = set()
+        self._captured: set[int] = set()  # parameters whose gradient of the last reduction is in the buffer
+        self._reduced = False  # the step's gradients are reduced, and the step is still to come
+        self._collecting = False  # the second buffer holds a part of the window
+        self._partial = False  # a part of the window was lost: its gradient is of no use
 
     # --- moving ---
 
     def go_ahead(self, step: int, learning_rates: Sequence[float]) -> None:
-        """Training is about to use the parameters."""
-        self._recover()
+        """Training is about to use the parameters.
+
+        Nothing happens once the step's gradients are reduced, or while they are: then parameters hold theta.
+        """
+        if self._captured or self._reduced:
+            return
         if self.state is State.ASIDE:
             self._exchange(State.AHEAD)
         elif self.state is State.GRADIENT or (self.state is State.EMPTY and not self.rule.needs_gradient):
@@ -91,12 +98,14 @@ class LookAhead:
 
     def leave(self) -> None:
         """Something other than training is about to see the parameters."""
-        self._recover()
+        self.recover()
         if self.state is State.AHEAD:
             self._exchange(State.ASIDE)
 
-    def _recover(self) -> None:
-        """A step's last backward broke off between reductions: give the other parameters theta back."""
+    def recover(self) -> None:
+        """For what cannot be in the middle of a backward pass. A step's last backward broke off between
+        reductions: give the other parameters theta back.
+        """
         if self._captured:
             self.drop()
 
@@ -107,10 +116,19 @@ class LookAhead:
 
     def forget(self) -> None:
         """The same where somebody else has just written the parameters."""
-        self.state = State.EMPTY
-        self._captured.clear()
+        self._begin(State.EMPTY)
+        self._partial, self._collecting = self._collecting, False
         for total in self._sums:
             total.zero_()
+
+    def end_step(self) -> None:
+        """The optimizer has taken the step: parameters are new, and may be moved."""
+        self._reduced = False
+
+    def _begin(self, state: State) -> None:
+        self.state = state
+        self._captured.clear()
+        self._reduced = False
 
     def _exchange(self, state: State) -> None:
         with torch.no_grad():
@@ -134,6 +152,8 @@ class LookAhead:
                     ahead = torch.addcmul(weights.float(), direction.float(), scale)
                 else:
                     ahead = torch.add(weights.float(), direction, alpha=scale)
+                if weights.dtype == torch.float16:  # where a sum of scaled gradients may have left the range
+                    ahead = torch.where(ahead.isfinite(), ahead, weights.float())
                 past.copy_(weights)
                 weights.copy_(round_stochastically(ahead, weights.dtype, random))
 
@@ -171,7 +191,10 @@ class LookAhead:
         parts = list(flat_N.split([elements for _, elements in gradients]))
         indices = [index for index, _ in gradients]
         with torch.no_grad():
+            if not boundary and self.rule.needs_gradient and not self._sums:  # boundaries set by hand
+                self._sums = [torch.zeros_like(flat) for flat in self._flats]
             if self._sums:
+                self._collecting = True
                 torch._foreach_add_(
                     self._views(self._sums, indices), [part.to(self._sums[0].dtype) for part in parts]
                 )
@@ -194,7 +217,8 @@ class LookAhead:
             for total in self._sums:
                 total.zero_()
         self._gradient_scale = gradient_scale
-        self.state = State.GRADIENT if self.rule.needs_gradient else State.EMPTY
+        self._begin(State.GRADIENT if self.rule.needs_gradient and not self._partial else State.EMPTY)
+        self._reduced, self._partial, self._collecting = True, False, False
 
     def _give_back(self) -> None:
         """Parameters that were not captured get theta back, too, and count as having no gradient."""
@@ -220,8 +244,8 @@ class LookAhead:
 
     def load_state_dict(self, saved: dict[str, Any]) -> bool:
         """Take over a checkpoint's state; False, and no offset for one step, if it is of other sizes."""
-        self._captured.clear()
-        self.state = State.EMPTY
+        self._begin(State.EMPTY)
+        self._partial = self._collecting = False
         buffers = saved["buffers"]
         if not self.rule.needs_gradient or not buffers:
             return True

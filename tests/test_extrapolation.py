@@ -282,6 +282,56 @@ def test_a_backward_that_breaks_off_loses_nothing() -> None:
     assert run_ranks(2, breaking) == [[True, True]] * 2
 
 
+def stray(stage: int) -> list[Any]:
+    """A training forward between the last backward of a step and the step; boundaries set by hand."""
+    case = Case(past(lr=0.3), stage=stage)
+    rank = torch.distributed.get_rank()
+    out: list[Any] = []
+    for disturb in (False, True):
+        engine = build(case)
+        for step in range(3):
+            engine.backward(loss_of(engine, step, 0, rank, case))
+            if disturb:
+                loss_of(engine, step, 1, rank, case)
+            engine.step()
+            after = weights_of(engine)
+            with torch.no_grad():
+                engine(torch.ones(1, 13))
+            out.append(equal(weights_of(engine), after))
+        out.append(after)
+    return out
+
+
+def test_a_forward_before_the_step_changes_nothing() -> None:
+    for stage in (1, 2):
+        for told in run_ranks(2, stray, stage):
+            assert told[:3] == told[4:7] == [True] * 3 and equal(told[3], told[7])
+
+
+def window_by_hand() -> list[float]:
+    case = Case(past(lr=0.3))
+    engine = build(case)
+    rank = torch.distributed.get_rank()
+    for micro, boundary in ((0, False), (1, True)):
+        engine.set_gradient_accumulation_boundary(boundary)
+        engine.backward(loss_of(engine, 0, micro, rank, case))
+        engine.step()
+    kept = (
+        engine.optimizer.gradmix_lookahead._kept[0].double()
+        / engine.optimizer.gradmix_lookahead._gradient_scale
+    )
+    exact = Model().double()
+    for micro in range(2):
+        loss_of(exact, 0, micro, rank, Case({}, dtype="fp64")).backward()
+    norm = sum(float(p.grad.square().sum()) for p in exact.parameters() if p.grad is not None) ** 0.5
+    return [float(kept.norm()), norm]
+
+
+def test_the_whole_window_counts_when_boundaries_are_set_by_hand() -> None:
+    for found, expected in run_ranks(2, window_by_hand):
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
 def setting() -> list[bool]:
     """Master weights written in the middle of a window: they count, and the offset does not come back with
     them.

@@ -25,6 +25,7 @@ def watch(engine: Any) -> None:
 
     def before_forward(module: torch.nn.Module, _: Any) -> None:
         if module.training and torch.is_grad_enabled():
+            lookahead.recover()
             optimizer.gradmix_go_ahead()
         else:
             lookahead.leave()
@@ -32,6 +33,8 @@ def watch(engine: Any) -> None:
     engine.module.register_forward_pre_hook(before_forward, prepend=True)
     engine.module.register_state_dict_pre_hook(lambda *_: lookahead.leave())
     engine._backward_prologue = _before(optimizer.gradmix_go_ahead, engine._backward_prologue)
+    engine.module._register_load_state_dict_pre_hook(lambda *_: lookahead.drop())
+    engine.backward = _before(optimizer.gradmix_go_ahead, engine.backward)
     engine.eval = _before(lookahead.leave, engine.eval)
     engine.load_checkpoint = _warning(optimizer, engine.load_checkpoint)
     engine.load_module_state_dict = _before(lookahead.drop, engine.load_module_state_dict)

@@ -210,10 +210,10 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
         with self._discarding_gradients() if self._gradmix_skips else contextlib.nullcontext():
             super().step(closure)
         self.gradmix.settle(taken=not self.overflow)
-        if self.gradmix_lookahead is not None and (
-            self.overflow or self.gradmix.numbers.get("dropped_workers")
-        ):
-            self.gradmix_lookahead.drop()
+        if self.gradmix_lookahead is not None:
+            self.gradmix_lookahead.end_step()
+            if self.overflow or self.gradmix.numbers.get("dropped_workers", 0.0) > 0:
+                self.gradmix_lookahead.drop()
         self._gradmix_report(self.gradmix.numbers)
 
     @contextlib.contextmanager
@@ -260,6 +260,12 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
         if self.gradmix_lookahead is not None:
             rates = [float(group["lr"]) for group in self.optimizer.param_groups]
             self.gradmix_lookahead.go_ahead(self._gradmix_step(), rates)
+
+    def refresh_fp32_params(self) -> None:
+        """Master weights anew from the parameters, which must not hold an offset then."""
+        if self.gradmix_lookahead is not None:
+            self.gradmix_lookahead.drop()
+        super().refresh_fp32_params()
 
     def update_lp_params(self) -> None:
         """Parameters anew from the master weights: without an offset, until the next step."""
