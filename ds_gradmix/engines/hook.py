@@ -201,6 +201,8 @@ def _telling(original: Any) -> Any:
         if issubclass(kind, (ConfigError, MismatchError)):
             sys.stderr.write("".join(f"ds_gradmix: error: {line}\n" for line in str(error).splitlines()))
             sys.stderr.flush()
+            if issubclass(kind, ConfigError) and dist.is_initialized():
+                dist.destroy_process_group()  # or its threads may abort the interpreter, whose status is 1
         else:
             original(kind, error, trace)
 
