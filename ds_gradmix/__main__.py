@@ -9,6 +9,7 @@ import sys
 
 from ds_gradmix.cli import VERBS
 from ds_gradmix.cli import main as verbs
+from ds_gradmix.script import LOCAL_RANK, run_script
 
 _USAGE = """usage: python -m ds_gradmix SCRIPT [its options]       (also: -m MODULE)
        deepspeed [launcher options] --module ds_gradmix SCRIPT [its options]
@@ -18,7 +19,7 @@ _USAGE = """usage: python -m ds_gradmix SCRIPT [its options]       (also: -m MOD
 
 def main(arguments: list[str]) -> None:
     """Start a script; a verb in its place is passed on to the command line."""
-    plain = [argument for argument in arguments if not argument.startswith(("--local_rank", "--local-rank"))]
+    plain = [argument for argument in arguments if not argument.startswith(LOCAL_RANK)]
     if not plain or plain[0] in ("-h", "--help"):
         sys.stderr.write(_USAGE.format(verbs="|".join(VERBS)))
         sys.exit(0 if plain else 2)
@@ -28,7 +29,6 @@ def main(arguments: list[str]) -> None:
         sys.stderr.write(f"ds_gradmix: error: can't open script {plain[0]!r}: no such file\n")
         sys.exit(2)
     from ds_gradmix import enable
-    from ds_gradmix.script import run_script
     from ds_gradmix.slurm import rank_environment
 
     os.environ.update(rank_environment(os.environ))

@@ -17,6 +17,7 @@ from typing import Any
 
 from ds_gradmix.config import Block
 from ds_gradmix.engines.support import lookup
+from ds_gradmix.extrapolation import Extrapolation
 from ds_gradmix.mixing import Mean
 
 
@@ -62,20 +63,22 @@ def cost_table(config: Mapping[str, Any], block: Block, workers: Sequence[int]) 
             "  and for momentum 4 bytes per parameter / W throughout, as much again during reductions"
         )
     if block.extrapolation is not None:
-        stage = lookup(config, "zero_optimization.stage", 0)
-        twice = stage == 2 and lookup(config, "gradient_accumulation_steps", 1) not in (1, None)
-        copies = 2 if twice and block.extrapolation.needs_gradient else 1
-        words = "two copies" if copies == 2 else "one copy"
-        derived = stage == 2 and "gradient_accumulation_steps" not in config and "train_batch_size" in config
-        if derived and block.extrapolation.needs_gradient:
-            words += " (two if DeepSpeed comes to accumulate gradients)"
-        lines.append(
-            f"extra memory per rank for {type(block.extrapolation).__name__}: {words} of the parameters in "
-            f"their own dtype ({copies * width} bytes a parameter); no communication"
-        )
+        lines.append(_extrapolation_line(config, block.extrapolation, width))
     if block.mixing.needs_gram and block.scope == "bucket":
-        size = lookup(config, "zero_optimization.reduce_bucket_size", 500_000_000)
         lines.append(
-            f"note: scope bucket makes reduce_bucket_size ({size:g} elements) part of the mathematics"
+            f"note: scope bucket makes reduce_bucket_size ({bucket:g} elements) part of the mathematics"
         )
     return "\n".join(lines)
+
+
+def _extrapolation_line(config: Mapping[str, Any], rule: Extrapolation, width: int) -> str:
+    words, copies = "one copy", 1
+    if rule.needs_gradient and lookup(config, "zero_optimization.stage", 0) == 2:
+        if lookup(config, "gradient_accumulation_steps", 1) not in (1, None):
+            words, copies = "two copies", 2
+        elif "gradient_accumulation_steps" not in config and "train_batch_size" in config:
+            words += " (two if DeepSpeed comes to accumulate gradients)"
+    return (
+        f"extra memory per rank for {type(rule).__name__}: {words} of the parameters in their own dtype "
+        f"({copies * width} bytes a parameter); no communication"
+    )

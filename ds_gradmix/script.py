@@ -9,6 +9,8 @@ import sys
 import types
 from collections.abc import Sequence
 
+LOCAL_RANK = ("--local_rank", "--local-rank")  # what launchers put before the script's name begins so
+
 
 def run_script(arguments: Sequence[str]) -> None:
     """Run `[--local_rank=N] SCRIPT ...` or `[--local_rank=N] -m MODULE ...` as `__main__`.
@@ -17,7 +19,7 @@ def run_script(arguments: Sequence[str]) -> None:
     script would find it as its first argument, so that is where it goes. The script gets its own `sys.argv`,
     `sys.path[0]`, `__name__` and `__file__`; its exit status and exceptions are the process's.
     """
-    ranks = [argument for argument in arguments[:1] if argument.startswith(("--local_rank", "--local-rank"))]
+    ranks = [argument for argument in arguments[:1] if argument.startswith(LOCAL_RANK)]
     rest = list(arguments[len(ranks) :])
     if rest[:1] == ["-m"] and len(rest) > 1:
         sys.argv = [rest[1], *ranks, *rest[2:]]

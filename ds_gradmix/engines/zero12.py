@@ -130,9 +130,8 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
             if others:
                 torch._foreach_zero_(others)
         if self.overlap_comm and not get_accelerator().resolves_data_dependency():
-            flat_N.record_stream(
-                self.reduction_stream
-            )  # a large parameter's own gradient is freed after this
+            # A parameter larger than the bucket is reduced in its own gradient, which is freed after this.
+            flat_N.record_stream(self.reduction_stream)
 
     def allreduce_no_retain(self, *args: Any, **kwargs: Any) -> None:
         """The slices of one owner, with `use_multi_rank_bucket_allreduce: false`."""
