@@ -51,7 +51,7 @@ def stats(engine: Any) -> dict[str, float]:
         often one was left out of a reduction (`nonfinite: "drop"`), and `skipped`, 1 if the step was skipped.
         The same on every rank.
     """
-    from ds_gradmix.engines.hook import reduction_of
+    from ds_gradmix.engines.hook import seam_of
 
-    reduction = reduction_of(engine)
-    return {} if reduction is None else dict(reduction.numbers)
+    seam = seam_of(engine)
+    return {} if seam is None else dict(seam.numbers)

@@ -8,21 +8,23 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from ds_gradmix.config import Block
 from ds_gradmix.lookahead import LookAhead
-from ds_gradmix.reduction import Reduction
+from ds_gradmix.smoothing import Smoothing
 
 KEY = "gradmix"
 
 
-def save(reduction: Reduction, lookahead: LookAhead | None, layout: int) -> dict[str, Any]:
+def save(
+    block: Block, smoothing: Smoothing | None, lookahead: LookAhead | None, layout: int
+) -> dict[str, Any]:
     """This rank's part. Draws need no state: they are keyed by DeepSpeed's own step count.
 
     `layout` stands for where parameters lie in the partitions, which all state depends on.
     """
-    smoothing = reduction.smoothing
     return {
-        "scaling": _name(reduction.block.scaling),
-        "extrapolation": _name(reduction.block.extrapolation),
+        "scaling": _name(block.scaling),
+        "extrapolation": _name(block.extrapolation),
         "layout": layout,
         "smoothing": smoothing.state_dict() if smoothing else None,
         "lookahead": lookahead.state_dict() if lookahead else None,
@@ -30,40 +32,45 @@ def save(reduction: Reduction, lookahead: LookAhead | None, layout: int) -> dict
 
 
 def load(
-    reduction: Reduction, lookahead: LookAhead | None, saved: dict[str, Any] | None, layout: int, why: str
+    block: Block,
+    smoothing: Smoothing | None,
+    lookahead: LookAhead | None,
+    saved: dict[str, Any] | None,
+    layout: int,
+    why: str,
 ) -> str | None:
     """Take over a saved state where it fits, and start afresh where not; what to warn of.
 
     `mixing` may change between runs, since no mixing rule has state. `why` tells why `saved` is None.
     """
-    if reduction.smoothing is not None:
-        reduction.smoothing.reset()
+    if smoothing is not None:
+        smoothing.reset()
     if lookahead is not None:
         lookahead.forget()
     if saved is None:
         return _afresh(why)
     if saved["layout"] != layout:
         return _afresh("it is of another partitioning")
-    told = [_load_smoothing(reduction, saved), _load_lookahead(reduction, lookahead, saved)]
+    told = [_load_smoothing(block, smoothing, saved), _load_lookahead(block, lookahead, saved)]
     return _afresh("; ".join(reasons)) if (reasons := [reason for reason in told if reason]) else None
 
 
-def _load_smoothing(reduction: Reduction, saved: dict[str, Any]) -> str | None:
-    scaling = _name(reduction.block.scaling)
+def _load_smoothing(block: Block, smoothing: Smoothing | None, saved: dict[str, Any]) -> str | None:
+    scaling = _name(block.scaling)
     if saved["scaling"] != scaling:
         return f"it was made with scaling {saved['scaling']}, not {scaling}"
-    if reduction.smoothing is None:
+    if smoothing is None:
         return (
             None if saved["smoothing"] is None else f"its momentum of {scaling} is dropped, which is off now"
         )
     if saved["smoothing"] is None:
         return f"it holds no momentum of {scaling}"
-    fits = reduction.smoothing.load_state_dict(saved["smoothing"])
+    fits = smoothing.load_state_dict(saved["smoothing"])
     return None if fits else f"its momentum of {scaling} is of another partitioning"
 
 
-def _load_lookahead(reduction: Reduction, lookahead: LookAhead | None, saved: dict[str, Any]) -> str | None:
-    extrapolation = _name(reduction.block.extrapolation)
+def _load_lookahead(block: Block, lookahead: LookAhead | None, saved: dict[str, Any]) -> str | None:
+    extrapolation = _name(block.extrapolation)
     if saved["extrapolation"] != extrapolation:
         return f"it was made with extrapolation {saved['extrapolation']}, not {extrapolation}"
     if lookahead is None or lookahead.load_state_dict(saved["lookahead"]):

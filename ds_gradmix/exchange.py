@@ -6,9 +6,13 @@
     3. a scaling rule's mean ratio of every parameter, summed over the ranks;     P numbers
     4. weighted combination, one pass over the share
     5. all-to-all of what was combined to its owners, unless regions are owned;   (W-1)/W B/W
+       or to all ranks, where every one of them needs the whole result            (W-1)/W B
 
 for a bucket of B bytes; stock ZeRO all-reduces it for 2 (W-1)/W B. With a smoothed scaling rule hop 5 carries
 the factors as well, since the owner has their running mean. Weights known beforehand leave out step 2.
+
+Tensor-parallel ranks hold parts of the same gradients: in 2 and 3 the sums go over them, too, replicas
+counted once, and the first of them all decides.
 
 Memory beyond the bucket: at most 3 `tile_bytes`, plus the small numbers above. Steps 1 and 5 work in tiles;
 what has been sent is overwritten by what was received, and that by the result.
@@ -31,8 +35,8 @@ from ds_gradmix.record import Record
 from ds_gradmix.scaling import Scaling
 from ds_gradmix.segments import Segments, to_device, weighted_sum
 from ds_gradmix.smoothing import Smoothing
-from ds_gradmix.transit import Transit, Wire
-from ds_gradmix.workers import Workers
+from ds_gradmix.transit import Transit, Wire, rows_of_workers
+from ds_gradmix.workers import Circle, Workers
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,10 @@ class Plan:
     tiles: list[Tile]
     pieces: list[Piece]
     rank: int
-    num_workers: int
+    num_ranks: int
     device: torch.device
+    counted: list[bool]  # of every parameter of the bucket, whether this rank adds it to sums over the ranks
+    whole: bool  # every rank gets all of the result
 
     @cached_property
     def owned(self) -> list[Piece]:
@@ -61,32 +67,49 @@ class Plan:
     @cached_property
     def parameters(self) -> list[Segments]:
         """Of every tile, one segment a parameter of the bucket."""
-        return [tile.segments(self._num_parameters, self.device, self.num_workers) for tile in self.tiles]
+        return self._segments(list(range(self._num_parameters)))
 
     @cached_property
-    def whole(self) -> list[Segments]:
+    def together(self) -> list[Segments]:
         """Of every tile, as one segment."""
-        return [tile.segments(1, self.device, self.num_workers) for tile in self.tiles]
+        return self._segments([0] * self._num_parameters)
+
+    @cached_property
+    def together_once(self) -> list[Segments]:
+        """Of every tile, one segment of what is counted; and one of what is not, where there is such."""
+        return self._segments([int(not counts) for counts in self.counted])
+
+    @cached_property
+    def counted_P(self) -> Tensor | None:
+        """1 or 0 for every parameter of the bucket, float64; None if all are counted."""
+        if all(self.counted):
+            return None
+        return to_device(torch.tensor(self.counted, dtype=torch.float64), self.device)
+
+    def _segments(self, segment_of: list[int]) -> list[Segments]:
+        return [tile.segments(segment_of, self.device, self.num_ranks) for tile in self.tiles]
 
     @property
     def _num_parameters(self) -> int:
-        return 1 + max((piece.parameter for piece in self.pieces), default=0)
+        return len(self.counted)
 
 
-def columns_per_tile(block: Block, num_workers: int, wire: Wire) -> int:
+def columns_per_tile(block: Block, workers: Workers, wire: Wire) -> int:
     """Elements a rank combines at a time, such that 3 `tile_bytes` hold all that a tile needs.
 
-    Per column: W elements sent and W received, in the wire's dtype; up to 12 float32 of statistics; and for
-    the work W float64 (Gram matrix, or gradients in float32), or half as much again where weights differ by
-    parameter, or six times as much for Gram matrices by parameter (blocks that parameters share are copied
-    for each).
+    Per column: an element sent and one received for every rank, in the wire's dtype; up to 12 float32 of
+    statistics; and for the work of each worker a float64 (Gram matrix, or gradients in float32), or half as
+    much again where weights differ by parameter, or six times as much for Gram matrices by parameter (blocks
+    that parameters share are copied for each); and a float32 more where its ranks' parts are summed.
     """
     work = 8
     if block.mixing.by_parameter:
         work = 12
     if block.mixing.needs_gram and block.scope == "parameter":
         work = 48
-    per_column = num_workers * (wire.num_bytes + work) + 48
+    if workers.ranks_per_worker > 1:
+        work += 4
+    per_column = workers.num_ranks * wire.num_bytes + workers.size * work + 48
     return max(3 * block.tile_bytes // per_column, 1)
 
 
@@ -98,23 +121,41 @@ class Exchange:
         block: mixing, scaling, scope and tile size.
         record: takes note of what was decided.
         smoothing: state of a smoothed scaling rule, if it is one.
+        share: what the combined gradient is multiplied by.
     """
 
     def __init__(
-        self, workers: Workers, block: Block, record: Record, smoothing: Smoothing | None = None
+        self,
+        workers: Workers,
+        block: Block,
+        record: Record,
+        smoothing: Smoothing | None = None,
+        share: float = 1.0,
     ) -> None:
         self._workers = workers
         self._block = block
         self._record = record
         self._smoothing = smoothing
+        self._share = share
         self._by_parameter = block.mixing.needs_gram and block.scope == "parameter"
 
-    def plan(self, pieces: Sequence[Piece], wire: Wire, device: torch.device) -> Plan:
-        """Plan the exchange of a bucket, given all its pieces in order. Worth keeping: buckets recur."""
+    def plan(
+        self,
+        pieces: Sequence[Piece],
+        wire: Wire,
+        device: torch.device,
+        *,
+        counted: Sequence[bool],
+        whole: bool = False,
+    ) -> Plan:
+        """Plan the exchange of a bucket, given all its pieces in order. Worth keeping: buckets recur.
+
+        `counted` tells of every parameter of the bucket whether this rank adds it to sums over the ranks.
+        """
         workers = self._workers
-        columns = columns_per_tile(self._block, workers.size, wire)
-        tiles = plan_tiles(pieces, workers.size, workers.rank, columns)
-        return Plan(tiles, list(pieces), workers.rank, workers.size, device)
+        columns = columns_per_tile(self._block, workers, wire)
+        tiles = plan_tiles(pieces, workers.num_ranks, workers.rank, columns)
+        return Plan(tiles, list(pieces), workers.rank, workers.num_ranks, device, list(counted), whole)
 
     def combine(
         self,
@@ -146,21 +187,29 @@ class Exchange:
             plan.tiles,
             wire,
             list(zip(plan.owned, outputs, strict=True)) if outputs else (),
+            whole=plan.whole,
         )
         verdict = known
         if verdict is None:
-            segments = plan.parameters if self._by_parameter else plan.whole
-            grams = (segments[k].gram(grads_WC) for k, grads_WC in transit.sweep())
-            verdict = self._decide(_total(grams), moment, present_W)
+            verdict = self.decide(self._gram(transit, plan), moment, present_W, self._workers.deciders)
         one_row = len(verdict.weights_SW) == 1
         self._record.add_verdict(verdict, float(flat_N.numel()) if one_row else plan.elements, present_W)
         weights_WS = verdict.weights_SW.t().float()
-        segments = plan.whole if one_row else plan.parameters
+        segments = plan.together if one_row else plan.parameters
         if self._block.scaling is not None:
             self._scale(self._block.scaling, transit, plan, segments, weights_WS)
             return
+        weights_WS = weights_WS * self._share
         for k, grads_WC in transit.sweep(last=True):
             transit.place(k, weighted_sum(grads_WC.float(), segments[k].expand(weights_WS)))
+
+    def _gram(self, transit: Transit, plan: Plan) -> Tensor:
+        """Gram matrices `[S, W, W]` of this rank's share of the bucket."""
+        if self._by_parameter:
+            gram_SWW = _total(plan.parameters[k].gram(grads_WC) for k, grads_WC in transit.sweep())
+            return gram_SWW if plan.counted_P is None else gram_SWW * plan.counted_P[:, None, None]
+        gram_SWW = _total(plan.together_once[k].gram(grads_WC) for k, grads_WC in transit.sweep())
+        return gram_SWW[:1] if plan.counted[0] or len(gram_SWW) == 2 else torch.zeros_like(gram_SWW)
 
     def _scale(
         self, rule: Scaling, transit: Transit, plan: Plan, segments: Sequence[Segments], weights_WS: Tensor
@@ -173,7 +222,9 @@ class Exchange:
             if transit.holds_signals:
                 transit.hold(k, signal)
         total_2S = _total(iter(sums_2S))
-        self._workers.sum(total_2S)
+        if plan.counted_P is not None:
+            total_2S = total_2S * plan.counted_P
+        self._workers.sum_of_shares(total_2S)
         layer_mean_S = (total_2S[0] / total_2S[1].clamp(min=1)).float()
         if self._smoothing is not None:
             self._smoothing.begin(plan.owned)
@@ -187,22 +238,22 @@ class Exchange:
         for k, signal in again:
             factors_C = rule.factors(signal, plan.parameters[k].expand(layer_mean_S[None])[0])
             self._record.add_factors(factors_C)
-            transit.place(k, signal.mean_C, factors_C, self._smoothing)
+            transit.place(k, signal.mean_C * self._share, factors_C, self._smoothing)
 
-    def gram(self, grads: Sequence[Tensor], wire: Wire) -> Tensor:
-        """Gram matrix `[1, W, W]` of whole gradients, on the first rank; they are read, and nothing is kept.
+    def gram(self, grads: Sequence[Tensor], wire: Wire, device: torch.device) -> Tensor:
+        """Gram matrix `[1, W, W]` of this rank's share of whole gradients, which are read; nothing is kept.
 
-        Any division of the elements among the ranks serves, so each tile is cut into W equal parts.
+        Any division of the elements among the R ranks serves, so each tile is cut into R equal parts.
         """
         workers = self._workers
-        columns = columns_per_tile(self._block, workers.size, wire)
+        columns = columns_per_tile(self._block, workers, wire)
         pieces, start = [], 0
         for grad in grads:
             pieces.append((start, grad.reshape(-1)))
             start += grad.numel()
-        total = torch.zeros(1, workers.size, workers.size, dtype=torch.float64, device=grads[0].device)
-        for begin in range(0, start, columns * workers.size):
-            end = min(begin + columns * workers.size, start)
+        total = torch.zeros(1, workers.size, workers.size, dtype=torch.float64, device=device)
+        for begin in range(0, start, columns * workers.num_ranks):
+            end = min(begin + columns * workers.num_ranks, start)
             parts = [
                 flat[max(begin - first, 0) : end - first]
                 for first, flat in pieces
@@ -210,34 +261,30 @@ class Exchange:
             ]
             sent = torch.cat([part.to(wire.gradient) for part in parts])
             sizes = [
-                (end - begin) // workers.size + (j < (end - begin) % workers.size)
-                for j in range(workers.size)
+                (end - begin) // workers.num_ranks + (j < (end - begin) % workers.num_ranks)
+                for j in range(workers.num_ranks)
             ]
             mine = sizes[workers.rank]
-            out = sent.new_empty(mine * workers.size)
-            workers.all_to_all(out, sent, [mine] * workers.size, sizes)
-            whole = Segments([0], [mine], 1, out.device, workers.size)
-            total += whole.gram(out.view(workers.size, mine))
+            out = sent.new_empty(mine * workers.num_ranks)
+            workers.all_to_all(out, sent, [mine] * workers.num_ranks, sizes)
+            segment = Segments([0], [mine], 1, out.device, workers.size)
+            total += segment.gram(rows_of_workers(out.view(workers.num_ranks, mine), workers))
         return total
 
-    def decide_for_model(
-        self, grads: Sequence[Tensor], wire: Wire, moment: Moment, present_W: Tensor
-    ) -> Verdict:
-        """One decision for all gradients of a model, to be given to `combine` as `known`."""
-        return self._decide(self.gram(grads, wire), moment, present_W)
+    def decide(self, gram_SWW: Tensor, moment: Moment, present_W: Tensor, circle: Circle) -> Verdict:
+        """Decide from Gram matrices of which every rank of the circle has a share.
 
-    def _decide(self, gram_SWW: Tensor, moment: Moment, present_W: Tensor) -> Verdict:
-        """The first rank decides and tells the others, since a sum is not promised to be bit-identical
+        The first rank decides and tells the others, since a sum is not promised to be bit-identical
         everywhere.
         """
         rule = self._block.mixing
         assert isinstance(rule, GramMixing)
-        self._workers.sum_at_first(gram_SWW)
-        if self._workers.rank == 0:
+        circle.sum_at_first(gram_SWW)
+        if circle.is_first:
             packed = gram_verdict(rule, moment, gram_SWW, present_W).packed()
         else:
             packed = gram_SWW.new_empty(gram_SWW.shape[0], self._workers.size + 2)
-        self._workers.from_first(packed)
+        circle.from_first(packed)
         return Verdict.unpacked(packed)
 
 

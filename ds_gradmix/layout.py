@@ -1,6 +1,6 @@
 """Who combines which part of a bucket, and in which order: plain integers, decided alike on every rank.
 
-A bucket of N elements is divided into W *regions*, one for each rank to combine. If its slices are spread
+A bucket of N elements is divided into R *regions*, one for each rank to combine. If its slices are spread
 evenly over their owners, a rank's region is what it owns, and nothing needs to travel twice (`direct`). If
 not, every region holds N/W elements, of its own rank's as many as fit, and combined gradients go on to their
 owners in a second hop.
@@ -84,10 +84,34 @@ class Tile:
         """`(start, length)` in the bucket of all W regions, one after the other."""
         return [(piece.start, piece.length) for region in self.regions for piece in region]
 
-    def segments(self, num_parameters: int, device: torch.device, num_rows: int) -> Segments:
-        """Which of the bucket's parameters each column belongs to; `num_parameters` 1 takes them as one."""
-        ids = [piece.parameter if num_parameters > 1 else 0 for piece in self.mine]
-        return Segments(ids, [piece.length for piece in self.mine], num_parameters, device, num_rows)
+    def segments(self, segment_of: Sequence[int], device: torch.device, num_rows: int) -> Segments:
+        """Which segment each column belongs to, given that of every parameter of the bucket."""
+        ids = [segment_of[piece.parameter] for piece in self.mine]
+        num_segments = 1 if len(set(segment_of)) == 1 else 1 + max(segment_of)
+        return Segments(ids, [piece.length for piece in self.mine], num_segments, device, num_rows)
+
+
+def share_evenly(lengths: Sequence[tuple[int, int]], num_ranks: int, group: int) -> list[Piece]:
+    """A bucket that nobody owns, in equal shares, of which each rank takes one: its pieces, in order.
+
+    Args:
+        lengths: where each parameter's gradient begins in the bucket, and its elements.
+        num_ranks: how many share.
+        group: what distinguishes this bucket from others, for state that is kept of it.
+    """
+    total = sum(length for _, length in lengths)
+    sizes = [total // num_ranks + (rank < total % num_ranks) for rank in range(num_ranks)]
+    pieces: list[Piece] = []
+    owner, home = 0, 0
+    for parameter, (start, length) in enumerate(lengths):
+        done = 0
+        while done < length:
+            while home == sizes[owner]:
+                owner, home = owner + 1, 0
+            part = min(length - done, sizes[owner] - home)
+            pieces.append(Piece(start + done, part, owner, parameter, group, home))
+            done, home = done + part, home + part
+    return pieces
 
 
 def plan_tiles(pieces: Sequence[Piece], num_workers: int, rank: int, columns: int) -> list[Tile]:

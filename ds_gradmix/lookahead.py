@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import enum
 import hashlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from torch import Tensor
 from ds_gradmix.extrapolation import Extrapolation
 from ds_gradmix.extrapolation.rounding import round_stochastically
 from ds_gradmix.segments import to_device
+from ds_gradmix.workers import Circle
 
 _CHUNK_ON_CPU, _CHUNK = 2**17, 2**24  # elements moved at a time; on a CPU what stays in its cache
 
@@ -42,6 +43,14 @@ class State(enum.Enum):
     ASIDE = "aside"
 
 
+class Division(NamedTuple):
+    """What is known of parameters that several ranks of a replica keep, or have parts of."""
+
+    labels: list[str]  # equal labels are given equal random numbers: what several ranks keep stays equal
+    counts: list[bool]  # whether this rank's part is added to the norm of the whole
+    circle: Circle | None  # the ranks with parts
+
+
 class LookAhead:
     """Parameters at a worker's look-ahead point.
 
@@ -49,8 +58,10 @@ class LookAhead:
         rule: the offset.
         flats: the parameters of each of the optimizer's groups, flat, in their own dtype.
         places: for every parameter its group, where it begins in the group's flat tensor, and its elements.
-        key: seed and rank, for what is drawn at random.
+        key: seed and number of the worker, for what is drawn at random.
         accumulates: whether gradients of one step come in several reductions.
+        division: of parameters over ranks, if they are.
+        replica: the ranks whose gradients add up to the worker's, if that is not this rank alone.
     """
 
     def __init__(
@@ -61,13 +72,19 @@ class LookAhead:
         key: tuple[int, int],
         *,
         accumulates: bool,
+        division: Division | None = None,
+        replica: Circle | None = None,
     ) -> None:
         self.rule = rule
         self.state = State.EMPTY
         self._flats = list(flats)
         self._places = list(places)
-        # Of each group, in the order of memory: where a parameter begins, and its elements.
-        self._order = [sorted((b, n) for g, b, n in places if g == group) for group in range(len(flats))]
+        self._division = division
+        self._replica = replica
+        # Of each group, in the order of memory: where a parameter begins, its elements, and which it is.
+        self._order: list[list[tuple[int, int, int]]] = [[] for _ in flats]
+        for i, (group, begin, size) in sorted(enumerate(places), key=lambda place: place[1][1]):
+            self._order[group].append((begin, size, i))
         self._key = key
         on_cpu = all(flat.device.type == "cpu" for flat in flats)
         self._chunk = _CHUNK_ON_CPU if on_cpu else _CHUNK
@@ -142,54 +159,71 @@ class LookAhead:
     def _shift(self, group: int, step: int, learning_rate: float) -> None:
         flat, kept = self._flats[group], self._kept[group]
         random = torch.Generator(flat.device)
-        random.manual_seed(self._seed(step, group))
-        for begin, size, scale in self._spans(group, learning_rate):
+        random.manual_seed(self._seed(step, str(group)))
+        for begin, size, scale, label in self._spans(group, learning_rate):
+            if label is not None:
+                random.manual_seed(self._seed(step, label))
             for first in range(begin, begin + size, self._chunk):
                 length = min(self._chunk, begin + size - first)
                 weights, past = flat.narrow(0, first, length), kept.narrow(0, first, length)
-                direction = self.rule.direction(past, random)
-                if isinstance(scale, Tensor):
-                    ahead = torch.addcmul(weights.float(), direction.float(), scale)
-                else:
-                    ahead = torch.add(weights.float(), direction, alpha=scale)
+                # A product and a sum, each rounded by itself: equal elements stay equal wherever they lie.
+                ahead = self.rule.direction(past, random).float().mul(scale).add_(weights)
                 if weights.dtype == torch.float16:  # where a sum of scaled gradients may have left the range
                     ahead = torch.where(ahead.isfinite(), ahead, weights.float())
                 past.copy_(weights)
                 weights.copy_(round_stochastically(ahead, weights.dtype, random))
 
-    def _spans(self, group: int, learning_rate: float) -> list[tuple[int, int, float | Tensor]]:
-        """Stretches of the group's memory that one scale serves: the whole, or every parameter."""
+    def _spans(
+        self, group: int, learning_rate: float
+    ) -> Iterator[tuple[int, int, float | Tensor, str | None]]:
+        """Stretches of the group's memory with one scale, and the label of what is random in them."""
         unit = self._gradient_scale if self.rule.needs_gradient else 1.0
         scale = self.rule.scale(learning_rate)
-        if scale is not None:
-            return [(0, self._flats[group].numel(), scale / unit)]
         places = self._order[group]
-        weights, past = (
-            [flat.narrow(0, begin, size) for begin, size in places]
-            for flat in (self._flats[group], self._kept[group])
-        )
-        norms_P = torch.stack(torch._foreach_norm(weights, 2, dtype=torch.float32))
-        past_norms_P = torch.stack(torch._foreach_norm(past, 2, dtype=torch.float32)) / unit
-        elements_P = to_device(torch.tensor([float(size) for _, size in places]), norms_P.device)
-        scales_P = self.rule.scales(norms_P, past_norms_P, elements_P, learning_rate) / unit
-        return [(begin, size, part) for (begin, size), part in zip(places, scales_P.unbind(), strict=True)]
+        if scale is not None and self._division is None:
+            yield 0, self._flats[group].numel(), scale / unit, None
+            return
+        scales: Sequence[float | Tensor] = [scale / unit] * len(places) if scale is not None else []
+        if scale is None and places:
+            norms_P, past_norms_P, elements_P = self._norms(group)
+            scales_P = self.rule.scales(norms_P, past_norms_P / unit, elements_P, learning_rate) / unit
+            scales = scales_P.unbind()
+        for (begin, size, i), part in zip(places, scales, strict=True):
+            yield begin, size, part, None if self._division is None else self._division.labels[i]
 
-    def _seed(self, step: int, group: int) -> int:
-        words = ",".join(map(str, (*self._key, step, group)))
+    def _norms(self, group: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of every parameter of the group, whole: its norm, that of its past gradient, and its elements."""
+        views = [
+            [flat.narrow(0, begin, size) for begin, size, _ in self._order[group]]
+            for flat in (self._flats[group], self._kept[group])
+        ]
+        norms_2P = [torch.stack(torch._foreach_norm(parts, 2, dtype=torch.float32)) for parts in views]
+        elements_P = torch.tensor([float(size) for _, size, _ in self._order[group]], dtype=torch.float64)
+        sums_3P = torch.stack(
+            [*(norms_P.double().square() for norms_P in norms_2P), to_device(elements_P, norms_2P[0].device)]
+        )
+        if self._division is not None and self._division.circle is not None:
+            counts = [float(self._division.counts[i]) for _, _, i in self._order[group]]
+            sums_3P *= to_device(torch.tensor(counts, dtype=torch.float64), sums_3P.device)
+            self._division.circle.sum_alike(sums_3P)
+        return sums_3P[0].sqrt().float(), sums_3P[1].sqrt().float(), sums_3P[2].float()
+
+    def _seed(self, step: int, label: str) -> int:
+        words = ",".join(map(str, (*self._key, step, label)))
         return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "little") >> 1
 
     # --- gradients ---
 
-    def capture(self, gradients: Sequence[tuple[int, int]], flat_N: Tensor, *, boundary: bool) -> None:
+    def capture(self, indices: Sequence[int], parts: Sequence[Tensor], *, boundary: bool) -> None:
         """These parameters' gradients are about to be reduced, and nothing of this step needs the parameters.
 
         Args:
-            gradients: index of each parameter in the bucket, and its elements.
-            flat_N: the bucket, still this worker's own.
+            indices: which parameters.
+            parts: their gradients, flat, still this worker's own.
             boundary: whether it is the last reduction of the step.
         """
-        parts = list(flat_N.split([elements for _, elements in gradients]))
-        indices = [index for index, _ in gradients]
+        if not indices:
+            return
         with torch.no_grad():
             if not boundary and self.rule.needs_gradient and not self._sums:  # boundaries set by hand
                 self._sums = [torch.zeros_like(flat) for flat in self._flats]
@@ -203,7 +237,7 @@ class LookAhead:
             if self.state is State.AHEAD:
                 torch._foreach_copy_(self._views(self._flats, indices), self._views(self._kept, indices))
             if self.rule.needs_gradient and not self._sums:
-                torch._foreach_copy_(self._views(self._kept, indices), parts)
+                torch._foreach_copy_(self._views(self._kept, indices), list(parts))
             self._captured.update(indices)
 
     def end_backward(self, *, boundary: bool, gradient_scale: float) -> None:
@@ -216,6 +250,9 @@ class LookAhead:
             self._kept, self._sums = self._sums, self._kept
             for total in self._sums:
                 total.zero_()
+        if self._replica is not None and self.rule.needs_gradient:
+            for kept in self._kept:
+                self._replica.sum(kept)
         self._gradient_scale = gradient_scale
         self._begin(State.GRADIENT if self.rule.needs_gradient and not self._partial else State.EMPTY)
         self._reduced, self._partial, self._collecting = True, False, False

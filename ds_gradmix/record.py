@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ds_gradmix.decision import Verdict
-from ds_gradmix.workers import Workers
+from ds_gradmix.workers import Circle, Workers
 
 _NAMES = (
     "elements",
@@ -26,7 +26,7 @@ class Record:
     """Sums over one optimizer step; `read` turns them into means and starts the next.
 
     Sums of decisions are weighted by elements, so that a bucket of one small parameter does not count as much
-    as a full one. They are the same on every rank, because verdicts are.
+    as a full one. They are the same on every worker, because verdicts are.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -51,23 +51,31 @@ class Record:
         self._sums[-2] += factors_C.sum(dtype=torch.float64)
         self._sums[-1] += factors_C.numel()
 
-    def read(self, workers: Workers, *, scaled: bool) -> dict[str, float]:
+    def read(self, workers: Workers, model: Circle, *, scaled: bool) -> dict[str, float]:
         """The step's numbers, which are the same on every rank; the only place where the host waits for the
         device.
+
+        Workers of one group know the same decisions; where `model` has more ranks, others may have decided on
+        other parameters.
         """
-        if not self._used:
+        partial = model.num_ranks > workers.num_ranks
+        if not (self._used or partial):
             return {}
-        if scaled:
+        if partial:
+            model.sum_alike(self._sums)
+        elif scaled:
             workers.sum(self._sums[-2:])
         sums = dict(zip(_NAMES, self._sums.tolist(), strict=True))
         self._sums.zero_()
         self._used = False
+        if sums["reductions"] == 0:
+            return {}
         elements = max(sums["elements"], 1.0)
         numbers = {
             "kept_fraction": sums["kept"] / elements,
             "effective_workers": sums["effective"] / elements,
-            "agreed_fraction": sums["agreed"] / max(sums["reductions"], 1.0),
-            "dropped_workers": sums["dropped"],
+            "agreed_fraction": sums["agreed"] / sums["reductions"],
+            "dropped_workers": sums["dropped"] / (workers.deciders.num_ranks if partial else 1),
             "skipped": float(sums["agreed"] == 0 or sums["empty"] > 0),
         }
         if sums["cosine"] == sums["cosine"]:  # NaN where no Gram matrix was taken

@@ -5,7 +5,8 @@ exchanged.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,204 +17,234 @@ from ds_gradmix.config import Block
 from ds_gradmix.decision import Verdict, known_verdict
 from ds_gradmix.exchange import Exchange, Plan
 from ds_gradmix.layout import Piece
-from ds_gradmix.log import logger
 from ds_gradmix.mixing import KnownMixing, Mean, Moment
-from ds_gradmix.record import Record
 from ds_gradmix.segments import Segments, to_device
-from ds_gradmix.smoothing import Smoothing
+from ds_gradmix.steps import Steps
 from ds_gradmix.transit import Wire
-from ds_gradmix.workers import Workers, fingerprint_of
+from ds_gradmix.workers import Circle, Workers
 
 _PLANS_KEPT = 1024  # compositions of buckets; they recur from step to step
 
-Gradients = tuple[tuple[int, int], ...]  # of each gradient in a bucket: position of its parameter, elements
+
+class Span(NamedTuple):
+    """A parameter's gradient in a bucket."""
+
+    parameter: int  # position among the optimizer's parameters
+    start: int
+    length: int
+
+    def of(self, flat_N: Tensor) -> Tensor:
+        """The gradient, as a view."""
+        return flat_N.narrow(0, self.start, self.length)
+
+
+class Parameter(NamedTuple):
+    """What the rules need to know of a parameter."""
+
+    name: str
+    draw: int  # which of the draws by parameter is its own: the same wherever in the model it lies
+    counts: bool = True  # whether this rank adds it to inner products; of replicas exactly one does
+
+
+def parameters_of(names: Sequence[str]) -> list[Parameter]:
+    """Parameters of a model that is not divided."""
+    order = {name: draw for draw, name in enumerate(sorted(set(names)))}
+    return [Parameter(name, order[name]) for name in names]
+
+
+def is_stock(block: Block, num_workers: int) -> bool:
+    """Whether DeepSpeed's own reduction is all there is to do."""
+    trivial = isinstance(block.mixing, Mean) and block.scaling is None
+    return num_workers == 1 or (trivial and block.nonfinite == "propagate")
 
 
 class Reduction:
-    """A block at work over a group of workers; one for each optimizer.
+    """A block at work over a group of workers.
 
     Args:
         block: the rules.
         workers: who takes part.
-        parameters: names of all the optimizer's parameters; gradients are known by their position here.
-        owned: elements this rank owns in each of the optimizer's parameter groups.
+        steps: the optimizer's steps; shared by all reductions of an optimizer.
+        parameters: of the optimizer; gradients are known by their position here.
         device: where gradients are.
+        share: what weights sum to. Experts are spread over several data-parallel ranks, and their gradient is
+            the sum over a smaller group of workers, divided by the number of all.
     """
 
     def __init__(
         self,
         block: Block,
         workers: Workers,
-        parameters: Sequence[str],
-        owned: Sequence[int],
+        steps: Steps,
+        parameters: Sequence[Parameter],
         device: torch.device,
+        share: float = 1.0,
     ) -> None:
         self.block = block
         self.workers = workers
-        self.step = 0  # set by the engine's seam before each reduction
-        self.smoothing: Smoothing | None = None
-        scaling = block.scaling
-        if scaling is not None and scaling.smoothing > 0 and workers.size > 1:
-            self.smoothing = Smoothing(scaling.smoothing, scaling.idle_factor, owned, device)
-        self.numbers: dict[str, float] = {}  # what was decided in the last step
+        self._steps = steps
         self._parameters = list(parameters)
-        self._record = Record(device)
-        self._exchange = Exchange(workers, block, self._record, self.smoothing)
+        self._num_draws = 1 + max((parameter.draw for parameter in parameters), default=0)
+        self._share = share
+        self._exchange = Exchange(workers, block, steps.record, steps.smoothing, share)
         self._everyone_W = torch.ones(workers.size, dtype=torch.bool, device=device)
-        self._plans: OrderedDict[tuple[Wire, Gradients], Plan] = OrderedDict()
-        self._fingerprints: dict[tuple[str, Gradients], int] = {}
+        self._plans: OrderedDict[tuple[Wire, bool, tuple[Span, ...]], Plan] = OrderedDict()
         self._drawn: tuple[int, npt.NDArray[np.float64]] | None = None
         self._for_model: tuple[Verdict, Tensor] | None = None
 
     @property
-    def is_stock(self) -> bool:
-        """Whether DeepSpeed's own reduction is all there is to do."""
-        trivial = isinstance(self.block.mixing, Mean) and self.block.scaling is None
-        return self.workers.size == 1 or (trivial and self.block.nonfinite == "propagate")
-
-    @property
     def exchanges(self) -> bool:
         """Whether buckets are exchanged; if not, they are weighed and summed by DeepSpeed."""
-        return not self.is_stock and (self.block.mixing.needs_gram or self.block.scaling is not None)
+        return self.block.mixing.needs_gram or self.block.scaling is not None
 
     @property
     def moment(self) -> Moment:
         """Key of this step's draws."""
-        return Moment(self.block.seed, self.step)
+        return Moment(self.block.seed, self._steps.step)
 
-    def agree(self, gradients: Gradients, occasion: str) -> None:
-        """Raise `MismatchError` on every rank unless all are about to reduce these gradients."""
-        if self.workers.size == 1:
-            return
-
-        def words() -> list[str]:
-            return [f"{self._parameters[index]} ({elements} elements)" for index, elements in gradients]
-
-        key = (occasion, gradients)
-        if key not in self._fingerprints:
-            if len(self._fingerprints) > _PLANS_KEPT:
-                self._fingerprints.clear()
-            self._fingerprints[key] = fingerprint_of([occasion, *words()])
-        advice = (
-            "every worker must have the same gradients, of the same shapes, in the same order; look for "
-            "parameters that only some workers use, say behind a branch on the data"
-        )
-        self.workers.agree(self._fingerprints[key], words, occasion, advice)
-
-    def weigh(self, flat_N: Tensor, gradients: Gradients) -> None:
-        """Multiply this worker's gradients by its weights, in place, to be summed over the workers by
-        DeepSpeed.
+    def weigh(self, flat_N: Tensor, spans: Sequence[Span]) -> None:
+        """Multiply this worker's gradients by its weights, in place, to be summed over the workers.
 
         One pass over the bucket; communicates only for `nonfinite: "drop"`, one number a worker.
         """
-        present_W = self._present([flat_N])
-        verdict = self._known(gradients, present_W)
-        lengths = [elements for _, elements in gradients]
+        present_W = self._present([span.of(flat_N) for span in spans], self.workers.deciders)
+        verdict = self._known(spans, present_W)
+        lengths = [span.length for span in spans]
         one_row = len(verdict.weights_SW) == 1
         elements_S = (
-            float(flat_N.numel()) if one_row else to_device(torch.tensor(lengths).double(), flat_N.device)
+            float(sum(lengths)) if one_row else to_device(torch.tensor(lengths).double(), flat_N.device)
         )
-        self._record.add_verdict(verdict, elements_S, present_W)
+        self._steps.record.add_verdict(verdict, elements_S, present_W)
         if one_row and self.block.nonfinite == "propagate":
-            flat_N.mul_(float(self._draw()[0, self.workers.rank]))
+            weight = float(self._draw()[0, self.workers.number]) * self._share
+            for begin, run in _runs(spans):
+                flat_N.narrow(0, begin, sum(span.length for span in run)).mul_(weight)
             return
-        weights_S = verdict.weights_SW[:, self.workers.rank].float()
+        weights_S = verdict.weights_SW[:, self.workers.number].float() * self._share
+        first = 0
+        for begin, run in _runs(spans):
+            own_S = weights_S if one_row else weights_S[first : first + len(run)]
+            self._weigh_run(flat_N.narrow(0, begin, sum(span.length for span in run)), run, own_S)
+            first += len(run)
+
+    def _weigh_run(self, flat_N: Tensor, run: Sequence[Span], weights_S: Tensor) -> None:
         begin = 0
         for chunk in flat_N.split(self.block.tile_bytes // 8):
             segments = Segments([0], [chunk.numel()], 1, flat_N.device)
-            if not one_row:
-                segments = _window(lengths, begin, chunk.numel(), flat_N.device)
+            if len(weights_S) > 1:
+                segments = _window([span.length for span in run], begin, chunk.numel(), flat_N.device)
             chunk.copy_(chunk.float().mul_(segments.expand(weights_S[None])[0]))
             begin += chunk.numel()
 
     def exchange(
         self,
         flat_N: Tensor,
-        gradients: Gradients,
+        spans: tuple[Span, ...],
         pieces: Callable[[], Sequence[Piece]],
         wire: Wire,
         outputs: Sequence[Tensor] = (),
+        *,
+        whole: bool = False,
     ) -> None:
         """Replace the bucket's owned slices by the combination of all workers' gradients.
 
-        `pieces` tells who owns what of it, and is asked once for every composition of a bucket. `outputs`, if
-        there are any, are what the combined gradients of owned pieces are added to, in order.
+        Args:
+            flat_N: the bucket.
+            spans: the gradients in it that these workers reduce.
+            pieces: tells who owns what of them; asked once for every composition of a bucket.
+            wire: the dtypes in which numbers travel.
+            outputs: if there are any, what the combined gradients of owned pieces are added to, in order.
+            whole: bring the combination of all pieces to every rank, not only to their owners.
         """
         known: Verdict | None = None
         if self._for_model is not None:
             known, present_W = self._for_model
         else:
-            present_W = self._present([flat_N])
+            present_W = self._present([span.of(flat_N) for span in spans], self.workers.deciders)
             if not self.block.mixing.needs_gram:
-                known = self._known(gradients, present_W)
-        key = (wire, gradients)
-        plan = self._plans.pop(key, None) or self._exchange.plan(pieces(), wire, flat_N.device)
+                known = self._known(spans, present_W)
+        key = (wire, whole, spans)
+        plan = self._plans.pop(key, None) or self._plan(spans, pieces(), wire, flat_N.device, whole)
         self._plans[key] = plan
         if len(self._plans) > _PLANS_KEPT:
             self._plans.popitem(last=False)
         self._exchange.combine(flat_N, plan, wire, self.moment, present_W, known, outputs)
 
+    def _plan(
+        self, spans: Sequence[Span], pieces: Sequence[Piece], wire: Wire, device: torch.device, whole: bool
+    ) -> Plan:
+        counted = [self._parameters[span.parameter].counts for span in spans]
+        return self._exchange.plan(pieces, wire, device, counted=counted, whole=whole)
+
     @property
     def awaits_the_model(self) -> bool:
         """Whether the buckets to come need a decision for the whole model, which is not yet made."""
-        whole = self.exchanges and self.block.mixing.needs_gram and self.block.scope == "model"
-        return whole and self._for_model is None
+        needs = self.block.mixing.needs_gram and self.block.scope == "model"
+        return needs and self._for_model is None
 
-    def decide_for_model(self, grads: Sequence[Tensor], wire: Wire) -> None:
-        """Scope `"model"`: decide once, from all gradients of the step, for all buckets that follow."""
-        present_W = self._present(grads)
-        self._for_model = (self._exchange.decide_for_model(grads, wire, self.moment, present_W), present_W)
+    def decide_for_model(
+        self, grads: Sequence[tuple[int, Tensor]], wire: Wire, model: Circle, device: torch.device
+    ) -> None:
+        """Scope `"model"`: decide once, from all gradients of the step, for all buckets that follow.
+
+        Args:
+            grads: of every parameter with one, its position and gradient.
+            wire: the dtypes in which numbers travel.
+            model: all ranks with a part of the model, which must decide alike.
+            device: where gradients are.
+        """
+        present_W = self._present([grad for _, grad in grads], model)
+        counted = [grad for index, grad in grads if self._parameters[index].counts]
+        gram_SWW = self._exchange.gram(counted, wire, device)
+        self._for_model = (self._exchange.decide(gram_SWW, self.moment, present_W, model), present_W)
 
     def end_backward(self) -> None:
         """All gradients of a backward pass are reduced: the next one decides for the model anew."""
         self._for_model = None
 
-    def finish(self) -> bool:
-        """The step's gradients are reduced: read what was decided. Whether the step is to be skipped."""
-        scaled = self.block.scaling is not None and not self.is_stock
-        self.numbers = self._record.read(self.workers, scaled=scaled)
-        drops = self.numbers.get("dropped_workers", 0.0)
-        if drops > 0 and self.workers.rank == 0:
-            logger.warning(
-                f"ds_gradmix: step {self.step}: left a worker out of {drops:.0f} reduction(s), because its "
-                "gradient was not finite"
-            )
-        return self.numbers.get("skipped", 0.0) > 0
+    def _present(self, grads: Sequence[Tensor], circle: Circle) -> Tensor:
+        """Which workers count, `[W]`; what is not finite in this one's gradients is zeroed if it does not.
 
-    def settle(self, *, taken: bool) -> None:
-        """The optimizer has taken the step, or left it out."""
-        if self.smoothing is not None:
-            if taken:
-                self.smoothing.commit()
-            else:
-                self.smoothing.discard()
-        if self.numbers:
-            self.numbers["skipped"] = float(not taken)
-
-    def _present(self, grads: Sequence[Tensor]) -> Tensor:
-        """Which workers count, `[W]`; what is not finite in this one's gradients is zeroed if it does not."""
+        Gradients that ranks of the circle hold of one worker are parts of it: one bad part is enough.
+        """
         if self.block.nonfinite == "propagate":
             return self._everyone_W
-        finite = self._everyone_W[0].float()
+        finite = self._everyone_W[0].double()
         for grad in grads:
             largest = torch.linalg.vector_norm(grad, float("inf")) if grad.numel() else grad.new_zeros(())
             finite = finite * largest.isfinite()
             grad.nan_to_num_(0.0, 0.0, 0.0)
-        return self.workers.gather(finite) > 0
+        bad_W = torch.zeros_like(self._everyone_W, dtype=torch.float64)
+        bad_W[self.workers.number] = 1.0 - finite
+        circle.sum(bad_W)  # whole numbers: exact, so the same on every rank
+        return bad_W == 0
 
-    def _known(self, gradients: Gradients, present_W: Tensor) -> Verdict:
+    def _known(self, spans: Sequence[Span], present_W: Tensor) -> Verdict:
         weights_RW = self._draw()
         if len(weights_RW) > 1:
-            weights_RW = weights_RW[[index for index, _ in gradients]]
+            weights_RW = weights_RW[[self._parameters[span.parameter].draw for span in spans]]
         return known_verdict(torch.from_numpy(weights_RW), present_W)
 
     def _draw(self) -> npt.NDArray[np.float64]:
         """The step's weights, drawn once, for all parameters."""
-        if self._drawn is None or self._drawn[0] != self.step:
+        if self._drawn is None or self._drawn[0] != self._steps.step:
             rule = self.block.mixing
             assert isinstance(rule, KnownMixing)
-            self._drawn = (self.step, rule.weights(self.moment, self.workers.size, len(self._parameters)))
+            drawn = rule.weights(self.moment, self.workers.size, self._num_draws)
+            self._drawn = (self._steps.step, drawn)
         return self._drawn[1]
+
+
+def _runs(spans: Sequence[Span]) -> Iterator[tuple[int, list[Span]]]:
+    """Spans without a gap between them: where they begin, and which they are."""
+    run: list[Span] = []
+    for span in spans:
+        if run and run[-1].start + run[-1].length != span.start:
+            yield run[0].start, run
+            run = []
+        run.append(span)
+    if run:
+        yield run[0].start, run
 
 
 def _window(lengths: Sequence[int], begin: int, length: int, device: torch.device) -> Segments:

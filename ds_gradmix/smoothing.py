@@ -26,14 +26,25 @@ class Smoothing:
         self.decay = decay
         self.steps = 0
         self._idle = idle
-        self._means = [torch.zeros(size, dtype=torch.float32, device=device) for size in sizes]
-        self._pending: list[Tensor] = []
+        self._device = device
+        self._means: dict[int, Tensor] = {}
+        self._pending: dict[int, Tensor] = {}
         self._reductions: dict[tuple[int, int, int], int] = {}  # of each (group, home, length) in this step
+        for group, size in enumerate(sizes):
+            self.reserve(group, size)
+
+    def reserve(self, group: int, size: int) -> None:
+        """Make room for the elements of a group; nothing happens if there is."""
+        if group in self._means and self._means[group].numel() == size:
+            return
+        self._means[group] = torch.zeros(size, dtype=torch.float32, device=self._device)
+        if self._pending:
+            self._pending[group] = torch.full_like(self._means[group], self._idle)
 
     def begin(self, owned: Sequence[Piece]) -> None:
         """A reduction of these gradients starts: the whole of what this rank owns of each parameter in it."""
         if not self._pending:
-            self._pending = [torch.full_like(mean, self._idle) for mean in self._means]
+            self._pending = {group: torch.full_like(mean, self._idle) for group, mean in self._means.items()}
         keys = [(piece.group, piece.home, piece.length) for piece in owned]
         fresh = [key for key in keys if key not in self._reductions]
         if fresh:
@@ -61,19 +72,19 @@ class Smoothing:
         for (group, home, length), count in self._reductions.items():
             if count > 1:
                 self._pending[group].narrow(0, home, length).div_(count)
-        for mean, pending in zip(self._means, self._pending, strict=True):
-            mean.mul_(self.decay).add_(pending, alpha=1 - self.decay)
+        for group, pending in self._pending.items():
+            self._means[group].mul_(self.decay).add_(pending, alpha=1 - self.decay)
         self.steps += 1
         self.discard()
 
     def discard(self) -> None:
         """The step was skipped, or is over."""
-        self._pending = []
+        self._pending = {}
         self._reductions = {}
 
     def reset(self) -> None:
         """As new."""
-        for mean in self._means:
+        for mean in self._means.values():
             mean.zero_()
         self.steps = 0
         self.discard()
@@ -85,10 +96,13 @@ class Smoothing:
     def load_state_dict(self, state: dict[str, Any]) -> bool:
         """Take over a checkpoint's state; False, and nothing changed, if it is of other sizes."""
         means = state["means"]
-        if [mean.numel() for mean in means] != [mean.numel() for mean in self._means]:
+        if any(
+            group not in means or means[group].numel() != mean.numel() for group, mean in self._means.items()
+        ):
             return False
-        for mean, saved in zip(self._means, means, strict=True):
-            mean.copy_(saved)
+        for group, saved in means.items():
+            self.reserve(group, saved.numel())
+            self._means[group].copy_(saved)
         self.steps = int(state["steps"])
         self.discard()
         return True

@@ -28,13 +28,23 @@ class Wire(NamedTuple):
         return 2 * self.gradient.itemsize + (self.result.itemsize if self.result != self.gradient else 0)
 
 
+def rows_of_workers(values_RC: Tensor, workers: Workers) -> Tensor:
+    """What R ranks sent as what W workers did: `[W, C]`, the sum over each one's ranks in float32."""
+    if workers.ranks_per_worker == 1:
+        return values_RC
+    parts = values_RC.view(workers.size, workers.ranks_per_worker, -1)
+    return parts.sum(1, dtype=torch.float32)
+
+
 class Transit:
-    """One bucket during its reduction.
+    """One bucket during its reduction, between R ranks.
 
     The first sweep over the tiles communicates; it leaves all workers' gradients for this rank's region in
     the memory of the bucket (layout.py), the last tile in a staging buffer, and later sweeps read them from
     there. After `place` a tile's gradients are gone, since the result takes their memory; so only the last
     sweep may place.
+
+    With `whole`, regions are what ranks own, and every rank gets all of the result.
 
     Memory: two staging buffers of one tile each, and a third where results travel in another dtype.
     """
@@ -46,14 +56,21 @@ class Transit:
         tiles: Sequence[Tile],
         wire: Wire,
         outputs: Sequence[tuple[Piece, Tensor]] = (),
+        *,
+        whole: bool = False,
     ) -> None:
         self._workers = workers
         self._flat_N = flat_N
         self._tiles = tiles
         self._exchanged = False
         self._held: dict[int, Signal | None] = {}  # None where it is in the bucket's memory
+        self._whole = whole
         num_sent = max(max(sum(tile.sizes), sum(tile.received_from)) for tile in tiles)
-        num_received = max(max(workers.size * tile.num_columns, sum(tile.received_from)) for tile in tiles)
+        num_received = max(
+            max(workers.num_ranks * tile.num_columns, sum(tile.received_from)) for tile in tiles
+        )
+        if whole:
+            num_received = max(workers.num_ranks * max(tile.sizes) for tile in tiles)
         self._wire = wire
         self._outbox = flat_N.new_empty(num_sent, dtype=wire.gradient)
         self._inbox = flat_N.new_empty(num_received, dtype=wire.gradient)
@@ -79,7 +96,7 @@ class Transit:
     @property
     def holds_signals(self) -> bool:
         """Whether a tile's memory in the bucket is enough for two float32 a column."""
-        return self._workers.size * self._flat_N.element_size() >= 8
+        return self._workers.num_ranks * self._flat_N.element_size() >= 8
 
     def hold(self, k: int, signal: Signal) -> None:
         """Keep tile k's statistics, float32, in place of its gradients; called during a sweep."""
@@ -127,10 +144,13 @@ class Transit:
             mean_C = self._forward(tile, mean_C, self._inbox)
             if factors_C is not None:
                 factors_C = self._forward(tile, factors_C, self._outbox)
-        if not tile.placed:
+        if not tile.placed and not self._whole:
             return
         if factors_C is not None and smoothing is not None:
             mean_C = mean_C * smoothing.apply(tile.placed, factors_C)
+        if self._whole:
+            self._spread(tile, mean_C)
+            return
         lengths = [piece.length for piece in tile.placed]
         slices = [self._flat_N.narrow(0, piece.start, piece.length) for piece in tile.placed]
         torch._foreach_copy_(slices, list(mean_C.split(lengths)))
@@ -139,11 +159,26 @@ class Transit:
             sums = [output.narrow(0, piece.home - home, piece.length) for home, output, piece in homes]
             torch._foreach_add_(sums, list(mean_C.to(sums[0].dtype).split(lengths)))
 
+    def _spread(self, tile: Tile, mean_C: Tensor) -> None:
+        """Every rank's combined gradients to all of them, rounded alike, also this rank's own."""
+        num_columns = max(tile.sizes)
+        sent = self._outbox.new_zeros(num_columns)
+        sent[: tile.num_columns] = mean_C
+        received = self._inbox[: self._workers.num_ranks * num_columns]
+        self._workers.all_gather(received, sent)
+        parts = [
+            part
+            for row, region in zip(received.view(-1, num_columns), tile.regions, strict=True)
+            for part in row[: sum(p.length for p in region)].split([p.length for p in region])
+        ]
+        slices = [self._flat_N.narrow(0, start, length) for start, length in tile.spans]
+        torch._foreach_copy_(slices, parts)
+
     def _exchange(self, keep: bool) -> Iterator[tuple[int, Tensor]]:
         for k, tile in enumerate(self._tiles):
             sent = self._pack(k)
-            received = self._inbox[: self._workers.size * tile.num_columns]
-            self._workers.all_to_all(received, sent, [tile.num_columns] * self._workers.size, tile.sizes)
+            received = self._inbox[: self._workers.num_ranks * tile.num_columns]
+            self._workers.all_to_all(received, sent, [tile.num_columns] * self._workers.num_ranks, tile.sizes)
             yield k, self._rows(k, self._inbox)
             if keep and k < len(self._tiles) - 1 and k not in self._held:
                 self._unpack(k)
@@ -162,7 +197,8 @@ class Transit:
 
     def _rows(self, k: int, buffer: Tensor) -> Tensor:
         columns = self._tiles[k].num_columns
-        return buffer[: self._workers.size * columns].view(self._workers.size, columns)
+        received = buffer[: self._workers.num_ranks * columns].view(self._workers.num_ranks, columns)
+        return rows_of_workers(received, self._workers)
 
     def _forward(self, tile: Tile, values_C: Tensor, out: Tensor) -> Tensor:
         if out.dtype != self._wire.result:

@@ -1,14 +1,14 @@
-"""The one module that communicates: a data-parallel group, and the few collectives that the rest is built
+"""The one module that communicates: who takes part in what, and the few collectives that the rest is built
 from.
 
-Everything a collective is given stays on the device; `agree` alone is a conversation between hosts (16 bytes
-over gloo), which lets a step that differs between ranks end in a message instead of a hang.
+Everything a collective is given stays on the device; `Hosts.agree` alone is a conversation between hosts (16
+bytes over gloo), which lets a step that differs between ranks end in a message instead of a hang.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,42 +20,122 @@ class MismatchError(ValueError):
     """The ranks of a group are about to reduce different gradients."""
 
 
-class Workers:
-    """W data-parallel replicas, of which this process is number `rank`.
+class Circle:
+    """Ranks that work out something together, of which the first has the last word.
+
+    A sum over ranks is not promised to be bit-identical everywhere, but what they decide by it has to be: the
+    first rank takes the sum, decides, and tells the others.
 
     Args:
-        group: the data-parallel process group, whose backend moves gradients; None for the default group.
-        hosts: a gloo group of the same ranks, for `agree`.
+        group: the process group, whose backend is the device's; None for the default group.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, hosts: dist.ProcessGroup | None) -> None:
-        self.size = dist.get_world_size(group)
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        self.num_ranks = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
-        self._group = group
-        self._hosts = hosts
         self._first = 0 if group is None else dist.get_global_rank(group, 0)
 
-    def all_to_all(self, out: Tensor, sent: Tensor, out_sizes: list[int], sent_sizes: list[int]) -> None:
-        """Give `sent_sizes[j]` elements to rank j, take `out_sizes[j]` from it."""
-        dist.all_to_all_single(out, sent, out_sizes, sent_sizes, group=self._group)
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank decides."""
+        return self.rank == 0
 
     def sum_at_first(self, values: Tensor) -> None:
-        """Sum over the group, on its first rank only; elsewhere `values` is undefined afterwards."""
-        dist.reduce(values, self._first, group=self._group)
+        """Sum over the ranks, on the first only; elsewhere `values` is undefined afterwards."""
+        dist.reduce(values, self._first, group=self.group)
 
     def from_first(self, values: Tensor) -> None:
         """The first rank's values, bit for bit, on every rank."""
-        dist.broadcast(values, self._first, group=self._group)
+        dist.broadcast(values, self._first, group=self.group)
 
     def sum(self, values: Tensor) -> None:
-        """Sum over the group, in place."""
-        dist.all_reduce(values, group=self._group)
+        """Sum over the ranks, in place."""
+        dist.all_reduce(values, group=self.group)
 
-    def gather(self, value: Tensor) -> Tensor:
-        """One number from every rank, `[W]`."""
-        out = value.new_empty(self.size)
-        dist.all_gather_into_tensor(out, value.view(1), group=self._group)
-        return out
+    def sum_alike(self, values: Tensor) -> None:
+        """Sum over the ranks, in place, and bit for bit the same on every rank."""
+        if self.num_ranks > 1:
+            self.sum_at_first(values)
+            self.from_first(values)
+
+
+class Workers(Circle):
+    """W data-parallel replicas, and this rank's place among them.
+
+    A replica may be spread over several consecutive ranks of the group, by sequence parallelism: then the
+    worker's gradient is the sum over its ranks. It may also have parts outside of the group, by tensor
+    parallelism: `deciders` are all ranks that have a part of the gradients which this group reduces, so that
+    every part is given the same weights.
+
+    Args:
+        group: the ranks that reduce the same parameters.
+        ranks_per_worker: how many consecutive ranks of the group share one replica.
+        deciders: these ranks and those that hold other parts of the same gradients; the group itself if None.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup | None, ranks_per_worker: int = 1, deciders: Circle | None = None
+    ) -> None:
+        super().__init__(group)
+        self.ranks_per_worker = ranks_per_worker
+        self.deciders = deciders or self
+
+    @property
+    def size(self) -> int:
+        """W."""
+        return self.num_ranks // self.ranks_per_worker
+
+    @property
+    def number(self) -> int:
+        """Which of the workers this rank belongs to."""
+        return self.rank // self.ranks_per_worker
+
+    def all_to_all(self, out: Tensor, sent: Tensor, out_sizes: list[int], sent_sizes: list[int]) -> None:
+        """Give `sent_sizes[j]` elements to rank j, take `out_sizes[j]` from it."""
+        dist.all_to_all_single(out, sent, out_sizes, sent_sizes, group=self.group)
+
+    def all_gather(self, out: Tensor, sent: Tensor) -> None:
+        """Every rank's `sent`, one after the other, all of one size."""
+        dist.all_gather_into_tensor(out, sent, group=self.group)
+
+    def sum_of_shares(self, values: Tensor) -> None:
+        """Sum, in place, over the shares that the deciders have; alike where replicas depend on it."""
+        if self.deciders is self:
+            self.sum(values)
+        else:
+            self.deciders.sum_alike(values)
+
+
+class Copies:
+    """A parameter that a few ranks keep: what the first has is copied to the others.
+
+    Args:
+        ranks: global ranks, the first of which is the source.
+        group: the process group of exactly these.
+    """
+
+    def __init__(self, ranks: Sequence[int], group: dist.ProcessGroup) -> None:
+        self._source = ranks[0]
+        self._group = group
+        self.is_source = dist.get_rank() == self._source
+
+    def copy(self, values: Tensor) -> None:
+        """The source's values on every rank, in place."""
+        dist.broadcast(values, self._source, group=self._group)
+
+
+class Hosts:
+    """A conversation between the hosts of ranks, over gloo.
+
+    Args:
+        group: a gloo group.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self._group = group
+        self._ranks = dist.get_process_group_ranks(group)
+        self._rank = dist.get_rank(group)
 
     def agree(self, fingerprint: int, described: Callable[[], list[str]], occasion: str, advice: str) -> None:
         """Check that every rank is at the same point with the same gradients.
@@ -67,24 +147,25 @@ class Workers:
             advice: what to do about a difference, for the message.
 
         Raises:
-            MismatchError: on every rank, naming the first gradient in which some rank differs from rank 0.
+            MismatchError: on every rank, naming the first gradient in which some rank differs from the first.
         """
-        largest = self._max_over_hosts(torch.tensor([fingerprint, -fingerprint]))
+        if len(self._ranks) == 1:
+            return
+        largest = self._max(torch.tensor([fingerprint, -fingerprint]))
         if int(largest[0]) != -int(largest[1]):
             raise MismatchError(self._difference(described(), occasion, advice))
 
-    def _max_over_hosts(self, values: Tensor) -> Tensor:
-        """Maximum over the ranks in ceil(log2 W) rounds, where gloo's all-reduce, a ring, would take 2 (W-1).
+    def _max(self, values: Tensor) -> Tensor:
+        """Maximum over the ranks in ceil(log2 R) rounds, where gloo's all-reduce, a ring, would take 2 (R-1).
 
         After round k a rank knows the maximum over 2^k ranks; that some are counted twice does not matter.
         """
-        everyone = dist.get_process_group_ranks(self._hosts)
         distance = 1
-        while distance < self.size:
-            to, origin = (everyone[(self.rank + sign * distance) % self.size] for sign in (1, -1))
+        while distance < len(self._ranks):
+            to, origin = (self._ranks[(self._rank + sign * distance) % len(self._ranks)] for sign in (1, -1))
             received = torch.empty_like(values)
-            sending = dist.isend(values, to, group=self._hosts)
-            dist.recv(received, origin, group=self._hosts)
+            sending = dist.isend(values, to, group=self._group)
+            dist.recv(received, origin, group=self._group)
             if sending is not None:
                 sending.wait()
             values = torch.maximum(values, received)
@@ -92,17 +173,36 @@ class Workers:
         return values
 
     def _difference(self, described: list[str], occasion: str, advice: str) -> str:
-        gathered: list[Any] = [None] * self.size
-        dist.all_gather_object(gathered, described, group=self._hosts)
-        for rank, other in enumerate(gathered):
-            for i in range(max(len(other), len(gathered[0]))):
-                ours, theirs = (words[i] if i < len(words) else "nothing" for words in (gathered[0], other))
-                if ours != theirs:
+        gathered: list[Any] = [None] * len(self._ranks)
+        dist.all_gather_object(gathered, described, group=self._group)
+        ours = gathered[0]
+        for rank, theirs in zip(self._ranks, gathered, strict=True):
+            for i in range(max(len(theirs), len(ours))):
+                here, there = (words[i] if i < len(words) else "nothing" for words in (ours, theirs))
+                if here != there:
                     return (
-                        f"{occasion}: worker {rank} has {theirs} where worker 0 has {ours} (number {i}); "
-                        f"{advice}"
+                        f"{occasion}: rank {rank} has {there} where rank {self._ranks[0]} has {here} (number "
+                        f"{i}); {advice}"
                     )
-        return f"{occasion}: the workers are at different points of the step"
+        return f"{occasion}: the ranks are at different points of the step"
+
+
+def gather_objects(value: object) -> list[Any]:
+    """One small object from every rank of the world, in order."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def groups_of(sets: Iterable[Sequence[int]], backend: str | None = None) -> dist.ProcessGroup:
+    """A new process group for every set of ranks, which all ranks give alike; the one this rank is in."""
+    mine: Any = None
+    for ranks in sets:
+        group = dist.new_group(list(ranks), backend=backend)
+        if dist.get_rank() in ranks:
+            mine = group
+    assert isinstance(mine, dist.ProcessGroup)
+    return mine
 
 
 def fingerprint_of(described: Sequence[str]) -> int:

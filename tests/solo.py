@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from ds_gradmix.config import parse_block
 from ds_gradmix.layout import Piece
-from ds_gradmix.reduction import Reduction
+from ds_gradmix.reduction import Reduction, Span, parameters_of
+from ds_gradmix.steps import Steps
 from ds_gradmix.transit import Wire
 from ds_gradmix.workers import Workers
 
@@ -25,7 +26,8 @@ class SoloWorkers(Workers):
     """Rank 0 of `size` workers, alone."""
 
     def __init__(self, size: int) -> None:
-        self.size, self.rank = size, 0
+        self.num_ranks, self.rank, self.ranks_per_worker = size, 0, 1
+        self.deciders = self
 
     def all_to_all(self, out: Tensor, sent: Tensor, out_sizes: list[int], sent_sizes: list[int]) -> None:
         assert out.numel() == sum(out_sizes) and sent.numel() == sum(sent_sizes)
@@ -44,11 +46,14 @@ class SoloWorkers(Workers):
     def sum(self, values: Tensor) -> None:
         pass
 
-    def gather(self, value: Tensor) -> Tensor:
-        return value.expand(self.size).clone()
+    def all_gather(self, out: Tensor, sent: Tensor) -> None:
+        out.view(self.num_ranks, -1).copy_(sent)
 
-    def agree(self, *_: Any) -> None:
-        pass
+
+def spans_of(lengths: list[int]) -> tuple[Span, ...]:
+    """Gradients that lie one after the other in a bucket."""
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    return tuple(Span(i, start, n) for i, (start, n) in enumerate(zip(starts, lengths, strict=True)))
 
 
 def reduce_bucket(
@@ -59,6 +64,7 @@ def reduce_bucket(
     size: int = 4,
     warm_up: bool = True,
     around: Any = None,
+    whole: bool = False,
 ) -> None:
     """One reduction of a bucket, within the context manager `around`; a first one plans and allocates."""
     pieces, start, homes = [], 0, [0] * size
@@ -66,14 +72,17 @@ def reduce_bucket(
         pieces.append(Piece(start, length, owner, parameter, 0, homes[owner]))
         start, homes[owner] = start + length, homes[owner] + length
     names = [str(i) for i in range(len(lengths))]
-    reduction = Reduction(parse_block(block), SoloWorkers(size), names, [homes[0]], flat_N.device)
-    given = tuple(enumerate(lengths))
+    rules, workers = parse_block(block), SoloWorkers(size)
+    steps = Steps(rules, workers, workers, [homes[0]], flat_N.device)
+    reduction = Reduction(rules, workers, steps, parameters_of(names), flat_N.device)
+    spans = spans_of(lengths)
 
     def once() -> None:
         if reduction.exchanges:
-            reduction.exchange(flat_N, given, lambda: pieces, Wire(flat_N.dtype, flat_N.dtype))
+            wire = Wire(flat_N.dtype, flat_N.dtype)
+            reduction.exchange(flat_N, spans, lambda: pieces, wire, whole=whole)
         else:
-            reduction.weigh(flat_N, given)
+            reduction.weigh(flat_N, spans)
 
     if warm_up:
         once()

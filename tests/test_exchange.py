@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
+from solo import spans_of
 
 from ds_gradmix import combine
 from ds_gradmix.config import parse_block
 from ds_gradmix.layout import Piece
-from ds_gradmix.reduction import Reduction
+from ds_gradmix.reduction import Reduction, parameters_of
+from ds_gradmix.steps import Steps
 from ds_gradmix.transit import Wire
 from ds_gradmix.workers import Workers
 
@@ -72,8 +74,7 @@ def gradients(name: str, workers: int, dtype: torch.dtype) -> torch.Tensor:
 
 def exchange_everything(workers_count: int) -> dict[Any, Any]:
     """On a rank: what it gets for the slices it owns."""
-    hosts = torch.distributed.new_group(backend="gloo")
-    workers = Workers(None, hosts)
+    workers = Workers(None)
     out: dict[Any, Any] = {}
     for block_name, block in BLOCKS.items():
         for name, (lengths, _) in BUCKETS.items():
@@ -81,19 +82,20 @@ def exchange_everything(workers_count: int) -> dict[Any, Any]:
                 for tile_bytes in (4096, 2**25):
                     rules = parse_block({**block, "tile_bytes": tile_bytes})
                     parameters = [f"p{i}" for i in range(len(lengths))]
-                    reduction = Reduction(rules, workers, parameters, [sum(lengths)], torch.device("cpu"))
-                    reduction.step = 3
+                    device = torch.device("cpu")
+                    steps = Steps(rules, workers, workers, [sum(lengths)], device)
+                    steps.step = 3
+                    reduction = Reduction(rules, workers, steps, parameters_of(parameters), device)
                     flat = gradients(name, workers_count, dtype)[workers.rank].clone()
                     if rules.nonfinite == "drop" and workers.rank == 1 and flat.numel():
                         flat[0] = float("inf")
                     pieces = pieces_of(name, workers_count)
-                    given = tuple(enumerate(lengths))
-                    reduction.agree(given, "test")
-                    reduction.exchange(flat, given, lambda pieces=pieces: pieces, Wire(dtype, dtype))
-                    skip = reduction.finish()
+                    spans = spans_of(lengths)
+                    reduction.exchange(flat, spans, lambda pieces=pieces: pieces, Wire(dtype, dtype))
+                    skip = steps.finish()
                     mine = [p for p in pieces if p.owner == workers.rank]
                     values = {p.start: flat[p.start : p.start + p.length] for p in mine}
-                    out[block_name, name, dtype_name, tile_bytes] = values, skip, dict(reduction.numbers)
+                    out[block_name, name, dtype_name, tile_bytes] = values, skip, dict(steps.numbers)
     return out
 
 

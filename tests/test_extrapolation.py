@@ -275,7 +275,7 @@ def breaking() -> list[bool]:
     engine.module.fails = False
     with torch.no_grad():
         engine(torch.ones(1, 13))
-    return [bool(engine.optimizer.gradmix_lookahead.state.value == "empty"), equal(weights_of(engine), theta)]
+    return [bool(engine.optimizer.gradmix.lookahead.state.value == "empty"), equal(weights_of(engine), theta)]
 
 
 def test_a_backward_that_breaks_off_loses_nothing() -> None:
@@ -317,8 +317,8 @@ def window_by_hand() -> list[float]:
         engine.backward(loss_of(engine, 0, micro, rank, case))
         engine.step()
     kept = (
-        engine.optimizer.gradmix_lookahead._kept[0].double()
-        / engine.optimizer.gradmix_lookahead._gradient_scale
+        engine.optimizer.gradmix.lookahead._kept[0].double()
+        / engine.optimizer.gradmix.lookahead._gradient_scale
     )
     exact = Model().double()
     for micro in range(2):
@@ -406,7 +406,7 @@ def extents() -> list[list[int]]:
     ):
         lookahead = build(
             Case(block, stage=stage, accumulation=accumulation, dtype="bf16")
-        ).optimizer.gradmix_lookahead
+        ).optimizer.gradmix.lookahead
         buffers = [*lookahead._kept, *lookahead._sums]
         parameters = sum(flat.numel() for flat in lookahead._flats)
         assert all(buffer.dtype == torch.bfloat16 for buffer in buffers)

@@ -53,31 +53,12 @@ def build_with(config: dict[str, Any], model: torch.nn.Module | None = None, **k
 def refusals() -> dict[str, str]:
     """What is refused when an engine is built, and in which words."""
 
-    class Mpu:
-        def get_model_parallel_world_size(self) -> int:
-            return 2
-
-    from deepspeed.moe.layer import MoE
-    from deepspeed.pipe import PipelineModule
-
-    class WithExperts(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = torch.nn.Linear(3, 3)
-
-    experts = WithExperts()
-    experts.add_module("moe", MoE.__new__(MoE))
-    torch.nn.Module.__init__(experts.moe)
-    layers = [torch.nn.Linear(3, 3)] * 2
     tries: dict[str, Any] = {
         "sequence parallel": lambda: build_with({}, mesh_param=(1, 2)),
         "falsy": lambda: build_with({"zero_optimization": {"stage": 2, "contiguous_gradients": 0}}),
         "stage 3": lambda: build_with({"zero_optimization": {"stage": 3}}),
         "misspelt rule": lambda: build_with({"gradmix": {"mixing": {"type": "gfa"}}}),
         "model scope": lambda: build_with({"gradmix": {**GAF, "scope": "model"}}),
-        "mpu": lambda: build_with({}, mpu=Mpu()),
-        "experts": lambda: build_with({}, experts),
-        "pipeline": lambda: build_with({}, PipelineModule(layers, num_stages=1, loss_fn=torch.nn.MSELoss())),
     }
     found = {}
     for name, attempt in tries.items():
@@ -98,9 +79,6 @@ def test_refused_when_the_engine_is_built() -> None:
         "stage 3": "zero_optimization.stage: 3",
         "misspelt rule": 'did you mean "GAF"?',
         "model scope": "set stage to 1",
-        "mpu": "get_model_parallel_world_size(): 2",
-        "experts": "MoE",
-        "pipeline": "PipelineModule",
     }
     for name, word in words.items():
         assert word in first[name], name
@@ -173,7 +151,7 @@ def skipping(stage: int, dtype: str) -> dict[str, Any]:
             "weights": weights_of(engine),
             "lr": scheduler.get_last_lr(),
             "momentum": [s["momentum_buffer"].clone() for s in optimizer.optimizer.state.values()],
-            "p": [mean.clone() for mean in optimizer.gradmix.smoothing.state_dict()["means"]],
+            "p": [mean.clone() for mean in optimizer.gradmix.smoothing.state_dict()["means"].values()],
             "p steps": optimizer.gradmix.smoothing.state_dict()["steps"],
             "scale": optimizer.loss_scale,
         }
@@ -388,9 +366,9 @@ def test_coalesced_reduction_with_model_scope() -> None:
 
 
 def test_ranks_that_differ_do_not_hang() -> None:
-    with pytest.raises(RankError, match="building the engine: worker 1 has gradmix block"):
+    with pytest.raises(RankError, match="building the engine: rank 1 has gradmix block"):
         run_ranks(2, other_block, timeout=60)
-    with pytest.raises(RankError, match=r"building the engine: worker 1 has second.weight \(28, 31\)"):
+    with pytest.raises(RankError, match=r"building the engine: rank 1 has second.weight \(28, 31\)"):
         run_ranks(2, other_shape, timeout=60)
 
 
@@ -398,7 +376,7 @@ def test_ranks_that_differ_do_not_hang() -> None:
     "block, stage, bucket", [(GAF, 2, 10**8), (GAF, 1, 10**8), (GAF, 2, 10), ({}, 2, 10)]
 )
 def test_gradients_that_differ_do_not_hang(block: dict[str, Any], stage: int, bucket: int) -> None:
-    with pytest.raises(RankError, match=r"MismatchError.*worker 1 has unused") as caught:
+    with pytest.raises(RankError, match=r"MismatchError.*rank 1 has unused") as caught:
         run_ranks(2, other_gradients, block, stage, bucket, timeout=60)
     assert "unused" in str(caught.value)
 

@@ -19,18 +19,21 @@ import torch
 import torch.distributed as dist
 from deepspeed.constants import default_pg_timeout
 from deepspeed.runtime import engine as engine_module
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.pipe.module import PipelineModule
 
 from ds_gradmix.config import KEY, Block, ConfigError, misspelt_key, parse_block
-from ds_gradmix.engines.support import TESTED_DEEPSPEED, refused_settings
+from ds_gradmix.engines.allreduce import attach
+from ds_gradmix.engines.place import find_place
+from ds_gradmix.engines.seam import Seam
+from ds_gradmix.engines.support import TESTED_DEEPSPEED, refused_engine, refused_model_scope, refused_settings
 from ds_gradmix.engines.visibility import watch
 from ds_gradmix.engines.zero12 import GradmixZeroOptimizer
 from ds_gradmix.log import logger
-from ds_gradmix.reduction import Reduction
-from ds_gradmix.workers import MismatchError, Workers, fingerprint_of
+from ds_gradmix.workers import Hosts, MismatchError, fingerprint_of, gather_objects, groups_of
 
 _BLOCK = "_gradmix_block"  # on an engine, while it is built
-_HOSTS = "_gradmix_hosts"
 
 
 def enable() -> None:
@@ -50,10 +53,10 @@ def enable() -> None:
     sys.excepthook = _telling(sys.excepthook)
 
 
-def reduction_of(engine: Any) -> Reduction | None:
+def seam_of(engine: Any) -> Seam | None:
     """The rules at work in an engine, or None."""
     found = getattr(getattr(engine, "optimizer", None), "gradmix", None)
-    return found if isinstance(found, Reduction) else None
+    return found if isinstance(found, Seam) else None
 
 
 def _building(original: Any) -> Any:
@@ -63,15 +66,18 @@ def _building(original: Any) -> Any:
         block = _checked_block(config)
         if block is not None:
             model = kwargs.get("model", args[1] if len(args) > 1 else None)
-            _refuse_model(model, kwargs.get("mpu"))
-            hosts = dist.new_group(backend="gloo", timeout=default_pg_timeout)
-            _check_alike(model, config, block, hosts)
+            mpu = kwargs.get("mpu", args[6] if len(args) > 6 else None)
+            _check_alike(model, mpu, config, block)
             object.__setattr__(self, _BLOCK, block)  # before Module.__init__ there is no other way
-            object.__setattr__(self, _HOSTS, hosts)
         original(self, *args, **kwargs)
-        _announce(self, config, block)
         if block is not None:
-            watch(self)
+            if seam_of(self) is None:
+                _attach(self, block)
+            _refuse(self, block)
+        _announce(self, config, block)
+        seam = seam_of(self)
+        if seam is not None:
+            watch(self, seam)
 
     __init__._gradmix = True  # type: ignore[attr-defined]
     return __init__
@@ -87,7 +93,7 @@ def _choosing(original: Any) -> Any:
         engine_module.DeepSpeedZeroOptimizer = functools.partial(
             GradmixZeroOptimizer,
             gradmix_block=block,
-            gradmix_hosts=getattr(self, _HOSTS),
+            gradmix_place=find_place(self),
             gradmix_step=lambda: int(self.global_steps),
             gradmix_report=functools.partial(_monitor, self),
         )
@@ -115,53 +121,58 @@ def _checked_block(config: Mapping[str, Any]) -> Block | None:
     return block
 
 
-def _refuse_model(model: Any, mpu: Any) -> None:
-    """What no setting tells: parallelism that comes with the model."""
-    from deepspeed.moe.layer import MoE
-    from deepspeed.runtime.pipe.module import PipelineModule
-
-    remove = f'remove the "{KEY}" block, or train without it'
-    if isinstance(model, PipelineModule):
+def _attach(engine: Any, block: Block) -> None:
+    """The rules for an optimizer that is not ZeRO's."""
+    if engine.optimizer is None:
         raise ConfigError(
-            f"model: PipelineModule (pipeline parallelism) is not supported by this version: {remove}"
+            f'"{KEY}": the engine was built without an optimizer; give it one, or remove the block'
         )
-    if isinstance(model, torch.nn.Module) and any(isinstance(module, MoE) for module in model.modules()):
-        raise ConfigError(
-            f"model: mixture-of-experts layers (MoE) are not supported by this version: {remove}"
-        )
-    sizes = {
-        name: int(getattr(mpu, name)())
-        for name in ("get_model_parallel_world_size", "get_sequence_parallel_world_size")
-        if hasattr(mpu, name)
-    }
-    for name, size in sizes.items():
-        if size > 1:
-            raise ConfigError(f"mpu.{name}(): {size}, but only 1 is supported by this version: {remove}")
+    place = find_place(engine)
+    attach(engine, block, place, lambda: int(engine.global_steps), functools.partial(_monitor, engine))
 
 
-def _check_alike(model: Any, config: Mapping[str, Any], block: Block, hosts: dist.ProcessGroup) -> None:
-    """All ranks must have the same rules and model; DeepSpeed would hang on differing shapes."""
+def _refuse(engine: Any, block: Block) -> None:
+    """What is seen only on the built engine."""
+    seam = seam_of(engine)
+    assert seam is not None
+    parallelism = seam.place.parallelism
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    model_dtype, _ = engine.get_data_types()
+    kind = f"ZeRO-{engine.zero_optimization_stage()}"
+    if kind == "ZeRO-1" and isinstance(engine.optimizer, BF16_Optimizer):
+        kind = "BF16_Optimizer"
+    reason = refused_engine(kind, names.get(model_dtype, str(model_dtype)), parallelism)
+    reason = reason or refused_model_scope(block, parallelism)
+    if reason is not None:
+        raise ConfigError(f'"{KEY}" with {kind}: {reason}; or remove the "{KEY}" block')
+
+
+def _check_alike(model: Any, mpu: Any, config: Mapping[str, Any], block: Block) -> None:
+    """All ranks must have the same rules, and all workers the same model; DeepSpeed would hang otherwise."""
     if dist.get_world_size() == 1:
         return
     advice = "every rank must be given the same gradmix block, zero_optimization settings and model"
     words = [f"gradmix block {block!r}", f"zero_optimization {config.get('zero_optimization')!r}"]
+    everyone = Hosts(dist.new_group(backend="gloo", timeout=default_pg_timeout))
+    everyone.agree(fingerprint_of(words), lambda: words, "building the engine", advice)
+    words = []
     for name, p in model.named_parameters() if isinstance(model, torch.nn.Module) else ():
         dtype = str(p.dtype).removeprefix("torch.")
         words.append(f"{name} {tuple(p.shape)} {dtype}{'' if p.requires_grad else ' frozen'}")
-    Workers(None, hosts).agree(fingerprint_of(words), lambda: words, "building the engine", advice)
+    grid = model.mpu() if isinstance(model, PipelineModule) else mpu
+    replicas = everyone
+    if hasattr(grid, "get_data_parallel_group"):
+        sets = gather_objects(dist.get_process_group_ranks(grid.get_data_parallel_group()))
+        replicas = Hosts(groups_of(sorted(set(map(tuple, sets))), "gloo"))
+    replicas.agree(fingerprint_of(words), lambda: words, "building the engine", advice)
 
 
 def _announce(engine: Any, config: Mapping[str, Any], block: Block | None) -> None:
     """Exactly one line, on rank 0, so that nobody trains with plain averaging by mistake."""
-    reduction = reduction_of(engine)
-    if block is not None and reduction is None:
-        raise ConfigError(
-            f'"{KEY}": the engine was built without the ZeRO optimizer that carries the rules '
-            f"({type(engine.optimizer).__name__}); give it an optimizer, or remove the block"
-        )
+    seam = seam_of(engine)
     if dist.get_rank() != 0:
         return
-    if block is None or reduction is None:
+    if block is None or seam is None:
         wrong = misspelt_key(config)
         told = (
             f'the config has "{wrong}" but no "{KEY}" block (misspelt?)'
@@ -170,15 +181,16 @@ def _announce(engine: Any, config: Mapping[str, Any], block: Block | None) -> No
         )
         logger.warning(f"ds_gradmix: NOT active, gradients are averaged: {told}")
         return
-    workers = "1 worker" if reduction.workers.size == 1 else f"{reduction.workers.size} workers"
+    size = seam.place.workers.size
+    workers = "1 worker" if size == 1 else f"{size} workers"
     told = f"active over {workers}, ZeRO-{engine.zero_optimization_stage()}: {block.describe()}"
     level = logging.INFO
     if wrong := misspelt_key(config):
         level = logging.WARNING
         told += f'; "{wrong}" is ignored (misspelt?)'
-    if reduction.workers.size == 1:
+    if size == 1:
         told += "; with one worker every rule of mixing and scaling is the identity"
-    elif block.scaling is not None and reduction.workers.size < block.scaling.min_workers:
+    elif block.scaling is not None and size < block.scaling.min_workers:
         level = logging.WARNING
         told += f"; {type(block.scaling).__name__} wants at least {block.scaling.min_workers} workers"
     logger.log(level, f"ds_gradmix: {told}")

@@ -28,7 +28,7 @@ def _is_true(value: object) -> bool:
 _UNSUPPORTED = "is not supported by this version: "
 
 REFUSALS: tuple[Refusal, ...] = (
-    Refusal("zero_optimization.stage", 0, lambda v: v not in (1, 2), _UNSUPPORTED + "set it to 1 or 2"),
+    Refusal("zero_optimization.stage", 0, lambda v: v not in (0, 1, 2), _UNSUPPORTED + "set it to 1 or 2"),
     Refusal(
         "zero_optimization.contiguous_gradients",
         True,
@@ -59,8 +59,6 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda v: isinstance(v, str) and "muon" in v.lower(),
         "reduces whole matrices to several owners (Muon): use another optimizer",
     ),
-    Refusal("tensor_parallel.autotp_size", 0, lambda v: v not in (0, 1), _UNSUPPORTED + "set it to 1"),
-    Refusal("sequence_parallel_size", 1, lambda v: v != 1, _UNSUPPORTED + "set it to 1"),
     Refusal("torch_autocast.enabled", False, _is_true, _UNSUPPORTED + "use the bf16 or fp16 section"),
     Refusal("amp.enabled", False, _is_true, _UNSUPPORTED + "use the bf16 or fp16 section"),
     Refusal("hybrid_engine.enabled", False, _is_true, _UNSUPPORTED + "set it to false"),
@@ -95,14 +93,6 @@ def refused_settings(config: Mapping[str, Any], block: Block) -> Iterator[str]:
 
 def _refused_combinations(config: Mapping[str, Any], block: Block) -> Iterator[str]:
     stage = lookup(config, "zero_optimization.stage", 0)
-    dtype = str(lookup(config, "data_types.grad_accum_dtype", None)).removeprefix("torch.")
-    bf16 = lookup(config, "bf16.enabled", lookup(config, "bfloat16.enabled", False))
-    offload = lookup(config, "zero_optimization.offload_optimizer.device", "none")
-    if stage == 1 and bf16 is True and dtype in ("fp32", "float32", "float") and offload != "cpu":
-        yield (
-            f'data_types.grad_accum_dtype: "{dtype}" with ZeRO-1 and bf16 builds BF16_Optimizer, which '
-            "is not supported by this version: set zero_optimization.stage to 2, or remove it"
-        )
     whole_model = block.mixing.needs_gram and block.scope == "model"
     if whole_model and stage == 2:
         yield (
@@ -125,6 +115,48 @@ def _refused_combinations(config: Mapping[str, Any], block: Block) -> Iterator[s
             'gradmix.nonfinite: "drop" would hide overflows from the loss scaling of fp16.enabled: true; set '
             'it to "propagate", or use bf16'
         )
+
+
+ENGINES = ("ZeRO-0", "ZeRO-1", "ZeRO-2", "BF16_Optimizer", "ZeRO-3")
+DTYPES = ("fp32", "bf16", "fp16")
+PARALLELISM: dict[str, frozenset[str]] = {
+    "data": frozenset(),
+    "tensor": frozenset({"tensor"}),
+    "pipeline": frozenset({"pipeline"}),
+    "tensor and pipeline": frozenset({"tensor", "pipeline"}),
+    "experts": frozenset({"experts"}),
+    "sequence": frozenset({"sequence"}),
+}
+
+_BF16_ONLY = "BF16_Optimizer (ZeRO-1, bf16, data_types.grad_accum_dtype fp32) has no other dtype"
+_STAGE_3 = "ZeRO-3 reduces by a path of its own, which this version does not replace: set stage to 1 or 2"
+_PIPELINE = "DeepSpeed's pipeline takes ZeRO-0 and ZeRO-1 only: set zero_optimization.stage to 1"
+_TOGETHER = "is not supported together by this version: use one of them, or tensor with pipeline parallelism"
+
+
+def refused_engine(engine: str, dtype: str, parallelism: frozenset[str]) -> str | None:
+    """Why an engine of this kind is refused, or None: with README's support matrix, made from it, the whole
+    truth.
+    """
+    if engine == "ZeRO-3":
+        return _STAGE_3
+    if engine == "BF16_Optimizer" and dtype != "bf16":
+        return _BF16_ONLY
+    if engine == "ZeRO-2" and "pipeline" in parallelism:
+        return _PIPELINE
+    if parallelism not in PARALLELISM.values():
+        return f"{' and '.join(sorted(parallelism))} parallelism {_TOGETHER}"
+    return None
+
+
+def refused_model_scope(block: Block, parallelism: frozenset[str]) -> str | None:
+    """Why the scope `"model"` is refused with a kind of parallelism, or None."""
+    if block.scope == "model" and block.mixing.needs_gram and "experts" in parallelism:
+        return (
+            'gradmix.scope: "model" is one decision for all workers, and experts are reduced over other '
+            'workers than the rest: set it to "bucket" or "parameter"'
+        )
+    return None
 
 
 def lookup(config: Mapping[str, Any], path: str, default: Any) -> Any:

@@ -1,0 +1,228 @@
+"""ZeRO-0 and BF16_Optimizer: the seam to `engine.allreduce_bucket`, after which every rank has the result.
+
+Nobody owns a part of these buckets, so ranks share the work evenly, and the result goes back to all of them:
+as many bytes as the all-reduce it replaces. There are four optimizers behind this seam, and the pipeline
+engine compares one's type, so it works on the engine's and the optimizer's own methods, not on subclasses.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from torch import Tensor
+
+from ds_gradmix.config import Block
+from ds_gradmix.engines.place import Place
+from ds_gradmix.engines.seam import Seam
+from ds_gradmix.reduction import Span
+from ds_gradmix.transit import Wire
+from ds_gradmix.workers import fingerprint_of
+
+
+def attach(
+    engine: Any,
+    block: Block,
+    place: Place,
+    step: Callable[[], int],
+    report: Callable[[Mapping[str, float]], None],
+) -> None:
+    """Set the rules to work in an engine whose optimizer is not ZeRO's."""
+    AllreduceSeam(engine, block, place, step, report)
+
+
+class AllreduceSeam:
+    """The rules between an engine and its optimizer; kept alive by the methods it replaces."""
+
+    def __init__(
+        self,
+        engine: Any,
+        block: Block,
+        place: Place,
+        step: Callable[[], int],
+        report: Callable[[Mapping[str, float]], None],
+    ) -> None:
+        self._engine = engine
+        self._optimizer = engine.optimizer
+        self._named = self._named_parameters()
+        device = self._named[0][1].device if self._named else torch.device("cpu")
+        self.seam = Seam(block, place, self._named, [], device, step, report)
+        self.seam.layout = self._layout()
+        self._spans_at: dict[
+            int, tuple[Span, ...]
+        ] = {}  # by address: of the gradients in a tensor, within it
+        self._buckets = 0  # reduced so far in this step
+        flats = [_flat(p) for _, p in self._named]
+        places = [(i, 0, flat.numel()) for i, flat in enumerate(flats)]
+        self.seam.look_ahead(flats, places, self._rates, accumulates=False)
+        self._optimizer.gradmix = self.seam
+        self._allreduce_bucket = engine.allreduce_bucket
+        self._reduce_all = engine.buffered_allreduce_fallback
+        self._take_step = self._optimizer.step
+        engine.allreduce_bucket = self._reduce_bucket
+        engine.buffered_allreduce_fallback = self._reduce
+        engine.save_checkpoint = self._saving(engine.save_checkpoint)
+        engine.load_checkpoint = self._loading(engine.load_checkpoint)
+        self._optimizer.step = functools.wraps(self._take_step)(self._step)
+
+    @property
+    def _is_bf16(self) -> bool:
+        return isinstance(self._optimizer, BF16_Optimizer)
+
+    def _named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        names = self._engine.param_names
+        if self._is_bf16:
+            return [(names[p], p) for group in self._optimizer.bf16_groups for p in group]
+        return [
+            (name, p) for name, p in self._engine.module.named_parameters() if p.requires_grad and p.numel()
+        ]
+
+    def _rates(self) -> list[float]:
+        """The learning rate of every parameter; one that the optimizer does not have stays where it is."""
+        groups = self._optimizer.param_groups
+        if isinstance(self._optimizer, (BF16_Optimizer, FP16_Optimizer, FP16_UnfusedOptimizer)):
+            own = self._optimizer.bf16_groups if self._is_bf16 else self._optimizer.fp16_groups
+        else:
+            own = [group["params"] for group in groups]
+        rates = {id(p): float(group["lr"]) for group, params in zip(groups, own, strict=True) for p in params}
+        return [rates.get(id(p), 0.0) for _, p in self._named]
+
+    # --- one backward ---
+
+    def _reduce(self, grads: Any = None, elements_per_buffer: int = 500_000_000) -> None:
+        """In place of `engine.buffered_allreduce_fallback`: all gradients of a step."""
+        self._buckets = 0
+        self.seam.begin()
+        found = self._find_gradients()
+        self.seam.agree(tuple(Span(i, 0, grad.numel()) for i, grad in found), "gradient reduction")
+        for index, grad in found:
+            self.seam.capture([Span(index, 0, grad.numel())], grad.reshape(-1), boundary=True)
+        self.seam.prepare(
+            found, self._wire(found[0][1].dtype) if found else Wire(torch.float32, torch.float32)
+        )
+        self._reduce_all(grads=grads, elements_per_buffer=elements_per_buffer)
+        scale = float(getattr(self._optimizer, "loss_scale", 1.0) or 1.0)
+        self.seam.end_backward(boundary=True, gradient_scale=scale)
+
+    def _find_gradients(self) -> list[tuple[int, Tensor]]:
+        """Of every parameter its position and gradient; and where they lie in the tensors of buckets."""
+        self._spans_at.clear()
+        if not self._is_bf16:
+            self._engine._get_gradients_for_reduction()  # makes those that are missing, with zeros
+            found = [(i, p.grad.detach()) for i, (_, p) in enumerate(self._named) if p.grad is not None]
+            for index, grad in found:
+                if grad.layout != torch.strided:
+                    raise ValueError(
+                        f"{self._named[index][0]}: its gradient is sparse; allowed are dense ones; build "
+                        "the layer with sparse=False"
+                    )
+                self._spans_at[grad.data_ptr()] = (Span(index, 0, grad.numel()),)
+            return found
+        grads, index = [], 0
+        for group, flat in enumerate(self._optimizer.fp32_groups_gradients_flat):
+            spans, start = [], 0
+            for grad in self._optimizer.fp32_groups_gradients[group]:
+                spans.append(Span(index, start, grad.numel()))
+                grads.append((index, grad))
+                index, start = index + 1, start + grad.numel()
+            self._spans_at[flat.data_ptr()] = tuple(spans)
+        return grads
+
+    def _reduce_bucket(self, bucket: Sequence[Tensor], dp_group: Any, dp_world_size: Any = None) -> Tensor:
+        """In place of `engine.allreduce_bucket`: the combined gradients of a bucket, flat."""
+        if self.seam.is_stock:
+            return self._allreduce_bucket(bucket, dp_group, dp_world_size)
+        flat_N = self._engine.flatten(bucket)
+        spans, start = [], 0
+        for tensor in bucket:
+            for index, begin, length in self._spans_at[tensor.data_ptr()]:
+                spans.append(Span(index, start + begin, length))
+            start += tensor.numel()
+        reduction = self.seam.reduction_over(dp_group)
+        remaining = self.seam.remaining(spans)
+        if self.seam.exchanges:
+            self.seam.exchange_whole(reduction, flat_N, remaining, self._buckets, self._wire(flat_N.dtype))
+            self._buckets += 1
+            return flat_N
+        reduction.weigh(flat_N, remaining)
+        self.seam.keep_once(spans, flat_N)
+        sent = flat_N.to(self._wire(flat_N.dtype).gradient)
+        reduction.workers.sum(sent)
+        return flat_N.copy_(sent)
+
+    def _wire(self, dtype: torch.dtype) -> Wire:
+        wire = min(dtype, self._engine.communication_data_type, key=lambda dtype: dtype.itemsize)
+        return Wire(wire, wire)
+
+    # --- one step ---
+
+    def _step(self, *args: Any, **kwargs: Any) -> Any:
+        """In place of `optimizer.step`: take it, or skip it as this optimizer skips an overflow."""
+        if not self.seam.finish():
+            self._optimizer.overflow = False
+            result = self._take_step(*args, **kwargs)
+            self.seam.settle(taken=not self._optimizer.overflow)
+            return result
+        self._optimizer.overflow = (
+            True  # the engine counts the step as skipped, and leaves its schedule alone
+        )
+        if self._is_bf16:
+            self._optimizer.clear_hp_grads()
+        self._optimizer.zero_grad()
+        self.seam.settle(taken=False)
+        return None
+
+    # --- checkpoints ---
+
+    def _saving(self, save: Callable[..., Any]) -> Callable[..., Any]:
+        """Every rank has state of its own, and here DeepSpeed saves the first rank's optimizer alone."""
+
+        @functools.wraps(save)
+        def save_checkpoint(save_dir: str, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
+            path = self._file(save_dir, tag if tag is not None else f"global_step{self._engine.global_steps}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(self.seam.state_dict(), path)  # before DeepSpeed names the checkpoint the latest
+            return save(save_dir, tag, *args, **kwargs)
+
+        return save_checkpoint
+
+    def _loading(self, load: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(load)
+        def load_checkpoint(load_dir: str, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
+            if self.seam.lookahead is not None:
+                self.seam.lookahead.drop()
+            loaded = load(load_dir, tag, *args, **kwargs)
+            names = ("load_module_strict", "load_optimizer_states", "_", "load_module_only")
+            given = dict(zip(names, args, strict=False)) | kwargs
+            if loaded[0] is None:
+                return loaded
+            if given.get("load_module_only") or not given.get("load_optimizer_states", True):
+                self.seam.load(None, "optimizer states were not loaded")
+                return loaded
+            path = self._file(
+                load_dir, tag if tag is not None else (Path(load_dir) / "latest").read_text().strip()
+            )
+            saved = torch.load(path, map_location="cpu", weights_only=False) if path.exists() else None
+            self.seam.load(saved, "it was made without a gradmix block, or by other ranks")
+            return loaded
+
+        return load_checkpoint
+
+    def _file(self, folder: str, tag: Any) -> Path:
+        return Path(folder) / str(tag) / f"gradmix_rank_{torch.distributed.get_rank():05d}.pt"
+
+    def _layout(self) -> int:
+        ranks = f"{self.seam.place.workers.num_ranks} ranks"
+        return fingerprint_of([ranks, *(f"{name} {p.numel()}" for name, p in self._named)])
+
+
+def _flat(p: torch.nn.Parameter) -> Tensor:
+    if not p.is_contiguous():
+        p.data = p.data.contiguous()
+    return p.data.view(-1)

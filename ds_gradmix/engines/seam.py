@@ -1,0 +1,276 @@
+"""What every seam does, whichever optimizer DeepSpeed builds: the rules of an engine, and the course of a
+step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ds_gradmix import checkpoint
+from ds_gradmix.config import Block
+from ds_gradmix.engines.place import Place
+from ds_gradmix.layout import share_evenly
+from ds_gradmix.log import logger
+from ds_gradmix.lookahead import LookAhead
+from ds_gradmix.reduction import Reduction, Span, is_stock
+from ds_gradmix.smoothing import Smoothing
+from ds_gradmix.steps import Steps
+from ds_gradmix.transit import Wire
+from ds_gradmix.workers import fingerprint_of
+
+_FINGERPRINTS_KEPT = 4096
+_ADVICE = (
+    "every worker must have the same gradients, of the same shapes, in the same order; look for "
+    "parameters that only some workers use, say behind a branch on the data"
+)
+
+Named = Sequence[tuple[str, torch.nn.Parameter]]
+
+
+class Seam:
+    """A block at work in one engine.
+
+    Args:
+        block: the rules.
+        place: this rank's.
+        named: the optimizer's parameters, which are known by their position here.
+        owned: elements this rank owns in each of the optimizer's parameter groups.
+        device: where gradients are.
+        step: tells the optimizer steps taken so far, skipped ones included.
+        report: is told after each step what the rules decided in it.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        place: Place,
+        named: Named,
+        owned: Sequence[int],
+        device: torch.device,
+        step: Callable[[], int],
+        report: Callable[[Mapping[str, float]], None],
+    ) -> None:
+        self.block = block
+        self.place = place
+        self.named = list(named)
+        self.lookahead: LookAhead | None = None
+        self.loads = 0  # checkpoints loaded with optimizer states
+        self.layout = 0  # a number for where parameters lie, which all state depends on
+        self._device = device
+        self._step = step
+        self._report = report
+        self._steps = Steps(block, place.workers, place.model, owned, device)
+        parameters = place.parameters(named)
+        self._dense = Reduction(block, place.workers, self._steps, parameters, device)
+        self._by_ranks = {
+            ranks: Reduction(
+                block, workers, self._steps, parameters, device, workers.size / place.workers.size
+            )
+            for ranks, workers in place.experts.items()
+        }
+        self._by_ranks[_ranks(place.workers.group)] = self._dense
+        positions = {id(p): i for i, (_, p) in enumerate(named)}
+        self._tied = [(positions[id(p)], copies) for p, copies in place.tied if id(p) in positions]
+        self._reduced: set[int] = (
+            set()
+        )  # tied parameters, whose gradient of this backward is already combined
+        self._fingerprints: dict[tuple[str, tuple[Span, ...]], int] = {}
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether DeepSpeed's own reduction is all there is to do."""
+        return is_stock(self.block, self.place.workers.size)
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether buckets are exchanged; if not, they are weighed and summed by DeepSpeed."""
+        return not self.is_stock and self._dense.exchanges
+
+    @property
+    def numbers(self) -> Mapping[str, float]:
+        """What was decided in the last step."""
+        return self._steps.numbers
+
+    @property
+    def smoothing(self) -> Smoothing | None:
+        """State of a smoothed scaling rule."""
+        return self._steps.smoothing
+
+    def reduction_over(self, group: dist.ProcessGroup | None) -> Reduction:
+        """The rules at work over a process group: the data-parallel one, or one of experts."""
+        return self._by_ranks[_ranks(group)]
+
+    def agree(self, spans: tuple[Span, ...], occasion: str) -> None:
+        """Raise `MismatchError` on every rank unless all are about to reduce these gradients."""
+
+        def words() -> list[str]:
+            return [f"{self.named[span.parameter][0]} ({self._size(span)})" for span in spans]
+
+        key = (occasion, spans)
+        if key not in self._fingerprints:
+            if len(self._fingerprints) > _FINGERPRINTS_KEPT:
+                self._fingerprints.clear()
+            self._fingerprints[key] = fingerprint_of([occasion, *words()])
+        self.place.hosts.agree(self._fingerprints[key], words, occasion, _ADVICE)
+
+    def _size(self, span: Span) -> str:
+        divided = self.place.tensor is not None and self.place.divides(self.named[span.parameter][1])
+        return "a part of it" if divided else f"{span.length} elements"
+
+    # --- one backward ---
+
+    def begin(self) -> None:
+        """A reduction is about to start."""
+        self._steps.step = self._step()
+
+    def capture(self, spans: Sequence[Span], flat_N: Tensor, *, boundary: bool) -> None:
+        """Before anything happens to a bucket: the worker's own gradient is what it looks ahead by."""
+        if self.lookahead is not None:
+            own = [span for span in spans if span.parameter not in self._reduced]
+            parts = [span.of(flat_N) for span in own]
+            self.lookahead.capture([span.parameter for span in own], parts, boundary=boundary)
+
+    def prepare(self, grads: Sequence[tuple[int, Tensor]], wire: Wire) -> None:
+        """Before the first of a step's buckets, where all gradients are known: what concerns all of them.
+
+        Decides for the model, where that is the scope. Then combines tied parameters, on the first of the
+        pipeline stages that keep them, and copies the result to the others: what stages keep in common must
+        stay equal, but each reduces its own buckets, with other parameters in them.
+
+        Args:
+            grads: position and gradient of every parameter with one; tied ones are summed over their stages,
+                and are replaced by their combination.
+            wire: the dtypes in which numbers travel.
+        """
+        if self.is_stock:
+            return
+        if self._dense.awaits_the_model and self._dense.exchanges:
+            spans = tuple(Span(index, 0, grad.numel()) for index, grad in grads)
+            self.agree(spans, "gradient reduction for the model")
+            self._dense.decide_for_model(
+                [(index, grad.detach()) for index, grad in grads], wire, self.place.model, self._device
+            )
+        found = dict(grads)
+        for number, (index, copies) in enumerate(self._tied):
+            if index not in found:
+                continue
+            grad = found[index].detach()
+            flat_N = grad.reshape(-1)
+            span = Span(index, 0, flat_N.numel())
+            self.capture([span], flat_N, boundary=True)
+            if copies.is_source:
+                self._combine_whole(flat_N, (span,), -1 - number, wire)
+            copies.copy(flat_N)
+            if flat_N.data_ptr() != grad.data_ptr():
+                grad.copy_(flat_N.view_as(grad))
+            self._reduced.add(index)
+
+    def remaining(self, spans: Sequence[Span]) -> tuple[Span, ...]:
+        """Those whose gradient is not combined yet."""
+        return tuple(span for span in spans if span.parameter not in self._reduced)
+
+    def combined(self, spans: Sequence[Span]) -> tuple[Span, ...]:
+        """Those whose gradient is."""
+        return tuple(span for span in spans if span.parameter in self._reduced)
+
+    def keep_once(self, spans: Sequence[Span], flat_N: Tensor) -> None:
+        """What is combined already survives a sum over the workers: it is zero on all but one rank."""
+        if self.place.workers.rank != 0:
+            for span in self.combined(spans):
+                span.of(flat_N).zero_()
+
+    def _combine_whole(self, flat_N: Tensor, spans: tuple[Span, ...], group: int, wire: Wire) -> None:
+        """Combine gradients such that every worker has all of the result."""
+        if self.exchanges:
+            self.exchange_whole(self._dense, flat_N, spans, group, wire)
+            return
+        self._dense.weigh(flat_N, spans)
+        self.place.workers.sum(flat_N)
+
+    def exchange_whole(
+        self, reduction: Reduction, flat_N: Tensor, spans: tuple[Span, ...], group: int, wire: Wire
+    ) -> None:
+        """Exchange a bucket that nobody owns; every rank ends with the same result.
+
+        `group` distinguishes the bucket from the step's others, for state that is kept of it.
+        """
+        workers = reduction.workers
+        pieces = share_evenly([(span.start, span.length) for span in spans], workers.num_ranks, group)
+        if self.smoothing is not None:
+            mine = sum(piece.length for piece in pieces if piece.owner == workers.rank)
+            self.smoothing.reserve(group, mine)
+        reduction.exchange(flat_N, spans, lambda: pieces, wire, whole=True)
+
+    def end_backward(self, *, boundary: bool, gradient_scale: float) -> None:
+        """All gradients of a backward pass are reduced; all ranks must have come to it."""
+        self.agree((), "end of the backward pass")
+        self._dense.end_backward()
+        self._reduced.clear()
+        if self.lookahead is not None:
+            self.lookahead.end_backward(boundary=boundary, gradient_scale=gradient_scale)
+
+    # --- one step ---
+
+    def finish(self) -> bool:
+        """The optimizer is about to step: whether it has to skip, because no worker agreed."""
+        self.agree((), "optimizer step")
+        return not self.is_stock and self._steps.finish()
+
+    def settle(self, *, taken: bool) -> None:
+        """The optimizer has taken the step, or left it out."""
+        self._steps.settle(taken=taken)
+        if self.lookahead is not None:
+            self.lookahead.end_step()
+            if not taken or self.numbers.get("dropped_workers", 0.0) > 0:
+                self.lookahead.drop()
+        self._report(self.numbers)
+
+    # --- the look-ahead point ---
+
+    def look_ahead(
+        self,
+        flats: Sequence[Tensor],
+        places: Sequence[tuple[int, int, int]],
+        rates: Callable[[], Sequence[float]],
+        *,
+        accumulates: bool,
+    ) -> None:
+        """Set up offsets, if the block has any; `rates` tells the learning rates of the flat tensors."""
+        if self.block.extrapolation is not None:
+            self._rates = rates
+            self.lookahead = LookAhead(
+                self.block.extrapolation,
+                flats,
+                places,
+                (self.block.seed, self.place.workers.number),
+                accumulates=accumulates,
+                division=self.place.division(self.named),
+                replica=self.place.sequence,
+            )
+
+    def go_ahead(self) -> None:
+        """Training is about to use the parameters."""
+        if self.lookahead is not None:
+            self.lookahead.go_ahead(self._step(), self._rates())
+
+    # --- checkpoints ---
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's part of a checkpoint."""
+        return checkpoint.save(self.block, self.smoothing, self.lookahead, self.layout)
+
+    def load(self, saved: dict[str, Any] | None, why: str) -> None:
+        """Take over our state from a checkpoint, or start afresh with one warning; `why` there is none."""
+        self.loads += 1
+        warning = checkpoint.load(self.block, self.smoothing, self.lookahead, saved, self.layout, why)
+        if warning and self.place.model.is_first:
+            logger.warning(f"ds_gradmix: {warning}")
+
+
+def _ranks(group: dist.ProcessGroup | None) -> tuple[int, ...]:
+    return tuple(dist.get_process_group_ranks(group))
