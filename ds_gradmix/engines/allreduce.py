@@ -64,12 +64,11 @@ class AllreduceSeam:
         self._optimizer.gradmix = self.seam
         self._allreduce_bucket = engine.allreduce_bucket
         self._reduce_all = engine.buffered_allreduce_fallback
-        self._take_step = self._optimizer.step
         engine.allreduce_bucket = self._reduce_bucket
         engine.buffered_allreduce_fallback = self._reduce
         engine.save_checkpoint = self._saving(engine.save_checkpoint)
         engine.load_checkpoint = self._loading(engine.load_checkpoint)
-        self._optimizer.step = functools.wraps(self._take_step)(self._step)
+        self._optimizer.step = self._stepping(self._optimizer.step)
 
     @property
     def _is_bf16(self) -> bool:
@@ -162,21 +161,24 @@ class AllreduceSeam:
 
     # --- one step ---
 
-    def _step(self, *args: Any, **kwargs: Any) -> Any:
+    def _stepping(self, take_step: Callable[..., Any]) -> Callable[..., Any]:
         """In place of `optimizer.step`: take it, or skip it as this optimizer skips an overflow."""
-        if not self.seam.finish():
-            self._optimizer.overflow = False
-            result = self._take_step(*args, **kwargs)
-            self.seam.settle(taken=not self._optimizer.overflow)
-            return result
-        self._optimizer.overflow = (
-            True  # the engine counts the step as skipped, and leaves its schedule alone
-        )
-        if self._is_bf16:
-            self._optimizer.clear_hp_grads()
-        self._optimizer.zero_grad()
-        self.seam.settle(taken=False)
-        return None
+
+        @functools.wraps(take_step)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            if not self.seam.finish():
+                self._optimizer.overflow = False
+                result = take_step(*args, **kwargs)
+                self.seam.settle(taken=not self._optimizer.overflow)
+                return result
+            self._optimizer.overflow = True  # the engine counts it as skipped, and leaves its schedule alone
+            if self._is_bf16:
+                self._optimizer.clear_hp_grads()
+            self._optimizer.zero_grad()
+            self.seam.settle(taken=False)
+            return None
+
+        return step
 
     # --- checkpoints ---
 

@@ -162,8 +162,8 @@ def _check_sequence(data: list[int], sequence: list[int]) -> None:
     if begin < 0 or begin % size or data[begin : begin + size] != sequence:
         raise ConfigError(
             f"sequence parallelism: ranks {sequence} share a replica, but gradients are reduced over ranks "
-            f"{data}, which must be made of such groups, one after the other, or DeepSpeed leaves out parts of "
-            "the gradient: pass an mpu with get_sequence_data_parallel_group() (for example "
+            f"{data}, which must be made of such groups, one after the other, or DeepSpeed leaves out parts "
+            "of the gradient: pass an mpu with get_sequence_data_parallel_group() (for example "
             "deepspeed.runtime.sequence_parallel.parallel_state_sp) in place of mesh_param or "
             "sequence_parallel_size"
         )
