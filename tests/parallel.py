@@ -98,7 +98,7 @@ def run(case: Case) -> dict[str, Any]:
         work = _Work(case)
         engine = work.engine
         told = work.train()
-        pieces = {piece: p.detach() for piece, p in work.pieces()}
+        pieces = {piece: p.detach() for piece, p in work.pieces(engine.module)}
         return {
             "weights": _gathered(pieces, work.data_rank // case.layout.expert),
             "local": _bytes(pieces),
@@ -137,11 +137,11 @@ class _Work:
         self.data_rank = rank // (layout.tensor * layout.sequence) % layout.data
         options: dict[str, Any] = {"config": ds_config(case)}
         model = self._model(options)
-        for piece, p in self.pieces(model):
+        for piece, p in self.pieces(model, split=layout.kind != "autotp"):
             models.fill(p, piece)
         parameters = list(model.parameters())
         if case.optimizer == "Adam":
-            optimizer: Any = torch.optim.Adam(parameters, lr=LR / 5)
+            optimizer: Any = torch.optim.Adam(parameters, lr=LR / 5, eps=1e-3)  # not to divide noise by noise
         else:
             optimizer = torch.optim.SGD(parameters, lr=LR, momentum=0.5)
         self.engine = deepspeed.initialize(model=model, optimizer=optimizer, **options)[0]
@@ -150,19 +150,24 @@ class _Work:
         case, layout = self.case, self.case.layout
         parts: Any = models.Plain()
         if layout.tensor > 1 and layout.kind == "mpu":
-            parts, mpu = _by_hand(layout)
-            options["mpu"] = mpu
+            parts, options["mpu"] = _by_hand(layout)
+        elif layout.tensor > 1 and layout.kind == "megatron":
+            parts, options["mpu"] = _megatron(layout)
+        elif layout.tensor > 1:
+            options["config"]["tensor_parallel"] = _autotp(layout)
         if layout.pipe > 1:
             options.pop("mpu", None)
             return _pipeline(parts, case)
         return models.Model(parts, case.tied, case.experts)
 
-    def pieces(self, model: Any = None) -> Iterator[tuple[Piece, torch.nn.Parameter]]:
+    def pieces(self, model: Any, split: bool = True) -> Iterator[tuple[Piece, torch.nn.Parameter]]:
+        """What this rank holds. AutoTP takes a model that is not split yet, and leaves embeddings whole."""
         layout = self.case.layout
-        local_experts = self.case.experts // layout.expert
-        for name, p in (model or self.engine.module).named_parameters():
-            first = self.data_rank % layout.expert * local_experts
-            yield models.piece_of(name, self.tensor_rank, layout.tensor, first, ()), p
+        first_expert = self.data_rank % layout.expert * (self.case.experts // layout.expert)
+        whole = ("embed.weight",) if layout.kind == "autotp" else ()
+        size = layout.tensor if split else 1
+        for name, p in model.named_parameters():
+            yield models.piece_of(name, self.tensor_rank, size, first_expert, whole), p
 
     def train(self) -> dict[str, Any]:
         import ds_gradmix
@@ -200,6 +205,23 @@ def _by_hand(layout: Layout) -> Any:
     parts.head = functools.partial(tensor_layers.Head, group=group)
     parts.vocabulary = lambda: tensor_layers.Vocabulary(models.WORDS, models.WIDTH, group)
     return parts, mpu
+
+
+def _megatron(layout: Layout) -> Any:
+    from megatron_layers import Megatron
+
+    from ds_gradmix.megatron import ParallelState
+
+    parts = Megatron(layout.tensor)
+    return parts, ParallelState()
+
+
+def _autotp(layout: Layout) -> dict[str, Any]:
+    columns = {"patterns": [r".*\.(query|key|value|up)\.weight$"], "partition_type": "column"}
+    rows = {"patterns": [r".*\.(out|down)\.weight$"], "partition_type": "row"}
+    head = {"patterns": [r"^head\.weight$"], "partition_type": "column", "gather_output": True}
+    specs = {"use_default_specs": False, "layer_specs": [columns, rows, head]}
+    return {"autotp_size": layout.tensor, "partition_config": specs}
 
 
 def _pipeline(parts: Any, case: Case) -> Any:

@@ -59,7 +59,8 @@ class Block(torch.nn.Module):
     def __init__(self, parts: Any, experts: int = 0) -> None:
         super().__init__()
         self.norm1 = torch.nn.LayerNorm(WIDTH)
-        self.query, self.key, self.value = (parts.column(WIDTH, WIDTH) for _ in range(3))
+        self.query, self.value = parts.column(WIDTH, WIDTH), parts.column(WIDTH, WIDTH)
+        self.key = parts.column(WIDTH, WIDTH, bias=False)  # a bias here would have no gradient, only noise
         self.attention = parts.attention()
         self.out = parts.row(WIDTH, WIDTH)
         self.norm2 = torch.nn.LayerNorm(WIDTH)
@@ -151,7 +152,7 @@ class Piece:
         return self.name if self.count == 1 else f"{self.name}[{self.index}/{self.count}]"
 
 
-COLUMNS = ("query.weight", "query.bias", "key.weight", "key.bias", "value.weight", "value.bias")
+COLUMNS = ("query.weight", "query.bias", "key.weight", "value.weight", "value.bias")
 COLUMNS += ("up.weight", "up.bias", "embed.weight", "head.weight", "head.bias")
 ROWS = ("out.weight", "down.weight")
 

@@ -113,7 +113,7 @@ class _Sum(torch.autograd.Function):
         return gradient, None
 
 
-class _Gather(torch.autograd.Function):
+class Gather(torch.autograd.Function):
     """Columns of all ranks side by side: each gets the gradient of its own."""
 
     @staticmethod
@@ -137,10 +137,10 @@ def _sharded(*shape: int) -> torch.nn.Parameter:
 class Column(torch.nn.Module):
     """x @ W.T + b, each rank some rows of W."""
 
-    def __init__(self, num_in: int, num_out: int, group: ProcessGroup) -> None:
+    def __init__(self, num_in: int, num_out: int, group: ProcessGroup, bias: bool = True) -> None:
         super().__init__()
         self.weight = _sharded(num_out // group.size(), num_in)
-        self.bias = _sharded(num_out // group.size())
+        self.bias = _sharded(num_out // group.size()) if bias else None
         self.group = group
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -175,11 +175,11 @@ class Vocabulary(torch.nn.Module):
         return _Sum.apply(found, self.group)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        return _Gather.apply(torch.nn.functional.linear(_Copy.apply(x, self.group), self.weight), self.group)
+        return Gather.apply(torch.nn.functional.linear(_Copy.apply(x, self.group), self.weight), self.group)
 
 
 class Head(Column):
     """Logits of all words on every rank."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _Gather.apply(super().forward(x), self.group)
+        return Gather.apply(super().forward(x), self.group)
