@@ -139,7 +139,7 @@ class _Work:
         model = self._model(options)
         for piece, p in self.pieces(model, split=layout.kind != "autotp"):
             models.fill(p, piece)
-        parameters = list(model.parameters())
+        parameters = _groups(model, case)
         if case.optimizer == "Adam":
             optimizer: Any = torch.optim.Adam(parameters, lr=LR / 5, eps=1e-3)  # not to divide noise by noise
         else:
@@ -148,7 +148,7 @@ class _Work:
 
     def _model(self, options: dict[str, Any]) -> Any:
         case, layout = self.case, self.case.layout
-        parts: Any = models.Plain()
+        parts: Any = models.Plain(layout.expert)
         if layout.tensor > 1 and layout.kind == "mpu":
             parts, options["mpu"] = _by_hand(layout)
         elif layout.tensor > 1 and layout.kind == "megatron":
@@ -190,6 +190,15 @@ class _Work:
             self.engine.step()
             losses.append(loss.item())
         return sum(losses) / len(losses)
+
+
+def _groups(model: Any, case: Case) -> list[Any]:
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+
+    parameters = list(model.parameters())
+    if not case.experts:
+        return parameters
+    return split_params_into_different_moe_groups_for_optimizer({"params": parameters, "name": "all"})
 
 
 def _by_hand(layout: Layout) -> Any:

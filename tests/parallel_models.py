@@ -19,11 +19,20 @@ SEQUENCE, BATCH = 6, 4
 
 
 class Plain:
-    """The layers of a model that is on one rank."""
+    """The layers of a model that is on one rank; experts may be spread over several."""
 
-    def __init__(self) -> None:
+    def __init__(self, expert_ranks: int = 1) -> None:
         self.column = self.row = self.head = torch.nn.Linear
         self.attention: Any = lambda: Attention()
+        self.expert_ranks = expert_ranks
+
+    def experts(self, expert: torch.nn.Module, count: int) -> torch.nn.Module:
+        """Each word goes to one expert; none is dropped, and nothing is drawn."""
+        from deepspeed.moe.layer import MoE
+
+        return MoE(
+            WIDTH, expert, count, self.expert_ranks, k=1, min_capacity=0, drop_tokens=False, use_rts=False
+        )
 
     def vocabulary(self) -> torch.nn.Module:
         return Vocabulary(WORDS, WIDTH)
