@@ -55,8 +55,8 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
             if process.is_alive():
                 process.kill()
     failures = [text for failed, text in results if failed]
-    if failures:
-        raise RankError(failures[0])
+    if failures:  # the cause, rather than what its loss did to the others
+        raise RankError(min(failures, key=lambda text: "Connection" in text or "without a word" in text))
     return [value for _, value in results]
 
 

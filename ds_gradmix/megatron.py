@@ -1,0 +1,61 @@
+"""Megatron-core's tensor parallelism under DeepSpeed: an mpu for `deepspeed.initialize`.
+
+    from megatron.core import parallel_state
+    from ds_gradmix.megatron import ParallelState
+
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
+    engine, *_ = deepspeed.initialize(model=model, mpu=ParallelState(), config=config)
+
+DeepSpeed was written for the mpu of an older Megatron; `megatron.core.parallel_state` lacks some of what it
+calls, so it cannot be handed over itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch.distributed as dist
+
+
+class ParallelState:
+    """`megatron.core.parallel_state`, with the functions DeepSpeed calls and Megatron-core has dropped.
+
+    The model parallel group is Megatron's: all ranks that share one replica of the model. DeepSpeed takes the
+    gradient's norm and the decision to skip a step over it, and counts a weight on all its ranks if Megatron
+    marked it `tensor_model_parallel`, or else on the first.
+
+    Raises:
+        ImportError: if megatron-core is not installed.
+        RuntimeError: if `initialize_model_parallel` was not called yet.
+        ValueError: under context parallelism, whose gradients DeepSpeed would not add up.
+    """
+
+    def __init__(self) -> None:
+        try:
+            self._state = importlib.import_module("megatron.core.parallel_state")
+        except ImportError as error:
+            raise ImportError(
+                "ds_gradmix.megatron: megatron-core cannot be imported (pip install megatron-core)"
+            ) from error
+        if not self._state.model_parallel_is_initialized():
+            raise RuntimeError(
+                "call megatron.core.parallel_state.initialize_model_parallel() before ParallelState()"
+            )
+        size = self._state.get_context_parallel_world_size()
+        if size > 1:
+            raise ValueError(f"context_parallel_size: {size}, but DeepSpeed only knows 1")
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_state":  # a copy that is not built yet
+            raise AttributeError(name)
+        return getattr(self._state, name)
+
+    def get_model_parallel_world_size(self) -> int:
+        return dist.get_world_size(self._state.get_model_parallel_group())
+
+    def get_model_parallel_rank(self) -> int:
+        return dist.get_rank(self._state.get_model_parallel_group())
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return dist.get_process_group_ranks(self._state.get_data_parallel_group())
