@@ -57,12 +57,17 @@ class Plan:
         return [piece for piece in self.pieces if piece.owner == self.rank]
 
     @cached_property
-    def elements(self) -> Tensor:
-        """Elements of every parameter of the bucket, `[P]` float64."""
-        counts = [0] * self._num_parameters
+    def num_elements(self) -> list[int]:
+        """Elements of every parameter of the bucket that this rank counts."""
+        numbers = [0] * self._num_parameters
         for piece in self.pieces:
-            counts[piece.parameter] += piece.length
-        return to_device(torch.tensor(counts, dtype=torch.float64), self.device)
+            numbers[piece.parameter] += piece.length if self.counted[piece.parameter] else 0
+        return numbers
+
+    @cached_property
+    def elements(self) -> Tensor:
+        """The same, `[P]` float64."""
+        return to_device(torch.tensor(self.num_elements, dtype=torch.float64), self.device)
 
     @cached_property
     def parameters(self) -> list[Segments]:
@@ -193,7 +198,8 @@ class Exchange:
         if verdict is None:
             verdict = self.decide(self._gram(transit, plan), moment, present_W, self._workers.deciders)
         one_row = len(verdict.weights_SW) == 1
-        self._record.add_verdict(verdict, float(flat_N.numel()) if one_row else plan.elements, present_W)
+        elements_S = float(sum(plan.num_elements)) if one_row else plan.elements
+        self._record.add_verdict(verdict, elements_S, present_W)
         weights_WS = verdict.weights_SW.t().float()
         segments = plan.together if one_row else plan.parameters
         if self._block.scaling is not None:
@@ -237,7 +243,10 @@ class Exchange:
         )
         for k, signal in again:
             factors_C = rule.factors(signal, plan.parameters[k].expand(layer_mean_S[None])[0])
-            self._record.add_factors(factors_C)
+            counted_C = None
+            if plan.counted_P is not None:
+                counted_C = plan.parameters[k].expand(plan.counted_P[None])[0]
+            self._record.add_factors(factors_C, counted_C)
             transit.place(k, signal.mean_C * self._share, factors_C, self._smoothing)
 
     def gram(self, grads: Sequence[Tensor], wire: Wire, device: torch.device) -> Tensor:

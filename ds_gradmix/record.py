@@ -46,10 +46,11 @@ class Record:
         parts = [*weighted, verdict.agreed_S.sum(), ones_S.sum(), empty, dropped]
         self._sums[: len(parts)] += torch.stack(parts)
 
-    def add_factors(self, factors_C: Tensor) -> None:
-        """Note scaling factors of C coordinates, on the rank that combined them."""
-        self._sums[-2] += factors_C.sum(dtype=torch.float64)
-        self._sums[-1] += factors_C.numel()
+    def add_factors(self, factors_C: Tensor, counted_C: Tensor | None = None) -> None:
+        """Note scaling factors of C coordinates, on the rank that combined them; 0 or 1 tells which count."""
+        self._sums[-2] += (factors_C if counted_C is None else factors_C * counted_C).sum(dtype=torch.float64)
+        # One parameter's segments are not expanded.
+        self._sums[-1] += factors_C.numel() if counted_C is None else counted_C.expand_as(factors_C).sum()
 
     def read(self, workers: Workers, model: Circle, *, scaled: bool) -> dict[str, float]:
         """The step's numbers, which are the same on every rank; the only place where the host waits for the

@@ -109,7 +109,8 @@ class Reduction:
         """
         present_W = self._present([span.of(flat_N) for span in spans], self.workers.deciders)
         verdict = self._known(spans, present_W)
-        lengths = [span.length for span in spans]
+        counted = [self._parameters[span.parameter].counts for span in spans]
+        lengths = [span.length if counts else 0 for span, counts in zip(spans, counted, strict=True)]
         one_row = len(verdict.weights_SW) == 1
         elements_S = (
             float(sum(lengths)) if one_row else to_device(torch.tensor(lengths).double(), flat_N.device)

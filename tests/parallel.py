@@ -130,6 +130,9 @@ class _Work:
     def __init__(self, case: Case) -> None:
         import deepspeed
 
+        import ds_gradmix
+
+        ds_gradmix.enable()
         self.case = case
         layout = case.layout
         rank = dist.get_rank()
