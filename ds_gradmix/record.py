@@ -52,17 +52,19 @@ class Record:
         # One parameter's segments are not expanded.
         self._sums[-1] += factors_C.numel() if counted_C is None else counted_C.expand_as(factors_C).sum()
 
-    def read(self, workers: Workers, model: Circle, *, scaled: bool) -> dict[str, float]:
+    def read(self, workers: Workers, model: Circle, *, alike: bool, scaled: bool) -> dict[str, float]:
         """The step's numbers, which are the same on every rank; the only place where the host waits for the
         device.
 
-        Workers of one group know the same decisions; where `model` has more ranks, others may have decided on
-        other parameters.
+        Args:
+            workers: those of one group, who make the same decisions.
+            model: all ranks that make decisions on the model.
+            alike: whether these are the same decisions.
+            scaled: whether there are factors.
         """
-        partial = model.num_ranks > workers.num_ranks
-        if not (self._used or partial):
+        if alike and not self._used:
             return {}
-        if partial:
+        if not alike:
             model.sum_alike(self._sums)
         elif scaled:
             workers.sum(self._sums[-2:])
@@ -76,7 +78,7 @@ class Record:
             "kept_fraction": sums["kept"] / elements,
             "effective_workers": sums["effective"] / elements,
             "agreed_fraction": sums["agreed"] / sums["reductions"],
-            "dropped_workers": sums["dropped"] / (workers.deciders.num_ranks if partial else 1),
+            "dropped_workers": sums["dropped"] / (1 if alike else workers.deciders.num_ranks),
             "skipped": float(sums["agreed"] == 0 or sums["empty"] > 0),
         }
         if sums["cosine"] == sums["cosine"]:  # NaN where no Gram matrix was taken

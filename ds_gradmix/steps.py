@@ -20,12 +20,20 @@ class Steps:
         block: the rules.
         workers: the data-parallel replicas.
         model: all ranks that hold parts of the same model, whatever the parallelism.
+        alike: whether the workers take part in all of the model's decisions.
         owned: elements this rank owns in each of the optimizer's parameter groups.
         device: where gradients are.
     """
 
     def __init__(
-        self, block: Block, workers: Workers, model: Circle, owned: Sequence[int], device: torch.device
+        self,
+        block: Block,
+        workers: Workers,
+        model: Circle,
+        owned: Sequence[int],
+        device: torch.device,
+        *,
+        alike: bool = True,
     ) -> None:
         self.step = 0  # set by the engine's seam before each reduction
         self.numbers: Mapping[str, float] = {}  # what was decided in the last step
@@ -37,10 +45,11 @@ class Steps:
         self._scales = scaling is not None
         self._workers = workers
         self._model = model
+        self._alike = alike
 
     def finish(self) -> bool:
         """The step's gradients are reduced: read what was decided. Whether the step is to be skipped."""
-        self.numbers = self.record.read(self._workers, self._model, scaled=self._scales)
+        self.numbers = self.record.read(self._workers, self._model, alike=self._alike, scaled=self._scales)
         drops = self.numbers.get("dropped_workers", 0.0)
         if drops > 0 and self._model.is_first:
             logger.warning(

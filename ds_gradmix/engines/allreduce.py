@@ -100,11 +100,10 @@ class AllreduceSeam:
         self.seam.begin()
         found = self._find_gradients()
         self.seam.agree(tuple(Span(i, 0, grad.numel()) for i, grad in found), "gradient reduction")
+        wire = self._wire(found[0][1].dtype if found else torch.float32)
+        self.seam.prepare(found, wire)
         for index, grad in found:
             self.seam.capture([Span(index, 0, grad.numel())], grad.reshape(-1), boundary=True)
-        self.seam.prepare(
-            found, self._wire(found[0][1].dtype) if found else Wire(torch.float32, torch.float32)
-        )
         self._reduce_all(grads=grads, elements_per_buffer=elements_per_buffer)
         scale = float(getattr(self._optimizer, "loss_scale", 1.0) or 1.0)
         self.seam.end_backward(boundary=True, gradient_scale=scale)

@@ -57,6 +57,17 @@ class Place:
         }
         return frozenset(name for name, there in found.items() if there)
 
+    @property
+    def alike(self) -> bool:
+        """Whether the workers take part in every decision on the model, and so know them all."""
+        return not self.experts and self.model.num_ranks == self.workers.num_ranks
+
+    def reducers(self, p: torch.nn.Parameter) -> Workers:
+        """Who reduces a parameter."""
+        if not is_moe_param(p):
+            return self.workers
+        return self.experts[tuple(_ranks(groups._get_expert_data_parallel_group(p.group_name)))]
+
     def parameters(self, named: Iterable[tuple[str, torch.nn.Parameter]]) -> list[Parameter]:
         """What the rules need to know of an optimizer's parameters."""
         pairs = list(named)

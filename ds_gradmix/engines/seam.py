@@ -64,7 +64,7 @@ class Seam:
         self._device = device
         self._step = step
         self._report = report
-        self._steps = Steps(block, place.workers, place.model, owned, device)
+        self._steps = Steps(block, place.workers, place.model, owned, device, alike=place.alike)
         parameters = place.parameters(named)
         self._dense = Reduction(block, place.workers, self._steps, parameters, device)
         self._by_ranks = {
@@ -74,6 +74,7 @@ class Seam:
             for ranks, workers in place.experts.items()
         }
         self._by_ranks[_ranks(place.workers.group)] = self._dense
+        self._shares = [place.reducers(p).size / place.workers.size for _, p in named]
         positions = {id(p): i for i, (_, p) in enumerate(named)}
         self._tied = [(positions[id(p)], copies) for p, copies in place.tied if id(p) in positions]
         self._reduced: set[int] = (
@@ -133,6 +134,11 @@ class Seam:
         if self.lookahead is not None:
             own = [span for span in spans if span.parameter not in self._reduced]
             parts = [span.of(flat_N) for span in own]
+            # What data ranks with the same expert have in common is the mean of theirs.
+            shares = [self._shares[span.parameter] for span in own]
+            parts = [
+                part if share == 1.0 else part * share for part, share in zip(parts, shares, strict=True)
+            ]
             self.lookahead.capture([span.parameter for span in own], parts, boundary=boundary)
 
     def prepare(self, grads: Sequence[tuple[int, Tensor]], wire: Wire) -> None:
