@@ -62,7 +62,7 @@ class Place:
         """Whether the workers take part in every decision on the model, and so know them all."""
         return not self.experts and self.model.num_ranks == self.workers.num_ranks
 
-    def reducers(self, p: torch.nn.Parameter) -> Workers:
+    def reducers(self, p: Any) -> Workers:
         """Who reduces a parameter."""
         if not is_moe_param(p):
             return self.workers
