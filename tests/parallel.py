@@ -25,8 +25,11 @@ LR = 0.05
 
 @dataclass(frozen=True)
 class Layout:
-    """How many ranks of each kind. `kind` is who splits tensors: "mpu" (layers of our own), "megatron" or
-    "autotp". Experts are spread over data ranks, so they add none.
+    """How many ranks of each kind.
+
+    `kind` is who splits tensors: "mpu" (layers of our own), "megatron" or "autotp"; or who tells DeepSpeed of
+    sequence ranks: "mpu" (one of our own), "state" (DeepSpeed's `parallel_state_sp`), "mesh" (`mesh_param`)
+    or "config". Experts are spread over data ranks, so they add none.
     """
 
     data: int = 1
@@ -134,6 +137,7 @@ class _Work:
         layout = case.layout
         rank = dist.get_rank()
         self.tensor_rank = rank % layout.tensor
+        self.sequence_rank = rank % layout.sequence
         self.data_rank = rank // (layout.tensor * layout.sequence) % layout.data
         options: dict[str, Any] = {"config": ds_config(case)}
         model = self._model(options)
@@ -155,6 +159,8 @@ class _Work:
             parts, options["mpu"] = _megatron(layout)
         elif layout.tensor > 1:
             options["config"]["tensor_parallel"] = _autotp(layout)
+        if layout.sequence > 1:
+            _spread(parts, layout, options)
         if layout.pipe > 1:
             options.pop("mpu", None)
             return _pipeline(parts, case)
@@ -184,8 +190,10 @@ class _Work:
         if self.case.layout.pipe > 1:
             return float(self.engine.train_batch(iter(batches)))
         losses = []
+        size = self.case.layout.sequence
         for words, targets in batches:
-            loss = models.loss_of(self.engine(words), targets)
+            words, targets = (x.chunk(size, dim=1)[self.sequence_rank] for x in (words, targets))
+            loss = models.loss_of(self.engine(words), targets) / size  # added up over sequence ranks
             self.engine.backward(loss)
             self.engine.step()
             losses.append(loss.item())
@@ -231,6 +239,24 @@ def _autotp(layout: Layout) -> dict[str, Any]:
     head = {"patterns": [r"^head\.weight$"], "partition_type": "column", "gather_output": True}
     specs = {"use_default_specs": False, "layer_specs": [columns, rows, head]}
     return {"autotp_size": layout.tensor, "partition_config": specs}
+
+
+def _spread(parts: Any, layout: Layout, options: dict[str, Any]) -> None:
+    from deepspeed.runtime.sequence_parallel import parallel_state_sp
+    from sequence_layers import SequenceParallel, Ulysses
+
+    mpu = SequenceParallel(layout.data, layout.sequence)
+    parts.attention = lambda: Ulysses(mpu.sequence_group)
+    if layout.kind == "mpu":
+        options["mpu"] = mpu
+    elif layout.kind == "state":
+        parallel_state_sp.initialize_sequence_parallel(layout.sequence)
+        options["mpu"] = parallel_state_sp
+    elif layout.kind == "mesh":
+        options["mesh_param"] = (layout.data, layout.sequence)
+    else:
+        sizes = {"data_parallel_size": layout.data, "sequence_parallel_size": layout.sequence}
+        options["config"].update(sizes)
 
 
 def _pipeline(parts: Any, case: Case) -> Any:
