@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -57,8 +57,14 @@ class Case:
     steps: int = 8
     optimizer: str = "SGD"
     tied: bool = False
-    experts: int = 0
+    experts: int = 0  # of the last block; 0 is an MLP
+    nan_at: tuple[int, int] | None = None  # step and data rank of batches whose loss is NaN
     config: dict[str, Any] = field(default_factory=dict)
+
+
+def alone(case: Case) -> Case:
+    """The same training without model parallelism."""
+    return replace(case, layout=Layout(data=case.layout.data))
 
 
 def ds_config(case: Case) -> dict[str, Any]:
@@ -94,8 +100,9 @@ def run(case: Case) -> dict[str, Any]:
     - stats, skipped: what `ds_gradmix.stats` said after each step, and `engine.skipped_steps`
     - losses: of this rank's batches, where it computes one
     """
-    assert dist.get_world_size() == case.layout.world
-    reset()
+    layout = case.layout
+    assert dist.get_world_size() == layout.world
+    assert not case.experts or layout.world == layout.data, "experts, but tensor, pipe or sequence ranks too"
     engine = None
     try:
         work = _Work(case)
@@ -103,7 +110,7 @@ def run(case: Case) -> dict[str, Any]:
         told = work.train()
         pieces = {piece: p.detach() for piece, p in work.pieces(engine.module)}
         return {
-            "weights": _gathered(pieces, work.data_rank // case.layout.expert),
+            "weights": _gathered(pieces, work.data_rank // layout.expert),
             "local": _bytes(pieces),
             **told,
         }
@@ -114,7 +121,7 @@ def run(case: Case) -> dict[str, Any]:
 
 
 def reset() -> None:
-    """Undo what a run leaves behind in the process."""
+    """Undo what a run leaves behind in the process; the next may be of any other layout."""
     from deepspeed.module_inject import set_autotp_mode
     from deepspeed.runtime.pipe import p2p
     from deepspeed.utils import groups
@@ -187,6 +194,8 @@ class _Work:
 
     def _step(self, step: int) -> float:
         batches = [models.batch(step, micro, self.data_rank) for micro in range(self.case.accumulation)]
+        if self.case.nan_at == (step, self.data_rank):
+            batches = [(words, torch.full_like(targets, models.NAN)) for words, targets in batches]
         if self.case.layout.pipe > 1:
             return float(self.engine.train_batch(iter(batches)))
         losses = []
