@@ -78,7 +78,7 @@ def ds_config(case: Case) -> dict[str, Any]:
         "zero_optimization": {"stage": case.stage},
         **case.config,
     }
-    if case.dtype == "bf16":
+    if case.dtype == "bf16" and "bf16" not in config:
         config["bf16"] = {"enabled": True}
     if case.fp32_sums:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
