@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,8 +25,11 @@ LR = 0.05
 
 @dataclass(frozen=True)
 class Layout:
-    """How many ranks of each kind. `kind` is who splits tensors: "mpu" (layers of our own), "megatron" or
-    "autotp". Experts are spread over data ranks, so they add none.
+    """How many ranks of each kind.
+
+    `kind` is who splits tensors: "mpu" (layers of our own), "megatron" or "autotp"; or who tells DeepSpeed of
+    sequence ranks: "mpu" (one of our own), "state" (DeepSpeed's `parallel_state_sp`), "mesh" (`mesh_param`)
+    or "config". Experts are spread over data ranks, so they add none.
     """
 
     data: int = 1
@@ -54,8 +57,14 @@ class Case:
     steps: int = 8
     optimizer: str = "SGD"
     tied: bool = False
-    experts: int = 0
+    experts: int = 0  # of the last block; 0 is an MLP
+    nan_at: tuple[int, int] | None = None  # step and data rank of batches whose loss is NaN
     config: dict[str, Any] = field(default_factory=dict)
+
+
+def alone(case: Case) -> Case:
+    """The same training without model parallelism."""
+    return replace(case, layout=Layout(data=case.layout.data))
 
 
 def ds_config(case: Case) -> dict[str, Any]:
@@ -69,7 +78,7 @@ def ds_config(case: Case) -> dict[str, Any]:
         "zero_optimization": {"stage": case.stage},
         **case.config,
     }
-    if case.dtype == "bf16":
+    if case.dtype == "bf16" and "bf16" not in config:
         config["bf16"] = {"enabled": True}
     if case.fp32_sums:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -91,8 +100,9 @@ def run(case: Case) -> dict[str, Any]:
     - stats, skipped: what `ds_gradmix.stats` said after each step, and `engine.skipped_steps`
     - losses: of this rank's batches, where it computes one
     """
-    assert dist.get_world_size() == case.layout.world
-    reset()
+    layout = case.layout
+    assert dist.get_world_size() == layout.world
+    assert not case.experts or layout.world == layout.data, "experts, but tensor, pipe or sequence ranks too"
     engine = None
     try:
         work = _Work(case)
@@ -100,7 +110,7 @@ def run(case: Case) -> dict[str, Any]:
         told = work.train()
         pieces = {piece: p.detach() for piece, p in work.pieces(engine.module)}
         return {
-            "weights": _gathered(pieces, work.data_rank // case.layout.expert),
+            "weights": _gathered(pieces, work.data_rank // layout.expert),
             "local": _bytes(pieces),
             **told,
         }
@@ -111,7 +121,7 @@ def run(case: Case) -> dict[str, Any]:
 
 
 def reset() -> None:
-    """Undo what a run leaves behind in the process."""
+    """Undo what a run leaves behind in the process; the next may be of any other layout."""
     from deepspeed.module_inject import set_autotp_mode
     from deepspeed.runtime.pipe import p2p
     from deepspeed.utils import groups
@@ -137,6 +147,7 @@ class _Work:
         layout = case.layout
         rank = dist.get_rank()
         self.tensor_rank = rank % layout.tensor
+        self.sequence_rank = rank % layout.sequence
         self.data_rank = rank // (layout.tensor * layout.sequence) % layout.data
         options: dict[str, Any] = {"config": ds_config(case)}
         model = self._model(options)
@@ -158,6 +169,8 @@ class _Work:
             parts, options["mpu"] = _megatron(layout)
         elif layout.tensor > 1:
             options["config"]["tensor_parallel"] = _autotp(layout)
+        if layout.sequence > 1:
+            _spread(parts, layout, options)
         if layout.pipe > 1:
             options.pop("mpu", None)
             return _pipeline(parts, case)
@@ -184,11 +197,15 @@ class _Work:
 
     def _step(self, step: int) -> float:
         batches = [models.batch(step, micro, self.data_rank) for micro in range(self.case.accumulation)]
+        if self.case.nan_at == (step, self.data_rank):
+            batches = [(words, torch.full_like(targets, models.NAN)) for words, targets in batches]
         if self.case.layout.pipe > 1:
             return float(self.engine.train_batch(iter(batches)))
         losses = []
+        size = self.case.layout.sequence
         for words, targets in batches:
-            loss = models.loss_of(self.engine(words), targets)
+            words, targets = (x.chunk(size, dim=1)[self.sequence_rank] for x in (words, targets))
+            loss = models.loss_of(self.engine(words), targets) / size  # added up over sequence ranks
             self.engine.backward(loss)
             self.engine.step()
             losses.append(loss.item())
@@ -234,6 +251,24 @@ def _autotp(layout: Layout) -> dict[str, Any]:
     head = {"patterns": [r"^head\.weight$"], "partition_type": "column", "gather_output": True}
     specs = {"use_default_specs": False, "layer_specs": [columns, rows, head]}
     return {"autotp_size": layout.tensor, "partition_config": specs}
+
+
+def _spread(parts: Any, layout: Layout, options: dict[str, Any]) -> None:
+    from deepspeed.runtime.sequence_parallel import parallel_state_sp
+    from sequence_layers import SequenceParallel, Ulysses
+
+    mpu = SequenceParallel(layout.data, layout.sequence)
+    parts.attention = lambda: Ulysses(mpu.sequence_group)
+    if layout.kind == "mpu":
+        options["mpu"] = mpu
+    elif layout.kind == "state":
+        parallel_state_sp.initialize_sequence_parallel(layout.sequence)
+        options["mpu"] = parallel_state_sp
+    elif layout.kind == "mesh":
+        options["mesh_param"] = (layout.data, layout.sequence)
+    else:
+        sizes = {"data_parallel_size": layout.data, "sequence_parallel_size": layout.sequence}
+        options["config"].update(sizes)
 
 
 def _pipeline(parts: Any, case: Case) -> Any:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 WORDS, WIDTH, HEADS, INNER, BLOCKS = 22, 12, 4, 26, 2
 SEQUENCE, BATCH = 6, 4
+NAN = -1  # a target whose loss is NaN
 
 
 class Plain:
@@ -136,6 +137,8 @@ def _logits(module: _Embed, x: torch.Tensor) -> torch.Tensor:
 
 
 def loss_of(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    if targets[0, 0] == NAN:
+        return logits.float().sum() * float("nan")
     return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
