@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ds_gradmix.config import Block
 from ds_gradmix.decision import Verdict, gram_verdict
-from ds_gradmix.layout import Piece, Tile, plan_tiles
+from ds_gradmix.layout import Piece, Tile, even_sizes, plan_tiles
 from ds_gradmix.mixing import GramMixing, Moment
 from ds_gradmix.record import Record
 from ds_gradmix.scaling import Scaling
@@ -269,10 +269,7 @@ class Exchange:
                 if first < end and first + flat.numel() > begin
             ]
             sent = torch.cat([part.to(wire.gradient) for part in parts])
-            sizes = [
-                (end - begin) // workers.num_ranks + (j < (end - begin) % workers.num_ranks)
-                for j in range(workers.num_ranks)
-            ]
+            sizes = even_sizes(end - begin, workers.num_ranks)
             mine = sizes[workers.rank]
             out = sent.new_empty(mine * workers.num_ranks)
             workers.all_to_all(out, sent, [mine] * workers.num_ranks, sizes)

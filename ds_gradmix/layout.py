@@ -91,6 +91,11 @@ class Tile:
         return Segments(ids, [piece.length for piece in self.mine], num_segments, device, num_rows)
 
 
+def even_sizes(total: int, num_ranks: int) -> list[int]:
+    """So many elements in shares that differ by one at most."""
+    return [total // num_ranks + (rank < total % num_ranks) for rank in range(num_ranks)]
+
+
 def share_evenly(lengths: Sequence[tuple[int, int]], num_ranks: int, group: int) -> list[Piece]:
     """A bucket that nobody owns, in equal shares, of which each rank takes one: its pieces, in order.
 
@@ -99,8 +104,7 @@ def share_evenly(lengths: Sequence[tuple[int, int]], num_ranks: int, group: int)
         num_ranks: how many share.
         group: what distinguishes this bucket from others, for state that is kept of it.
     """
-    total = sum(length for _, length in lengths)
-    sizes = [total // num_ranks + (rank < total % num_ranks) for rank in range(num_ranks)]
+    sizes = even_sizes(sum(length for _, length in lengths), num_ranks)
     pieces: list[Piece] = []
     owner, home = 0, 0
     for parameter, (start, length) in enumerate(lengths):
@@ -143,7 +147,7 @@ def _regions(pieces: Sequence[Piece], num_workers: int, columns: int) -> tuple[l
     if num_workers * max(owned) <= _IMBALANCE * total and max(owned) - min(owned) <= columns // 5:
         room = owned
     else:
-        room = [total // num_workers + (j < total % num_workers) for j in range(num_workers)]
+        room = even_sizes(total, num_workers)
     free = list(room)
     regions: list[list[Piece]] = [[] for _ in range(num_workers)]
     rest: list[Piece] = []

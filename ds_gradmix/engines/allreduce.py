@@ -100,6 +100,7 @@ class AllreduceSeam:
         self.seam.begin()
         found = self._find_gradients()
         self.seam.agree(tuple(Span(i, 0, grad.numel()) for i, grad in found), "gradient reduction")
+        self.seam.add_up([grad for _, grad in found])
         wire = self._wire(found[0][1].dtype if found else torch.float32)
         self.seam.prepare(found, wire)
         for index, grad in found:

@@ -33,6 +33,7 @@ class Place:
         hosts: the hosts of the deciders.
         tensor: the tensor-parallel ranks, None if there is one.
         sequence: the ranks that share one replica's sequences, None if there is one.
+        apart: whether these are not in the group that DeepSpeed reduces over, so that nobody adds them up.
         experts: workers by the ranks of an expert data-parallel group.
         tied: parameters that several pipeline stages keep, in an order that all of them follow.
     """
@@ -42,6 +43,7 @@ class Place:
     hosts: Hosts
     tensor: Circle | None
     sequence: Circle | None
+    apart: bool
     experts: Mapping[tuple[int, ...], Workers]
     tied: Sequence[tuple[torch.nn.Parameter, Copies]]
     is_pipeline: bool
@@ -81,7 +83,14 @@ class Place:
         """Replicas are counted once, as DeepSpeed does in the gradient's norm."""
         if getattr(p, "ds_pipe_replicated", False):
             return False
-        return self.tensor is None or self.tensor.is_first or self.divides(p)
+        return self._is_first_part or self.divides(p)
+
+    @property
+    def _is_first_part(self) -> bool:
+        """Of ranks that hold the same gradients, though they are not in one group of workers."""
+        if self.apart and self.sequence is not None:
+            return self.sequence.is_first
+        return self.tensor is None or self.tensor.is_first
 
     @staticmethod
     def divides(p: torch.nn.Parameter) -> bool:
@@ -107,24 +116,24 @@ def find_place(engine: Any) -> Place:
     pipe = engine.mpu.get_pipe_parallel_group() if is_pipeline else None
     if not is_pipeline and engine.mpu is not None:
         pipe = _megatron_pipeline(engine.mpu)
-    near = [_ranks(data), _ranks(tensor)]
+    sequence = Circle(groups._get_sequence_parallel_group()) if sequence_size > 1 else None
+    apart = sequence is not None and not _shares_replicas(_ranks(data), _ranks(sequence.group))
+    near = [_ranks(data), _ranks(tensor), *([_ranks(sequence.group)] if sequence is not None else [])]
     sets = gather_objects((near, [*near, _ranks(pipe)]))
     stage_sets = _connected(own for own, _ in sets)
     model_sets = _connected(own for _, own in sets)
     stage = next(ranks for ranks in stage_sets if dist.get_rank() in ranks)
     model_ranks = next(ranks for ranks in model_sets if dist.get_rank() in ranks)
     deciders = None if stage == sorted(_ranks(data)) else Circle(groups_of(stage_sets))
-    workers = Workers(data, sequence_size, deciders)
+    workers = Workers(data, 1 if apart else sequence_size, deciders)
     model = workers.deciders if model_ranks == stage else Circle(groups_of(model_sets))
-    sequence = Circle(groups._get_sequence_parallel_group()) if sequence_size > 1 else None
-    if sequence is not None:
-        _check_sequence(_ranks(data), _ranks(sequence.group))
     return Place(
         workers,
         model,
         Hosts(groups_of(stage_sets, "gloo")),
         None if tensor is None else Circle(tensor),
         sequence,
+        apart,
         _experts(engine),
         _tied(engine.module) if is_pipeline else [],
         is_pipeline,
@@ -164,20 +173,20 @@ def _connected(own_sets: Iterable[Sequence[Sequence[int]]]) -> list[list[int]]:
     return sorted(sorted(ranks) for ranks in found)
 
 
-def _check_sequence(data: list[int], sequence: list[int]) -> None:
-    """DeepSpeed sums over the sequence ranks of a replica only where they are in the group that it reduces
-    over.
+def _shares_replicas(data: list[int], sequence: list[int]) -> bool:
+    """Whether the group that DeepSpeed reduces over is made of the sequence ranks of replicas, as an mpu with
+    `get_sequence_data_parallel_group` tells it. `mesh_param` and `sequence_parallel_size` do not: then one
+    sequence rank of every replica is in it.
     """
-    size = len(sequence)
-    begin = data.index(sequence[0]) if sequence[0] in data else -1
-    if begin < 0 or begin % size or data[begin : begin + size] != sequence:
+    if not set(sequence) <= set(data):
+        return False
+    begin = data.index(sequence[0])
+    if begin % len(sequence) or data[begin : begin + len(sequence)] != sequence:
         raise ConfigError(
-            f"sequence parallelism: ranks {sequence} share a replica, but gradients are reduced over ranks "
-            f"{data}, which must be made of such groups, one after the other, or DeepSpeed leaves out parts "
-            "of the gradient: pass an mpu with get_sequence_data_parallel_group() (for example "
-            "deepspeed.runtime.sequence_parallel.parallel_state_sp) in place of mesh_param or "
-            "sequence_parallel_size"
+            f"sequence parallelism: ranks {sequence} share a replica, and are not neighbours in the group "
+            f"{data} that gradients are reduced over: order get_sequence_data_parallel_group() of the mpu by replicas"
         )
+    return True
 
 
 def _experts(engine: Any) -> dict[tuple[int, ...], Workers]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ds_gradmix import checkpoint
 from ds_gradmix.config import Block
 from ds_gradmix.engines.place import Place
-from ds_gradmix.layout import share_evenly
+from ds_gradmix.layout import even_sizes, share_evenly
 from ds_gradmix.log import logger
 from ds_gradmix.lookahead import LookAhead
 from ds_gradmix.reduction import Reduction, Span, is_stock
@@ -85,7 +85,7 @@ class Seam:
     @property
     def is_stock(self) -> bool:
         """Whether DeepSpeed's own reduction is all there is to do."""
-        return is_stock(self.block, self.place.workers.size)
+        return is_stock(self.block, self.place.workers.size) and not self.place.apart
 
     @property
     def exchanges(self) -> bool:
@@ -129,6 +129,23 @@ class Seam:
         """A reduction is about to start."""
         self._steps.step = self._step()
 
+    def add_up(self, grads: Sequence[Tensor]) -> None:
+        """Sum gradients over the sequence ranks of a replica, in place, where DeepSpeed would not."""
+        if not self.place.apart or self.place.sequence is None:
+            return
+        waiting: list[Tensor] = []
+        for grad in [*grads, None]:
+            size = sum(other.nbytes for other in waiting)
+            if waiting and (grad is None or grad.dtype != waiting[0].dtype or size >= self.block.tile_bytes):
+                flat_N = torch.cat([other.reshape(-1) for other in waiting])
+                self.place.sequence.sum(flat_N)
+                parts = flat_N.split([other.numel() for other in waiting])
+                for other, part in zip(waiting, parts, strict=True):
+                    other.copy_(part.view_as(other))
+                waiting = []
+            if grad is not None:
+                waiting.append(grad)
+
     def capture(self, spans: Sequence[Span], flat_N: Tensor, *, boundary: bool) -> None:
         """Before anything happens to a bucket: the worker's own gradient is what it looks ahead by."""
         if self.lookahead is not None:
@@ -140,6 +157,11 @@ class Seam:
                 part if share == 1.0 else part * share for part, share in zip(parts, shares, strict=True)
             ]
             self.lookahead.capture([span.parameter for span in own], parts, boundary=boundary)
+
+    @property
+    def awaits_the_model(self) -> bool:
+        """Whether the buckets to come need a decision for the whole model."""
+        return self.exchanges and self._dense.awaits_the_model
 
     def prepare(self, grads: Sequence[tuple[int, Tensor]], wire: Wire) -> None:
         """Before the first of a step's buckets, where all gradients are known: what concerns all of them.
@@ -155,7 +177,7 @@ class Seam:
         """
         if self.is_stock:
             return
-        if self._dense.awaits_the_model and self._dense.exchanges:
+        if self.awaits_the_model:
             spans = tuple(Span(index, 0, grad.numel()) for index, grad in grads)
             self.agree(spans, "gradient reduction for the model")
             self._dense.decide_for_model(
@@ -205,12 +227,12 @@ class Seam:
 
         `group` distinguishes the bucket from the step's others, for state that is kept of it.
         """
-        workers = reduction.workers
-        pieces = share_evenly([(span.start, span.length) for span in spans], workers.num_ranks, group)
+        size, rank = reduction.workers.num_ranks, reduction.workers.rank
         if self.smoothing is not None:
-            mine = sum(piece.length for piece in pieces if piece.owner == workers.rank)
-            self.smoothing.reserve(group, mine)
-        reduction.exchange(flat_N, spans, lambda: pieces, wire, whole=True)
+            total = sum(span.length for span in spans)
+            self.smoothing.reserve(group, even_sizes(total, size)[rank])
+        lengths = [(span.start, span.length) for span in spans]
+        reduction.exchange(flat_N, spans, lambda: share_evenly(lengths, size, group), wire, whole=True)
 
     def end_backward(self, *, boundary: bool, gradient_scale: float) -> None:
         """All gradients of a backward pass are reduced; all ranks must have come to it."""
@@ -256,7 +278,7 @@ class Seam:
                 (self.block.seed, self.place.workers.number),
                 accumulates=accumulates,
                 division=self.place.division(self.named),
-                replica=self.place.sequence,
+                replica=None if self.place.apart else self.place.sequence,
             )
 
     def go_ahead(self) -> None:

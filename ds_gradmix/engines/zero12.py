@@ -64,6 +64,7 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
         self._gradmix_spans: tuple[Span, ...] = ()
         self._gradmix_flat: Tensor
         self._gradmix_skips = False
+        self._gradmix_added_up = False
         if not self.gradmix.is_stock:
             self.gradient_average = False  # weights sum to 1
         if self.gradmix.exchanges:
@@ -151,6 +152,8 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
             return self._gradmix_flat
         flat_N, spans = self._gradmix_bucket
         self._gradmix_flat, self._gradmix_bucket = flat_N, None
+        if not self._gradmix_added_up:
+            self.gradmix.add_up([flat_N])
         self.gradmix.capture(spans, flat_N, boundary=bool(self.is_gradient_accumulation_boundary()))
         if not self.gradmix.is_stock and not self.gradmix.exchanges:
             for group in self._gradmix_groups():
@@ -205,8 +208,12 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
         dtypes = [self.communication_data_type, *(grad.dtype for _, grad in present[:1])]
         wire = min(dtypes, key=lambda dtype: dtype.itemsize)
         self.gradmix.begin()
+        if self.gradmix.awaits_the_model:
+            self.gradmix.add_up([grad.detach() for _, grad in present])
+            self._gradmix_added_up = True
         self.gradmix.prepare(present, Wire(wire, wire))
         super().reduce_gradients(pipeline_parallel)
+        self._gradmix_added_up = False
 
     def independent_gradient_partition_epilogue(self) -> None:
         """The end of a backward's reductions."""
