@@ -140,6 +140,10 @@ class _Work:
     def __init__(self, case: Case) -> None:
         import deepspeed
 
+        import ds_gradmix
+
+        if case.block is not None:
+            ds_gradmix.enable()
         self.case = case
         layout = case.layout
         rank = dist.get_rank()
