@@ -106,8 +106,8 @@ class AllreduceSeam:
         for index, grad in found:
             self.seam.capture([Span(index, 0, grad.numel())], grad.reshape(-1), boundary=True)
         self._reduce_all(grads=grads, elements_per_buffer=elements_per_buffer)
-        scale = float(getattr(self._optimizer, "loss_scale", 1.0) or 1.0)
-        self.seam.end_backward(boundary=True, gradient_scale=scale)
+        # Also in fp16: DeepSpeed 0.19.8 scales the loss for ZeRO's optimizers only.
+        self.seam.end_backward(boundary=True, gradient_scale=1.0)
 
     def _find_gradients(self) -> list[tuple[int, Tensor]]:
         """Of every parameter its position and gradient; and where they lie in the tensors of buckets."""
