@@ -146,7 +146,7 @@ class Transit:
                 factors_C = self._forward(tile, factors_C, self._outbox)
         if not tile.placed and not self._whole:
             return
-        if factors_C is not None and smoothing is not None:
+        if factors_C is not None and smoothing is not None and tile.placed:
             mean_C = mean_C * smoothing.apply(tile.placed, factors_C)
         if self._whole:
             self._spread(tile, mean_C)
