@@ -23,7 +23,8 @@ class ParallelState:
 
     The model parallel group is Megatron's: all ranks that share one replica of the model. DeepSpeed takes the
     gradient's norm and the decision to skip a step over it, and counts a weight on all its ranks if Megatron
-    marked it `tensor_model_parallel`, or else on the first.
+    marked it `tensor_model_parallel`, or else on the first. Megatron marks none under
+    `perform_initialization=False`; gradient clipping would then go by too small a norm.
 
     Raises:
         ImportError: if megatron-core is not installed.

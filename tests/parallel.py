@@ -142,7 +142,8 @@ class _Work:
 
         import ds_gradmix
 
-        ds_gradmix.enable()
+        if case.block is not None:
+            ds_gradmix.enable()
         self.case = case
         layout = case.layout
         rank = dist.get_rank()

@@ -5,6 +5,7 @@ A fork server imports torch and DeepSpeed once, so that a rank starts in a fract
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -16,7 +17,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "deepspeed", "ds_gradmix.engines.hook"])
+_MUON = "deepspeed.runtime.zero.muon.muon_optimizer"  # the first engine imports it, and it torch's compiler
+_CONTEXT.set_forkserver_preload(["torch", "deepspeed", "ds_gradmix.engines.hook", _MUON])
 
 
 class RankError(Exception):
@@ -84,6 +86,7 @@ def _rank(
     import deepspeed
     import torch
 
+    gc.freeze()  # what all ranks share: the collector would copy it page by page
     torch.set_num_threads(1)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # needs a compiler; gloo serves
     try:

@@ -184,7 +184,8 @@ def _shares_replicas(data: list[int], sequence: list[int]) -> bool:
     if begin % len(sequence) or data[begin : begin + len(sequence)] != sequence:
         raise ConfigError(
             f"sequence parallelism: ranks {sequence} share a replica, and are not neighbours in the group "
-            f"{data} that gradients are reduced over: order get_sequence_data_parallel_group() of the mpu by replicas"
+            f"{data} that gradients are reduced over: order the ranks of the mpu's "
+            "get_sequence_data_parallel_group() by replicas"
         )
     return True
 
