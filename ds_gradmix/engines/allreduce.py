@@ -113,8 +113,8 @@ class AllreduceSeam:
         reduce_all = functools.partial(self._reduce_all, grads=grads, elements_per_buffer=elements_per_buffer)
         self.seam.prepare(found, wire, None if ties else functools.partial(self._gather, reduce_all))
         reduce_all()
-        scale = float(getattr(self._optimizer, "loss_scale", 1.0) or 1.0)
-        self.seam.end_backward(boundary=True, gradient_scale=scale)
+        # Also in fp16: DeepSpeed 0.19.8 scales the loss for ZeRO's optimizers only.
+        self.seam.end_backward(boundary=True, gradient_scale=1.0)
 
     def _gather(self, reduce_all: Callable[[], None]) -> list[Tensor]:
         """Send all buckets, and combine none: what is returned for one goes to where its gradients were."""

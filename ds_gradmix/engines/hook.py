@@ -22,12 +22,19 @@ from deepspeed.runtime import engine as engine_module
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.module import PipelineModule
+from deepspeed.runtime.utils import is_model_parallel_parameter
 
 from ds_gradmix.config import KEY, Block, ConfigError, misspelt_key, parse_block
 from ds_gradmix.engines.allreduce import attach
 from ds_gradmix.engines.place import find_place
 from ds_gradmix.engines.seam import Seam
-from ds_gradmix.engines.support import TESTED_DEEPSPEED, refused_engine, refused_model_scope, refused_settings
+from ds_gradmix.engines.support import (
+    TESTED_DEEPSPEED,
+    lookup,
+    refused_engine,
+    refused_model_scope,
+    refused_settings,
+)
 from ds_gradmix.engines.visibility import watch
 from ds_gradmix.engines.zero12 import GradmixZeroOptimizer
 from ds_gradmix.log import logger
@@ -143,6 +150,8 @@ def _refuse(engine: Any, block: Block) -> None:
         kind = "BF16_Optimizer"
     reason = refused_engine(kind, names.get(model_dtype, str(model_dtype)), parallelism)
     reason = reason or refused_model_scope(block, parallelism)
+    if ".onebit." in type(engine.basic_optimizer).__module__:
+        reason = f"{type(engine.basic_optimizer).__name__} reduces gradients itself: use another optimizer"
     if reason is not None:
         raise ConfigError(f'"{KEY}" with {kind}: {reason}; or remove the "{KEY}" block')
 
@@ -152,13 +161,16 @@ def _check_alike(model: Any, mpu: Any, config: Mapping[str, Any], block: Block) 
     if dist.get_world_size() == 1:
         return
     advice = "every rank must be given the same gradmix block, zero_optimization settings and model"
+    # A model that DeepSpeed has divided before it is handed over has parts of different shapes.
+    divided = int(lookup(config, "tensor_parallel.autotp_size", 0) or 0) > 1
     words = [f"gradmix block {block!r}", f"zero_optimization {config.get('zero_optimization')!r}"]
     everyone = Hosts(dist.new_group(backend="gloo", timeout=default_pg_timeout))
     everyone.agree(fingerprint_of(words), lambda: words, "building the engine", advice)
     words = []
     for name, p in model.named_parameters() if isinstance(model, torch.nn.Module) else ():
         dtype = str(p.dtype).removeprefix("torch.")
-        words.append(f"{name} {tuple(p.shape)} {dtype}{'' if p.requires_grad else ' frozen'}")
+        shape = "a part" if divided and is_model_parallel_parameter(p) else tuple(p.shape)
+        words.append(f"{name} {shape} {dtype}{'' if p.requires_grad else ' frozen'}")
     grid = model.mpu() if isinstance(model, PipelineModule) else mpu
     replicas = everyone
     if hasattr(grid, "get_data_parallel_group"):
@@ -183,6 +195,7 @@ def _announce(engine: Any, config: Mapping[str, Any], block: Block | None) -> No
         return
     size = seam.place.workers.size
     workers = "1 worker" if size == 1 else f"{size} workers"
+    workers += seam.place.describe()
     told = f"active over {workers}, ZeRO-{engine.zero_optimization_stage()}: {block.describe()}"
     level = logging.INFO
     if wrong := misspelt_key(config):

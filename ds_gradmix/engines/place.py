@@ -59,6 +59,20 @@ class Place:
         }
         return frozenset(name for name, there in found.items() if there)
 
+    def describe(self) -> str:
+        """How a replica is divided, in words; nothing if it is not."""
+        found = []
+        if self.tensor is not None:
+            found.append(f"tensor parallel {self.tensor.num_ranks}")
+        if self.is_pipeline:
+            found.append(f"pipeline of {self.model.num_ranks // self.workers.deciders.num_ranks}")
+        if self.sequence is not None:
+            found.append(f"sequence parallel {self.sequence.num_ranks}")
+        if self.experts:
+            sizes = sorted(self.workers.size // workers.size for workers in self.experts.values())
+            found.append(f"expert parallel {', '.join(map(str, sizes))}")
+        return "".join(f", {words}" for words in found)
+
     @property
     def alike(self) -> bool:
         """Whether the workers take part in every decision on the model, and so know them all."""

@@ -59,6 +59,19 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda v: isinstance(v, str) and "muon" in v.lower(),
         "reduces whole matrices to several owners (Muon): use another optimizer",
     ),
+    Refusal(
+        "optimizer.type",
+        None,
+        lambda v: isinstance(v, str) and v.lower().replace("_", "").startswith(("onebit", "zeroone")),
+        "compresses and reduces gradients itself (1-bit optimizers): use another optimizer",
+    ),
+    Refusal(
+        "expert_parallel.enabled",
+        False,
+        _is_true,
+        "replaces layers by experts of its own (AutoEP), which " + _UNSUPPORTED + "set it to false, or use "
+        "deepspeed.moe.layer.MoE",
+    ),
     Refusal("torch_autocast.enabled", False, _is_true, _UNSUPPORTED + "use the bf16 or fp16 section"),
     Refusal("amp.enabled", False, _is_true, _UNSUPPORTED + "use the bf16 or fp16 section"),
     Refusal("hybrid_engine.enabled", False, _is_true, _UNSUPPORTED + "set it to false"),
