@@ -8,7 +8,9 @@
     5. all-to-all of what was combined to its owners, unless regions are owned;   (W-1)/W B/W
        or to all ranks, where every one of them needs the whole result            (W-1)/W B
 
-for a bucket of B bytes; stock ZeRO all-reduces it for 2 (W-1)/W B. With a smoothed scaling rule hop 5 carries
+for a bucket of B bytes; stock ZeRO all-reduces it for 2 (W-1)/W B. A decision for the whole model needs
+step 1 of all buckets first: they are gathered, and kept where they are, or, where that cannot be, sent once
+more for it. With a smoothed scaling rule hop 5 carries
 the factors as well, since the owner has their running mean. Weights known beforehand leave out step 2.
 
 Tensor-parallel ranks hold parts of the same gradients: in 2 and 3 the sums go over them, too, replicas
@@ -171,6 +173,7 @@ class Exchange:
         present_W: Tensor,
         known: Verdict | None,
         outputs: Sequence[Tensor] = (),
+        last_tile: Tensor | None = None,
     ) -> None:
         """Replace, in every owner's slices of the bucket, its own gradient by the combination of all
         workers'.
@@ -183,6 +186,7 @@ class Exchange:
             present_W: which workers count; the gradient of one that does not must be finite.
             known: the weights, if they do not depend on this bucket; one row, or one a parameter.
             outputs: for each of `plan.owned`, what its combined gradient is also added to, unless empty.
+            last_tile: what `gather` gave, if the bucket has been gathered.
         """
         if not plan.tiles:
             return
@@ -193,6 +197,7 @@ class Exchange:
             wire,
             list(zip(plan.owned, outputs, strict=True)) if outputs else (),
             whole=plan.whole,
+            last_tile=last_tile,
         )
         verdict = known
         if verdict is None:
@@ -208,6 +213,17 @@ class Exchange:
         weights_WS = weights_WS * self._share
         for k, grads_WC in transit.sweep(last=True):
             transit.place(k, weighted_sum(grads_WC.float(), segments[k].expand(weights_WS)))
+
+    def gather(self, flat_N: Tensor, plan: Plan, wire: Wire) -> tuple[Tensor, Tensor]:
+        """Step 1 alone: Gram matrix `[1, W, W]` of this rank's share, and the last tile for `combine`.
+
+        Until that follows, the bucket's memory holds what all workers have for this rank's share.
+        """
+        if not plan.tiles:
+            size = self._workers.size
+            return torch.zeros(1, size, size, dtype=torch.float64, device=flat_N.device), flat_N.new_empty(0)
+        transit = Transit(self._workers, flat_N, plan.tiles, wire, whole=plan.whole)
+        return self._gram(transit, plan), transit.interrupt()
 
     def _gram(self, transit: Transit, plan: Plan) -> Tensor:
         """Gram matrices `[S, W, W]` of this rank's share of the bucket."""

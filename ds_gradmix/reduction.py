@@ -91,6 +91,7 @@ class Reduction:
         self._plans: OrderedDict[tuple[Wire, bool, tuple[Span, ...]], Plan] = OrderedDict()
         self._drawn: tuple[int, npt.NDArray[np.float64]] | None = None
         self._for_model: tuple[Verdict, Tensor] | None = None
+        self._last_tiles: dict[tuple[Span, ...], Tensor] = {}  # of gathered buckets
 
     @property
     def exchanges(self) -> bool:
@@ -164,18 +165,38 @@ class Reduction:
             present_W = self._present([span.of(flat_N) for span in spans], self.workers.deciders)
             if not self.block.mixing.needs_gram:
                 known = self._known(spans, present_W)
+        plan = self._plan(spans, pieces, wire, flat_N.device, whole)
+        last_tile = self._last_tiles.pop(spans, None)
+        self._exchange.combine(flat_N, plan, wire, self.moment, present_W, known, outputs, last_tile)
+
+    def gather_whole(
+        self, flat_N: Tensor, spans: tuple[Span, ...], pieces: Callable[[], Sequence[Piece]], wire: Wire
+    ) -> Tensor:
+        """Send a bucket's gradients, for a decision for the model: Gram matrix of this rank's share.
+
+        An `exchange` of this bucket, whole and as it is then, has to follow.
+        """
+        plan = self._plan(spans, pieces, wire, flat_N.device, True)
+        gram_SWW, self._last_tiles[spans] = self._exchange.gather(flat_N, plan, wire)
+        return gram_SWW
+
+    def _plan(
+        self,
+        spans: tuple[Span, ...],
+        pieces: Callable[[], Sequence[Piece]],
+        wire: Wire,
+        device: torch.device,
+        whole: bool,
+    ) -> Plan:
         key = (wire, whole, spans)
-        plan = self._plans.pop(key, None) or self._plan(spans, pieces(), wire, flat_N.device, whole)
+        plan = self._plans.pop(key, None)
+        if plan is None:
+            counted = [self._parameters[span.parameter].counts for span in spans]
+            plan = self._exchange.plan(pieces(), wire, device, counted=counted, whole=whole)
         self._plans[key] = plan
         if len(self._plans) > _PLANS_KEPT:
             self._plans.popitem(last=False)
-        self._exchange.combine(flat_N, plan, wire, self.moment, present_W, known, outputs)
-
-    def _plan(
-        self, spans: Sequence[Span], pieces: Sequence[Piece], wire: Wire, device: torch.device, whole: bool
-    ) -> Plan:
-        counted = [self._parameters[span.parameter].counts for span in spans]
-        return self._exchange.plan(pieces, wire, device, counted=counted, whole=whole)
+        return plan
 
     @property
     def awaits_the_model(self) -> bool:
@@ -184,7 +205,12 @@ class Reduction:
         return needs and self._for_model is None
 
     def decide_for_model(
-        self, grads: Sequence[tuple[int, Tensor]], wire: Wire, model: Circle, device: torch.device
+        self,
+        grads: Sequence[tuple[int, Tensor]],
+        wire: Wire,
+        model: Circle,
+        device: torch.device,
+        gather: Callable[[], Sequence[Tensor]] | None = None,
     ) -> None:
         """Scope `"model"`: decide once, from all gradients of the step, for all buckets that follow.
 
@@ -193,10 +219,18 @@ class Reduction:
             wire: the dtypes in which numbers travel.
             model: all ranks with a part of the model, which must decide alike.
             device: where gradients are.
+            gather: calls `gather_whole` for all buckets, and tells what it returned; without, gradients are
+                sent for the decision, and once more to be combined.
         """
         present_W = self._present([grad for _, grad in grads], model)
-        counted = [grad for index, grad in grads if self._parameters[index].counts]
-        gram_SWW = self._exchange.gram(counted, wire, device)
+        if gather is None:
+            counted = [grad for index, grad in grads if self._parameters[index].counts]
+            gram_SWW = self._exchange.gram(counted, wire, device)
+        else:
+            size = self.workers.size
+            gram_SWW = torch.zeros(1, size, size, dtype=torch.float64, device=device)
+            for bucket_SWW in gather():
+                gram_SWW += bucket_SWW
         self._for_model = (self._exchange.decide(gram_SWW, self.moment, present_W, model), present_W)
 
     def end_backward(self) -> None:

@@ -44,7 +44,8 @@ class Transit:
     there. After `place` a tile's gradients are gone, since the result takes their memory; so only the last
     sweep may place.
 
-    With `whole`, regions are what ranks own, and every rank gets all of the result.
+    With `whole`, regions are what ranks own, and every rank gets all of the result. With `last_tile`, what
+    another transit's `interrupt` gave, this one goes on where that one stopped.
 
     Memory: two staging buffers of one tile each, and a third where results travel in another dtype.
     """
@@ -58,11 +59,12 @@ class Transit:
         outputs: Sequence[tuple[Piece, Tensor]] = (),
         *,
         whole: bool = False,
+        last_tile: Tensor | None = None,
     ) -> None:
         self._workers = workers
         self._flat_N = flat_N
         self._tiles = tiles
-        self._exchanged = False
+        self._exchanged = last_tile is not None
         self._held: dict[int, Signal | None] = {}  # None where it is in the bucket's memory
         self._whole = whole
         num_sent = max(max(sum(tile.sizes), sum(tile.received_from)) for tile in tiles)
@@ -74,6 +76,8 @@ class Transit:
         self._wire = wire
         self._outbox = flat_N.new_empty(num_sent, dtype=wire.gradient)
         self._inbox = flat_N.new_empty(num_received, dtype=wire.gradient)
+        if last_tile is not None:
+            self._inbox[: last_tile.numel()] = last_tile
         self._outputs = {piece.parameter: (piece.home, output) for piece, output in outputs}
 
     def sweep(self, last: bool = False) -> Iterator[tuple[int, Tensor]]:
@@ -92,6 +96,10 @@ class Transit:
         for k in range(final):
             self._pack(k)
             yield k, self._rows(k, self._outbox)
+
+    def interrupt(self) -> Tensor:
+        """After a sweep that was not the last: what is not in the bucket's memory, the last tile."""
+        return self._inbox[: self._workers.num_ranks * self._tiles[-1].num_columns].clone()
 
     @property
     def holds_signals(self) -> bool:
@@ -146,7 +154,7 @@ class Transit:
                 factors_C = self._forward(tile, factors_C, self._outbox)
         if not tile.placed and not self._whole:
             return
-        if factors_C is not None and smoothing is not None:
+        if factors_C is not None and smoothing is not None and tile.placed:
             mean_C = mean_C * smoothing.apply(tile.placed, factors_C)
         if self._whole:
             self._spread(tile, mean_C)

@@ -6,6 +6,7 @@ For what a real group cannot show: which operations the reduction path uses, and
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ds_gradmix.config import parse_block
-from ds_gradmix.layout import Piece
+from ds_gradmix.layout import Piece, share_evenly
 from ds_gradmix.reduction import Reduction, Span, parameters_of
 from ds_gradmix.steps import Steps
 from ds_gradmix.transit import Wire
@@ -64,30 +65,46 @@ def reduce_bucket(
     size: int = 4,
     warm_up: bool = True,
     around: Any = None,
-    whole: bool = False,
 ) -> None:
     """One reduction of a bucket, within the context manager `around`; a first one plans and allocates."""
     pieces, start, homes = [], 0, [0] * size
     for parameter, (length, owner) in enumerate(zip(lengths, owners, strict=True)):
         pieces.append(Piece(start, length, owner, parameter, 0, homes[owner]))
         start, homes[owner] = start + length, homes[owner] + length
-    names = [str(i) for i in range(len(lengths))]
-    rules, workers = parse_block(block), SoloWorkers(size)
-    steps = Steps(rules, workers, workers, [homes[0]], flat_N.device)
-    reduction = Reduction(rules, workers, steps, parameters_of(names), flat_N.device)
+    _reduce(block, spans_of(lengths), pieces, flat_N, size, 1 + warm_up, around, whole=False)
+
+
+def share_bucket(
+    block: dict[str, Any], lengths: list[int], flat_N: Tensor, size: int = 4, around: Any = None
+) -> None:
+    """The same where nobody owns the bucket, and every rank is to have all of the result."""
     spans = spans_of(lengths)
+    pieces = share_evenly([(span.start, span.length) for span in spans], size, 0)
+    _reduce(block, spans, pieces, flat_N, size, 2, around, whole=True)
 
-    def once() -> None:
-        if reduction.exchanges:
-            wire = Wire(flat_N.dtype, flat_N.dtype)
-            reduction.exchange(flat_N, spans, lambda: pieces, wire, whole=whole)
-        else:
-            reduction.weigh(flat_N, spans)
 
-    if warm_up:
-        once()
-    with around:
-        once()
+def _reduce(
+    block: dict[str, Any],
+    spans: tuple[Span, ...],
+    pieces: list[Piece],
+    flat_N: Tensor,
+    size: int,
+    times: int,
+    around: Any,
+    whole: bool,
+) -> None:
+    rules, workers = parse_block(block), SoloWorkers(size)
+    owned = sum(piece.length for piece in pieces if piece.owner == 0)
+    steps = Steps(rules, workers, workers, [owned], flat_N.device)
+    parameters = parameters_of([str(span.parameter) for span in spans])
+    reduction = Reduction(rules, workers, steps, parameters, flat_N.device)
+    for final in [False] * (times - 1) + [True]:
+        with around if final else nullcontext():
+            if reduction.exchanges:
+                wire = Wire(flat_N.dtype, flat_N.dtype)
+                reduction.exchange(flat_N, spans, lambda: pieces, wire, whole=whole)
+            else:
+                reduction.weigh(flat_N, spans)
 
 
 class NoSynchronisation(TorchDispatchMode):

@@ -1,9 +1,12 @@
-"""The exchange over 2 and 4 ranks gives every owner what `combine` gives on the stack of all gradients."""
+"""The exchange over 2 and 4 ranks gives every owner, or every rank, what `combine` gives on the stack of all
+gradients.
+"""
 
 from __future__ import annotations
 
 import random
 from functools import cache
+from itertools import product
 from typing import Any
 
 import pytest
@@ -13,8 +16,8 @@ from solo import spans_of
 
 from ds_gradmix import combine
 from ds_gradmix.config import parse_block
-from ds_gradmix.layout import Piece
-from ds_gradmix.reduction import Reduction, parameters_of
+from ds_gradmix.layout import Piece, share_evenly
+from ds_gradmix.reduction import Reduction, Span, parameters_of
 from ds_gradmix.steps import Steps
 from ds_gradmix.transit import Wire
 from ds_gradmix.workers import Workers
@@ -41,8 +44,10 @@ BUCKETS = {  # lengths of parameters, and how many owners share them evenly; 1 i
     "random owners": ([300, 20, 5, 999, 31, 77, 1], 0),
     "one parameter": ([1234], 0),
     "fewer elements than workers": ([1, 1], 0),
+    "an uneven rest": ([900, 13, 800, 52], 0),
     "nothing": ([], 1),
 }
+TILES = (4096, 2**25)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -72,31 +77,49 @@ def gradients(name: str, workers: int, dtype: torch.dtype) -> torch.Tensor:
     return (stack * 3e-3).to(dtype)
 
 
+def spans_around(lengths: list[int], left_out: int | None) -> tuple[Span, ...]:
+    """Gradients of a bucket, but for one, whose place stays a gap between the others."""
+    kept = [span for span in spans_of(lengths) if span.parameter != left_out]
+    return tuple(span._replace(parameter=i) for i, span in enumerate(kept))
+
+
+def exchange_one(
+    block: dict[str, Any], flat_N: torch.Tensor, spans: tuple[Span, ...], pieces: list[Piece], whole: bool
+) -> tuple[bool, dict[str, float]]:
+    workers, rules, device = Workers(None), parse_block(block), torch.device("cpu")
+    steps = Steps(rules, workers, workers, [flat_N.numel()], device)
+    steps.step = 3
+    reduction = Reduction(rules, workers, steps, parameters_of([f"p{s.parameter}" for s in spans]), device)
+    reduction.exchange(flat_N, spans, lambda: pieces, Wire(flat_N.dtype, flat_N.dtype), whole=whole)
+    return steps.finish(), dict(steps.numbers)
+
+
 def exchange_everything(workers_count: int) -> dict[Any, Any]:
-    """On a rank: what it gets for the slices it owns."""
-    workers = Workers(None)
+    """On a rank: what it gets for the slices it owns; and the whole bucket, if every rank is to get it."""
+    rank = torch.distributed.get_rank()
     out: dict[Any, Any] = {}
-    for block_name, block in BLOCKS.items():
-        for name, (lengths, _) in BUCKETS.items():
-            for dtype_name, dtype in DTYPES.items():
-                for tile_bytes in (4096, 2**25):
-                    rules = parse_block({**block, "tile_bytes": tile_bytes})
-                    parameters = [f"p{i}" for i in range(len(lengths))]
-                    device = torch.device("cpu")
-                    steps = Steps(rules, workers, workers, [sum(lengths)], device)
-                    steps.step = 3
-                    reduction = Reduction(rules, workers, steps, parameters_of(parameters), device)
-                    flat = gradients(name, workers_count, dtype)[workers.rank].clone()
-                    if rules.nonfinite == "drop" and workers.rank == 1 and flat.numel():
-                        flat[0] = float("inf")
-                    pieces = pieces_of(name, workers_count)
-                    spans = spans_of(lengths)
-                    reduction.exchange(flat, spans, lambda pieces=pieces: pieces, Wire(dtype, dtype))
-                    skip = steps.finish()
-                    mine = [p for p in pieces if p.owner == workers.rank]
-                    values = {p.start: flat[p.start : p.start + p.length] for p in mine}
-                    out[block_name, name, dtype_name, tile_bytes] = values, skip, dict(steps.numbers)
+    for block_name, name, dtype_name, tile_bytes in product(BLOCKS, BUCKETS, DTYPES, TILES):
+        block, lengths = {**BLOCKS[block_name], "tile_bytes": tile_bytes}, BUCKETS[name][0]
+        own = gradients(name, workers_count, DTYPES[dtype_name])[rank]
+        if block.get("nonfinite") == "drop" and rank == 1 and own.numel():
+            own[0] = float("inf")
+        key = (block_name, name, dtype_name, tile_bytes)
+        pieces, flat = pieces_of(name, workers_count), own.clone()
+        told = exchange_one(block, flat, spans_of(lengths), pieces, whole=False)
+        values = {p.start: flat[p.start : p.start + p.length] for p in pieces if p.owner == rank}
+        out[key] = values, *told
+        for left_out in gaps_of(name, tile_bytes):
+            spans, flat = spans_around(lengths, left_out), own.clone()
+            pieces = share_evenly([(span.start, span.length) for span in spans], workers_count, 0)
+            told = exchange_one(block, flat, spans, pieces, whole=True)
+            out[(*key, left_out)] = flat, *told
     return out
+
+
+def gaps_of(bucket: str, tile_bytes: int) -> list[int | None]:
+    """Which parameter to leave out: none, and where there are many tiles one in the middle of the bucket."""
+    middle = len(BUCKETS[bucket][0]) // 2
+    return [None, middle] if middle > 1 and tile_bytes == TILES[0] else [None]
 
 
 @cache
@@ -104,32 +127,65 @@ def exchanged(workers: int) -> list[dict[Any, Any]]:
     return run_ranks(workers, exchange_everything, workers)
 
 
+def stack_of(block: str, bucket: str, workers: int, dtype: str) -> torch.Tensor:
+    stack = gradients(bucket, workers, DTYPES[dtype])
+    if "drop" in block and stack.numel():
+        stack[1, 0] = float("inf")
+    return stack
+
+
+def assert_close(found: torch.Tensor, wanted: torch.Tensor, block: str, dtype: str) -> None:
+    # float32: sums in another order; else one rounding of the result, or of mean, factor and product
+    eps = {"fp32": 3e-5, "bf16": 2**-8, "fp16": 2**-10}[dtype] * (3 if "momentum" in block else 1)
+    torch.testing.assert_close(found.float(), wanted, rtol=eps, atol=1e-8 if dtype != "fp16" else 1e-7)
+
+
+def assert_told(told: Any, info: Any, sizes: list[int], workers: int, dropped: bool) -> None:
+    skip, numbers = told
+    assert skip == info["skipped"]
+    assert numbers["dropped_workers"] == dropped
+    kept = (info["weights"].reshape(-1, workers) != 0).double().mean(1)
+    share = torch.tensor(sizes if len(kept) > 1 else [1.0]).double()
+    assert abs(numbers["kept_fraction"] - float((kept * share).sum() / share.sum())) < 1e-9
+
+
 @pytest.mark.parametrize("workers", [2, 4])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bucket", BUCKETS)
 @pytest.mark.parametrize("block", BLOCKS)
 def test_exchange_equals_combine(workers: int, block: str, bucket: str, dtype: str) -> None:
-    stack = gradients(bucket, workers, DTYPES[dtype])
-    if "drop" in block and stack.numel():
-        stack[1, 0] = float("inf")
-    sizes = BUCKETS[bucket][0]
+    stack, sizes = stack_of(block, bucket, workers, dtype), BUCKETS[bucket][0]
     expected, info = combine(stack.float(), BLOCKS[block], step=3, sizes=sizes)
-    # float32: sums in another order; else one rounding of the result, or of mean, factor and product
-    eps = {"fp32": 3e-5, "bf16": 2**-8, "fp16": 2**-10}[dtype] * (3 if "momentum" in block else 1)
-    for tile_bytes in (4096, 2**25):
+    for tile_bytes in TILES:
         seen = 0
         for rank in exchanged(workers):
-            values, skip, numbers = rank[block, bucket, dtype, tile_bytes]
+            values, *told = rank[block, bucket, dtype, tile_bytes]
             for start, part in values.items():
-                wanted = expected[start : start + part.numel()]
-                torch.testing.assert_close(
-                    part.float(), wanted, rtol=eps, atol=1e-8 if dtype != "fp16" else 1e-7
-                )
+                assert_close(part, expected[start : start + part.numel()], block, dtype)
                 seen += part.numel()
             if stack.numel():
-                assert skip == info["skipped"]
-                assert numbers["dropped_workers"] == ("drop" in block)
-                kept = (info["weights"].reshape(-1, workers) != 0).double().mean(1)
-                share = torch.tensor(sizes if len(kept) > 1 else [1.0]).double()
-                assert abs(numbers["kept_fraction"] - float((kept * share).sum() / share.sum())) < 1e-9
+                assert_told(told, info, sizes, workers, "drop" in block)
         assert seen == stack.shape[1]
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bucket", BUCKETS)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_whole_results_are_alike(workers: int, block: str, bucket: str, dtype: str) -> None:
+    """Where every rank needs all of the result; and what is not part of the exchange is not touched."""
+    stack, lengths = stack_of(block, bucket, workers, dtype), BUCKETS[bucket][0]
+    for tile_bytes, left_out in [(size, gap) for size in TILES for gap in gaps_of(bucket, size)]:
+        kept = torch.ones(stack.shape[1], dtype=torch.bool)
+        if left_out is not None:
+            spans_of(lengths)[left_out].of(kept).zero_()
+        sizes = [length for i, length in enumerate(lengths) if i != left_out]
+        expected, info = combine(stack[:, kept].float(), BLOCKS[block], step=3, sizes=sizes)
+        first = exchanged(workers)[0][block, bucket, dtype, tile_bytes, left_out][0][kept]
+        for number, rank in enumerate(exchanged(workers)):
+            flat, *told = rank[block, bucket, dtype, tile_bytes, left_out]
+            assert torch.equal(flat[~kept], stack[number, ~kept])
+            assert torch.equal(flat[kept], first)  # bit for bit: replicas must not drift apart
+            assert_close(flat[kept], expected, block, dtype)
+            if kept.any():
+                assert_told(told, info, sizes, workers, "drop" in block)

@@ -1,8 +1,11 @@
 """ZeRO-0 and BF16_Optimizer: the seam to `engine.allreduce_bucket`, after which every rank has the result.
 
 Nobody owns a part of these buckets, so ranks share the work evenly, and the result goes back to all of them:
-as many bytes as the all-reduce it replaces. There are four optimizers behind this seam, and the pipeline
-engine compares one's type, so it works on the engine's and the optimizer's own methods, not on subclasses.
+as many bytes as the all-reduce it replaces. For a decision on the whole model all buckets are sent before any
+is combined: in between, gradients hold what others sent for this rank's share.
+
+There are four optimizers behind this seam, and the pipeline engine compares one's type, so it works on the
+engine's and the optimizer's own methods, not on subclasses.
 """
 
 from __future__ import annotations
@@ -58,6 +61,7 @@ class AllreduceSeam:
             int, tuple[Span, ...]
         ] = {}  # by address: of the gradients in a tensor, within it
         self._buckets = 0  # reduced so far in this step
+        self._grams: list[Tensor] | None = None  # of buckets, while these are gathered
         flats = [_flat(p) for _, p in self._named]
         places = [(i, 0, flat.numel()) for i, flat in enumerate(flats)]
         self.seam.look_ahead(flats, places, self._rates, accumulates=False)
@@ -102,12 +106,22 @@ class AllreduceSeam:
         self.seam.agree(tuple(Span(i, 0, grad.numel()) for i, grad in found), "gradient reduction")
         self.seam.add_up([grad for _, grad in found])
         wire = self._wire(found[0][1].dtype if found else torch.float32)
-        self.seam.prepare(found, wire)
+        ties = self.seam.ties  # which are combined before buckets are
         for index, grad in found:
-            self.seam.capture([Span(index, 0, grad.numel())], grad.reshape(-1), boundary=True)
-        self._reduce_all(grads=grads, elements_per_buffer=elements_per_buffer)
+            if index not in ties:
+                self.seam.capture([Span(index, 0, grad.numel())], grad.reshape(-1), boundary=True)
+        reduce_all = functools.partial(self._reduce_all, grads=grads, elements_per_buffer=elements_per_buffer)
+        self.seam.prepare(found, wire, None if ties else functools.partial(self._gather, reduce_all))
+        reduce_all()
         # Also in fp16: DeepSpeed 0.19.8 scales the loss for ZeRO's optimizers only.
         self.seam.end_backward(boundary=True, gradient_scale=1.0)
+
+    def _gather(self, reduce_all: Callable[[], None]) -> list[Tensor]:
+        """Send all buckets, and combine none: what is returned for one goes to where its gradients were."""
+        self._grams = []
+        reduce_all()
+        grams, self._grams, self._buckets = self._grams, None, 0
+        return grams
 
     def _find_gradients(self) -> list[tuple[int, Tensor]]:
         """Of every parameter its position and gradient; and where they lie in the tensors of buckets."""
@@ -146,7 +160,11 @@ class AllreduceSeam:
         reduction = self.seam.reduction_over(dp_group)
         remaining = self.seam.remaining(spans)
         if self.seam.exchanges:
-            self.seam.exchange_whole(reduction, flat_N, remaining, self._buckets, self._wire(flat_N.dtype))
+            wire = self._wire(flat_N.dtype)
+            if self._grams is not None:
+                self._grams.append(self.seam.gather_whole(flat_N, remaining, self._buckets, wire))
+            else:
+                self.seam.exchange_whole(reduction, flat_N, remaining, self._buckets, wire)
             self._buckets += 1
             return flat_N
         reduction.weigh(flat_N, remaining)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ds_gradmix import checkpoint
 from ds_gradmix.config import Block
 from ds_gradmix.engines.place import Place
-from ds_gradmix.layout import even_sizes, share_evenly
+from ds_gradmix.layout import Piece, even_sizes, share_evenly
 from ds_gradmix.log import logger
 from ds_gradmix.lookahead import LookAhead
 from ds_gradmix.reduction import Reduction, Span, is_stock
@@ -163,7 +163,17 @@ class Seam:
         """Whether the buckets to come need a decision for the whole model."""
         return self.exchanges and self._dense.awaits_the_model
 
-    def prepare(self, grads: Sequence[tuple[int, Tensor]], wire: Wire) -> None:
+    @property
+    def ties(self) -> set[int]:
+        """The parameters that `prepare` combines."""
+        return set() if self.is_stock else {index for index, _ in self._tied}
+
+    def prepare(
+        self,
+        grads: Sequence[tuple[int, Tensor]],
+        wire: Wire,
+        gather: Callable[[], Sequence[Tensor]] | None = None,
+    ) -> None:
         """Before the first of a step's buckets, where all gradients are known: what concerns all of them.
 
         Decides for the model, where that is the scope. Then combines tied parameters, on the first of the
@@ -174,6 +184,8 @@ class Seam:
             grads: position and gradient of every parameter with one; tied ones are summed over their stages,
                 and are replaced by their combination.
             wire: the dtypes in which numbers travel.
+            gather: calls `gather_whole` for all buckets, and tells what it returned, if they hold what they
+                are to be reduced with already.
         """
         if self.is_stock:
             return
@@ -181,7 +193,11 @@ class Seam:
             spans = tuple(Span(index, 0, grad.numel()) for index, grad in grads)
             self.agree(spans, "gradient reduction for the model")
             self._dense.decide_for_model(
-                [(index, grad.detach()) for index, grad in grads], wire, self.place.model, self._device
+                [(index, grad.detach()) for index, grad in grads],
+                wire,
+                self.place.model,
+                self._device,
+                gather,
             )
         found = dict(grads)
         for number, (index, copies) in enumerate(self._tied):
@@ -231,8 +247,12 @@ class Seam:
         if self.smoothing is not None:
             total = sum(span.length for span in spans)
             self.smoothing.reserve(group, even_sizes(total, size)[rank])
-        lengths = [(span.start, span.length) for span in spans]
-        reduction.exchange(flat_N, spans, lambda: share_evenly(lengths, size, group), wire, whole=True)
+        reduction.exchange(flat_N, spans, lambda: _shares_of(spans, size, group), wire, whole=True)
+
+    def gather_whole(self, flat_N: Tensor, spans: tuple[Span, ...], group: int, wire: Wire) -> Tensor:
+        """The first half of `exchange_whole`, from which a decision for the model is made."""
+        size = self._dense.workers.num_ranks
+        return self._dense.gather_whole(flat_N, spans, lambda: _shares_of(spans, size, group), wire)
 
     def end_backward(self, *, boundary: bool, gradient_scale: float) -> None:
         """All gradients of a backward pass are reduced; all ranks must have come to it."""
@@ -298,6 +318,10 @@ class Seam:
         warning = checkpoint.load(self.block, self.smoothing, self.lookahead, saved, self.layout, why)
         if warning and self.place.model.is_first:
             logger.warning(f"ds_gradmix: {warning}")
+
+
+def _shares_of(spans: Sequence[Span], num_ranks: int, group: int) -> list[Piece]:
+    return share_evenly([(span.start, span.length) for span in spans], num_ranks, group)
 
 
 def _ranks(group: dist.ProcessGroup | None) -> tuple[int, ...]:
