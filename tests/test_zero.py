@@ -1,4 +1,4 @@
-"""Training under ZeRO-0, ZeRO-1 and ZeRO-2 equals a replay in one process, and stock DeepSpeed where it should."""
+"""Training under ZeRO-0, 1 and 2 equals a replay in one process, and stock DeepSpeed where it should."""
 
 from __future__ import annotations
 
