@@ -8,6 +8,7 @@ engine compares one's type, so it works on the engine's and the optimizer's own 
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -162,10 +163,13 @@ class AllreduceSeam:
     # --- one step ---
 
     def _stepping(self, take_step: Callable[..., Any]) -> Callable[..., Any]:
-        """In place of `optimizer.step`: take it, or skip it as this optimizer skips an overflow."""
+        """In place of `optimizer.step`: take it, or skip it as this optimizer skips an overflow.
+
+        A method, since torch's schedulers wrap the function below it.
+        """
 
         @functools.wraps(take_step)
-        def step(*args: Any, **kwargs: Any) -> Any:
+        def step(_: Any, *args: Any, **kwargs: Any) -> Any:
             if not self.seam.finish():
                 self._optimizer.overflow = False
                 result = take_step(*args, **kwargs)
@@ -178,7 +182,7 @@ class AllreduceSeam:
             self.seam.settle(taken=False)
             return None
 
-        return step
+        return types.MethodType(step, self._optimizer)
 
     # --- checkpoints ---
 
