@@ -17,7 +17,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from test_extrapolation import equal, past
-from test_seam import ENGINES, GAF, SMOOTH, TINY
+from test_seam import ENGINES, GAF, SMOOTH, TINY, fused_descent
 from training import LR, Case, Model, build, ds_config, loss_of, train, weights_of
 
 ALL: dict[str, Any] = {**GAF, **SMOOTH, **TINY, **past(lr=0.1)}
@@ -276,26 +276,6 @@ def without_backward() -> None:
             alike(engine)
 
 
-def fused(legacy: bool) -> type[torch.optim.Optimizer]:
-    """What DeepSpeed takes for its FusedAdam, and wraps by FP16_Optimizer, with plain descent inside."""
-    from deepspeed.ops.adam import FusedAdam
-
-    class Fused(FusedAdam):
-        def __init__(self, params: Any, lr: float) -> None:
-            torch.optim.Optimizer.__init__(self, params, {"lr": lr})
-
-        def step(self, closure: Any = None, grads: Any = None, output_params: Any = None, scale: float = 1.0,
-                 grad_norms: Any = None) -> None:  # fmt: skip
-            for i, group in enumerate(self.param_groups):
-                (p,) = group["params"]
-                grad = grads[i][0].float() if legacy and grads else p.grad
-                p.data.add_(grad, alpha=-group["lr"] / scale)
-                if output_params is not None:
-                    output_params[i][0].data.copy_(p.data)
-
-    return Fused
-
-
 def fused_optimizers() -> None:
     """FP16_Optimizer, whose parameters are views of a flat tensor, and in its legacy way are made anew."""
     from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
@@ -306,7 +286,7 @@ def fused_optimizers() -> None:
             model = Model()
             case = Case(block, stage=0, dtype="bf16")
             params = [p for p in model.parameters() if p.requires_grad]
-            kind = torch.optim.SGD if legacy is None else fused(legacy)
+            kind = torch.optim.SGD if legacy is None else fused_descent()
             optimizer = {"type": "Adam", "params": {"lr": LR}, "legacy_fusion": bool(legacy)}
             config = {"bf16": {"enabled": True}, "optimizer": optimizer}
             engine = initialize(model, kind(params, lr=LR), block, config)

@@ -5,6 +5,7 @@ differ.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Iterator
 from functools import cache
@@ -45,14 +46,35 @@ def log_lines() -> Iterator[list[str]]:
         logging.getLogger("ds_gradmix").removeHandler(handler)
 
 
-def build_with(config: dict[str, Any], model: torch.nn.Module | None = None, **kwargs: Any) -> Any:
+def fused_descent() -> type[torch.optim.Optimizer]:
+    """What DeepSpeed takes for its FusedAdam, and so wraps by FP16_Optimizer: plain descent."""
+    from deepspeed.ops.adam import FusedAdam
+
+    class FusedDescent(FusedAdam):  # type: ignore[misc]
+        def __init__(self, params: Any, lr: float) -> None:
+            torch.optim.Optimizer.__init__(self, params, {"lr": lr})
+
+        def step(self, grads: Any = None, output_params: Any = None, scale: float = 1.0, **_: Any) -> None:
+            for i, group in enumerate(self.param_groups):
+                (p,) = group["params"]
+                p.data.add_(p.grad if grads is None else grads[i][0].float(), alpha=-group["lr"] / scale)
+                if output_params is not None:  # the legacy way
+                    output_params[i][0].data.copy_(p.data)
+
+    return FusedDescent
+
+
+def build_with(
+    config: dict[str, Any], model: torch.nn.Module | None = None, fused: bool = False, **kwargs: Any
+) -> Any:
     import deepspeed
 
     import ds_gradmix
 
     ds_gradmix.enable()
     model = model or Model()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    kind = fused_descent() if fused else torch.optim.SGD
+    optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=0.1)
     return deepspeed.initialize(
         model=model, optimizer=optimizer, config={**ds_config(Case({})), **config}, **kwargs
     )[0]
@@ -211,9 +233,13 @@ def overflowing() -> list[Any]:
     told = []
     blocks = [GAF, {**GAF, "scope": "parameter"}, {"scaling": {"type": "VRGD"}}, {**GAF, **SMOOTH}]
     blocks += [{"mixing": {"type": "GradientMix"}}, {}, NEVER]
-    for block in blocks:
+    for block, (stage, kind) in itertools.product(
+        blocks, ((2, "Zero"), (0, "Unfused"), (0, "FP16_Optimizer"))
+    ):
         fp16 = {"enabled": True, "initial_scale_power": 8, "hysteresis": 1, "loss_scale_window": 1000}
-        engine = build_with({"gradmix": block, "fp16": fp16})
+        config = {"gradmix": block, "fp16": fp16, "zero_optimization": {"stage": stage}}
+        engine = build_with(config, fused=kind == "FP16_Optimizer")
+        assert kind in type(engine.optimizer).__name__
         rank = torch.distributed.get_rank()
         scales = []
         for step in range(3):
@@ -231,15 +257,37 @@ def overflowing() -> list[Any]:
 
 def test_overflow_reaches_the_loss_scaler() -> None:
     for rank in run_ranks(2, overflowing):
-        for scales in rank[:-1]:
+        for scales in rank[:-3]:
             assert scales == [(256.0, 0, False), (128.0, 1, True), (128.0, 1, False)]
         # Disagreement leaves the scale alone; only the overflow halves it.
-        assert rank[-1] == [(256.0, 1, True), (128.0, 2, True), (128.0, 3, True)]
+        for scales in rank[-3:]:
+            assert scales == [(256.0, 1, True), (128.0, 2, True), (128.0, 3, True)]
 
 
 def nonfinite() -> dict[str, Any]:
     """A worker with a NaN at step 1, dropped; then all of them."""
     out: dict[str, Any] = {}
+    for name in ("ZeRO-0", "ZeRO-0 bf16", "BF16_Optimizer"):
+        for kind, block in (("mean", {}), ("gaf", GAF), ("momentum", {**GAF, **SMOOTH})):
+            case = Case({**block, "nonfinite": "drop"}, nan_at=(1, 1), steps=3, **ENGINES[name])
+            run = train(build(case), case)
+            finite = all(np.isfinite(w).all() for w in run["weights"].values())
+            out[f"{name} {kind}"] = (
+                finite,
+                [told["dropped_workers"] for told in run["stats"]],
+                run["skipped"],
+            )
+        everybody = Case(
+            {"nonfinite": "drop"}, nan_at=(1, torch.distributed.get_rank()), steps=3, **ENGINES[name]
+        )
+        run = train(build(everybody), everybody)
+        out[f"{name}, all"] = (run["skipped"], all(np.isfinite(w).all() for w in run["weights"].values()))
+        runs = [
+            train(build(case := Case(b, nan_at=(1, 1), steps=2, **ENGINES[name])), case) for b in (GAF, None)
+        ]
+        out[f"{name}, propagate"] = [
+            (run["skipped"], bool(np.isnan(run["weights"]["scale"]))) for run in runs
+        ]
     blocks = {"mean": {}, "gaf": GAF, "gradientmix": {"mixing": {"type": "GradientMix"}}, "vrgd": SMOOTH}
     blocks["by parameter"] = {"mixing": {"type": "GradientMix", "params": {"granularity": "parameter"}}}
     blocks["gaf by parameter"] = {**GAF, "scope": "parameter"}
@@ -265,7 +313,11 @@ def test_nonfinite_workers() -> None:
         assert rank.pop("propagate") == rank.pop("stock") == [0, 1]  # what DeepSpeed does
         assert rank.pop("model") == (True, [0, 0, 0])
         for name, told in rank.items():
-            if name.endswith(", all"):
+            if name.endswith(", propagate"):
+                assert (
+                    told[0] == told[1] == (([0, 0], True) if name == "ZeRO-0, propagate" else ([0, 1], False))
+                ), name
+            elif name.endswith(", all"):
                 assert told == ([0, 1, 1], True), name
             else:
                 assert told == (True, [0.0, 1.0, 0.0], [0, 0, 0]), name
