@@ -93,6 +93,14 @@ class Layers:
             self._specs = [LayerSpec(Embed, embedding), *blocks, LayerSpec(Head, head)]
         self._check_against(model)
 
+    def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        """The logits, as all stages together compute them."""
+        hidden = ids_BT
+        for spec in self._specs:
+            forward_fn = getattr(spec, "forward_fn", None) or torch.nn.Module.__call__
+            hidden = forward_fn(spec.build(), hidden)
+        return hidden
+
     def loss(self, logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
         return self._loss(logits=logits_BTV, labels=labels_BT)
 
@@ -100,18 +108,14 @@ class Layers:
     def _check_against(self, model: Any) -> None:
         model.eval()
         ids_BT = torch.arange(16, device=model.device).remainder(model.config.vocab_size)[None]
-        hidden, left_out = ids_BT, set(model.parameters())
-        for spec in self._specs:
-            layer = spec.build()
-            left_out -= set(layer.parameters())
-            forward_fn = getattr(spec, "forward_fn", None)
-            hidden = layer(hidden) if forward_fn is None else forward_fn(layer, hidden)
+        logits_BTV = self.forward(ids_BT)
         expected = model(input_ids=ids_BT, labels=ids_BT)
         model.train()
         # The operations are the same, and a soft cap moves the small logits of new weights by 1e-5 or less.
-        difference = (hidden - expected.logits).abs().max() / expected.logits.abs().max()
-        same_loss = torch.isclose(self.loss(hidden, ids_BT), expected.loss, rtol=1e-6)
-        if left_out or difference > 1e-6 or not same_loss:
+        difference = (logits_BTV - expected.logits).abs().max() / expected.logits.abs().max()
+        same_loss = torch.isclose(self.loss(logits_BTV, ids_BT), expected.loss, rtol=1e-6)
+        used = {parameter for spec in self._specs for parameter in spec.build().parameters()}
+        if used != set(model.parameters()) or difference > 1e-6 or not same_loss:
             raise ValueError(
                 f"--pipeline-stages: model_type {model.config.model_type!r} computes something else besides "
                 f"{', '.join(BASE_PARTS[:-1])} and lm_head"

@@ -99,10 +99,10 @@ def check_parallelism(
     args: argparse.Namespace, ds_config: dict[str, Any], model_config: PretrainedConfig
 ) -> tuple[int, int]:
     """How many ranks split each layer, and how many stages the layers are spread over."""
-    configured = ds_config.get("tensor_parallel", {}).get("autotp_size") or 1  # 0 is DeepSpeed's "off"
-    tensor_parallel = configured if args.tensor_parallel is None else args.tensor_parallel
+    configured = ds_config.get("tensor_parallel", {}).get("autotp_size", 0)  # 0 is DeepSpeed's "off"
+    tensor_parallel = (configured or 1) if args.tensor_parallel is None else args.tensor_parallel
     stages = args.pipeline_stages
-    if configured not in (1, tensor_parallel):
+    if configured not in (0, tensor_parallel):
         raise ValueError(
             f"--tensor-parallel {tensor_parallel} contradicts tensor_parallel.autotp_size {configured} "
             f"in {args.deepspeed_config}"

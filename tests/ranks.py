@@ -16,7 +16,9 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "deepspeed", "ds_gradmix.engines.hook"])
+_CONTEXT.set_forkserver_preload(
+    ["torch", "deepspeed", "ds_gradmix.engines.hook", "transformers.models.llama"]
+)
 
 
 class RankError(Exception):
