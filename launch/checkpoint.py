@@ -40,11 +40,12 @@ def load(engine: Any, folder: Path) -> int:
 
 
 def check_identity(run: Path, identity: dict[str, Any]) -> None:
-    """Refuse to resume a run with another model, other tokens or another number of ranks than it had."""
+    """Refuse to resume a run with another model, other tokens or other ranks than it had."""
     path = run / "run.json"
     if not latest_step(run / "checkpoint") or not path.exists():
         return
-    begun_with = json.loads(path.read_text())
+    # Runs that were begun before there was a choice do not say.
+    begun_with = {"tensor parallelism": 1, "number of pipeline stages": 1} | json.loads(path.read_text())
     for name, value in json.loads(json.dumps(identity)).items():
         if begun_with.get(name) != value:
             raise ValueError(
