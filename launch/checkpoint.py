@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 import torch.distributed as dist
 
 TAG = "global_step"
@@ -35,7 +36,8 @@ def load(engine: Any, folder: Path) -> int:
     """Resume from the last complete checkpoint; returns the steps done, 0 without one."""
     if not latest_step(folder):
         return 0
-    _, client_state = engine.load_checkpoint(str(folder))
+    with torch.no_grad():  # autograd would warn that a pipeline's tied weights are broadcast
+        _, client_state = engine.load_checkpoint(str(folder))
     return int(client_state["step"])
 
 
