@@ -6,10 +6,13 @@ from __future__ import annotations
 
 import copy
 import pickle
+import shutil
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +20,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from test_extrapolation import equal, past
-from test_seam import ENGINES, GAF, SMOOTH, TINY, fused_descent
+from test_seam import ENGINES, GAF, SMOOTH, TINY, fused_descent, log_lines
 from training import LR, Case, Model, build, ds_config, loss_of, train, weights_of
 
 ALL: dict[str, Any] = {**GAF, **SMOOTH, **TINY, **past(lr=0.1)}
@@ -387,6 +390,69 @@ def at_once() -> None:
     assert equal(*found)
 
 
+def differing() -> None:
+    """Ranks that are not at the same point, or train different parameters: a message, not a hang."""
+    from ds_gradmix.workers import MismatchError
+
+    for name in KINDS:
+        case = case_of(name, ALL)
+        engine = build(case)
+        steps(engine, case, 0, 1)
+        with pytest.raises(MismatchError, match="rank 1 has nothing where rank 0 has"):
+            if rank() == 0:
+                engine.backward(loss_of(engine, 1, 0, rank(), case))
+            engine.step()
+    engine = build(case := case_of("ZeRO-0", GAF))
+    engine.module.first.requires_grad_(rank() == 0)
+    with pytest.raises(MismatchError, match=r"where rank 0 has first\.weight"):
+        steps(engine, case)
+
+
+def checkpoints() -> None:
+    """Each rank's state in the checkpoint's folder, by tag or not; what is not there is warned about."""
+    folders = [Path(tempfile.mkdtemp()) if rank() == 0 else Path()]
+    torch.distributed.broadcast_object_list(folders)
+    for name in KINDS:
+        _checkpoints_of(name, folders[0] / name)
+    if rank() == 0:
+        shutil.rmtree(folders[0])
+
+
+def _checkpoints_of(name: str, folder: Path) -> None:
+    case, plain, momentum = (case_of(name, block) for block in (ALL, None, {**GAF, **SMOOTH}))
+    engine = build(case)
+    steps(engine, case, 0, 1)
+    engine.save_checkpoint(str(folder), tag="first")
+    steps(engine, case, 1, 2)
+    engine.load_checkpoint(str(folder / "empty"))  # nothing to load, and nothing lost
+    engine.save_checkpoint(str(folder))
+    latest = {f"{folder}/first", f"{folder}/global_step2"}
+    for place in latest:
+        assert [p.name for p in sorted(Path(place).glob("gradmix*"))] == [
+            f"gradmix_rank_0000{i}.pt" for i in range(2)
+        ]
+    whole = steps(engine, case, 2, 4)
+    for options, first in (({"tag": "first"}, 1), ({}, 2), ({"tag": "global_step2"}, 2)):
+        loss_of(engine, 9, 0, rank(), case)  # away from theta
+        with log_lines() as lines:
+            engine.load_checkpoint(str(folder), **options)
+        assert equal(steps(engine, case, first, 4), whole) and not lines, (name, options, lines)
+    other = build(momentum)
+    for options in ({"load_module_only": True}, {"load_optimizer_states": False}):
+        for resumed, kind, warned in ((engine, case, 1), (other, momentum, 0)):
+            with log_lines() as lines:
+                resumed.load_checkpoint(str(folder), **options)
+            assert len(lines) == (warned if rank() == 0 else 0), (name, options, lines)
+            assert np.isfinite(steps(resumed, kind, 2, 3)["scale"]).all()
+    engine = build(plain)
+    steps(engine, plain, 0, 3)
+    engine.save_checkpoint(str(folder), tag="first")  # over that of a run with a block
+    with log_lines() as lines:
+        build(case).load_checkpoint(str(folder), tag="first")
+    told = [line for line in lines if "active over" not in line]
+    assert len(told) == (rank() == 0) and all("of another step" in line for line in told), (name, lines)
+
+
 CHECKS: dict[str, Callable[[], None]] = {
     check.__name__: check
     for check in (
@@ -408,6 +474,8 @@ CHECKS: dict[str, Callable[[], None]] = {
         thawed,
         frozen_later,
         at_once,
+        differing,
+        checkpoints,
     )
 }
 

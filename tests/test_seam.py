@@ -323,27 +323,40 @@ def test_nonfinite_workers() -> None:
                 assert told == (True, [0.0, 1.0, 0.0], [0, 0, 0]), name
 
 
+EXACT = ("ZeRO-0", "ZeRO-0 bf16", "BF16_Optimizer", "ZeRO-1", "ZeRO-2")
+
+
 def resuming(folder: str) -> dict[str, Any]:
     """Six steps at once, or three, a checkpoint, and three more in a new engine."""
     mix = {"mixing": {"type": "GradientMix"}, **SMOOTH}
     out: dict[str, Any] = {}
-    for stage in (1, 2):
-        case = Case({**mix, **TINY}, stage=stage, accumulation=2, steps=6, bucket=700)
+    for name in EXACT:
+        case = Case({**mix, **TINY}, accumulation=2, steps=6, bucket=700, **ENGINES[name])
         whole = train(build(case), case)
         engine = build(case)
         train(engine, case, 0, 3)
-        engine.save_checkpoint(f"{folder}/{stage}")
+        engine.save_checkpoint(f"{folder}/{name}")
         resumed = build(case)
         with log_lines() as lines:
-            resumed.load_checkpoint(f"{folder}/{stage}")
+            resumed.load_checkpoint(f"{folder}/{name}")
         rest = train(resumed, case, 3, 6)
-        out[f"stage {stage}"] = (whole["weights"], rest["weights"], list(lines))
-    plain, rule = Case(None, steps=6), Case(GAF, steps=6)
-    smoothed, unsmoothed = Case(SMOOTH), Case({"scaling": {"type": "VRGD"}})
+        out[name] = (whole["weights"], rest["weights"], list(lines))
+    for stage in (2, 0):
+        out[f"changes, stage {stage}"] = changing(folder, stage)
+    return out
+
+
+def changing(folder: str, stage: int) -> dict[str, Any]:
+    """Another block in the run that resumes."""
+    out = {}
+    plain, rule, smoothed, unsmoothed, mixed = (
+        Case(block, stage=stage)
+        for block in (None, GAF, SMOOTH, {"scaling": {"type": "VRGD"}}, {"mixing": {"type": "GradientMix"}})
+    )
     changes = {
         "no block to rule": (plain, rule),
         "rule to no block": (rule, plain),
-        "mixing to mixing": (rule, Case({"mixing": {"type": "GradientMix"}})),
+        "mixing to mixing": (rule, mixed),
         "no momentum to momentum": (unsmoothed, smoothed),
         "momentum to none": (smoothed, unsmoothed),
         "no scaling to scaling": (rule, smoothed),
@@ -352,10 +365,10 @@ def resuming(folder: str) -> dict[str, Any]:
     for name, (before, after) in changes.items():
         engine = build(before)
         train(engine, before, 0, 1)
-        engine.save_checkpoint(f"{folder}/{name}")
+        engine.save_checkpoint(f"{folder}/{name} {stage}")
         resumed = build(after)
         with log_lines() as lines:
-            resumed.load_checkpoint(f"{folder}/{name}", load_optimizer_states=name != "weights only")
+            resumed.load_checkpoint(f"{folder}/{name} {stage}", load_optimizer_states=name != "weights only")
         told = train(resumed, after, 1, 2)
         out[name] = (list(lines), all(np.isfinite(w).all() for w in told["weights"].values()))
     return out
@@ -363,8 +376,8 @@ def resuming(folder: str) -> dict[str, Any]:
 
 def test_checkpoints(tmp_path: Path) -> None:
     first, second = run_ranks(2, resuming, str(tmp_path))
-    for stage in ("stage 1", "stage 2"):
-        for whole, rest, lines in (first[stage], second[stage]):
+    for name in EXACT:
+        for whole, rest, lines in (first[name], second[name]):
             np.testing.assert_equal(rest, whole)  # bit for bit
             assert not lines
     warned = {
@@ -373,11 +386,12 @@ def test_checkpoints(tmp_path: Path) -> None:
         "momentum to none": "is dropped",
         "no scaling to scaling": "scaling none, not VRGD",
     }
-    for name in ("rule to no block", "mixing to mixing", "weights only", *warned):
-        lines, finite = first[name]
-        assert finite and len(lines) == (name in warned), (name, lines)
-        assert warned.get(name, "") in " ".join(lines)
-        assert not second[name][0]
+    for stage in ("changes, stage 2", "changes, stage 0"):
+        for name in ("rule to no block", "mixing to mixing", "weights only", *warned):
+            lines, finite = first[stage][name]
+            assert finite and len(lines) == (name in warned), (stage, name, lines)
+            assert warned.get(name, "") in " ".join(lines)
+            assert not second[stage][name][0]
 
 
 def other_shape() -> None:
@@ -445,16 +459,18 @@ def test_gradients_that_differ_do_not_hang(block: dict[str, Any], stage: int, bu
 
 def alone() -> list[Any]:
     out = []
-    for block in (None, {**GAF, **SMOOTH}, {"mixing": {"type": "GradientMix"}, "nonfinite": "drop"}):
-        case = Case(block, accumulation=2, steps=4)
-        with log_lines() as lines:
-            engine = build(case)
-            out.append((train(engine, case)["weights"], list(lines)))
+    for name in ("ZeRO-2", "ZeRO-0", "BF16_Optimizer"):
+        for block in (None, {**GAF, **SMOOTH}, {"mixing": {"type": "GradientMix"}, "nonfinite": "drop"}):
+            case = Case(block, accumulation=2, steps=4, **ENGINES[name])
+            with log_lines() as lines:
+                engine = build(case)
+                out.append((train(engine, case)["weights"], list(lines)))
     return out
 
 
 def test_one_worker_is_the_identity() -> None:
-    [(stock, _), *others] = run_ranks(1, alone)[0]
-    for weights, lines in others:
-        np.testing.assert_equal(weights, stock)
-        assert len(lines) == 1 and "is the identity" in lines[0]
+    found = run_ranks(1, alone)[0]
+    for (stock, _), *others in (found[:3], found[3:6], found[6:]):
+        for weights, lines in others:
+            np.testing.assert_equal(weights, stock)
+            assert len(lines) == 1 and "is the identity" in lines[0]

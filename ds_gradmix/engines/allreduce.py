@@ -261,9 +261,11 @@ class AllreduceSeam:
 
         @functools.wraps(save)
         def save_checkpoint(save_dir: str, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
-            path = self._file(save_dir, tag if tag is not None else f"global_step{self._engine.global_steps}")
+            name = f"global_step{self._engine.global_steps}" if tag is None else str(tag)
+            path = self._file(Path(save_dir) / name)
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(self.seam.state_dict(), path)  # before DeepSpeed names the checkpoint the latest
+            state = {**self.seam.state_dict(), "step": int(self._engine.global_steps)}
+            torch.save(state, path)  # before DeepSpeed names the checkpoint the latest
             return save(save_dir, tag, *args, **kwargs)
 
         return save_checkpoint
@@ -271,27 +273,28 @@ class AllreduceSeam:
     def _loading(self, load: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(load)
         def load_checkpoint(load_dir: str, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
-            if self.seam.lookahead is not None:
-                self.seam.lookahead.drop()
             loaded = load(load_dir, tag, *args, **kwargs)
             names = ("load_module_strict", "load_optimizer_states", "_", "load_module_only")
             given = dict(zip(names, args, strict=False)) | kwargs
-            if loaded[0] is None:
+            if (
+                loaded[0] is None
+                or given.get("load_module_only")
+                or not given.get("load_optimizer_states", True)
+            ):
                 return loaded
-            if given.get("load_module_only") or not given.get("load_optimizer_states", True):
-                self.seam.load(None, "optimizer states were not loaded")
-                return loaded
-            path = self._file(
-                load_dir, tag if tag is not None else (Path(load_dir) / "latest").read_text().strip()
-            )
+            path = self._file(Path(loaded[0]).parent)
             saved = torch.load(path, map_location="cpu", weights_only=False) if path.exists() else None
-            self.seam.load(saved, "it was made without a gradmix block, or by other ranks")
+            why = "it was made without a gradmix block, or by other ranks"
+            if saved is not None and saved["step"] != self._engine.global_steps:
+                saved, why = None, "what a gradmix block has left there is of another step"
+            self.seam.load(saved, why)
             return loaded
 
         return load_checkpoint
 
-    def _file(self, folder: str, tag: Any) -> Path:
-        return Path(folder) / str(tag) / f"gradmix_rank_{torch.distributed.get_rank():05d}.pt"
+    @staticmethod
+    def _file(folder: Path) -> Path:
+        return folder / f"gradmix_rank_{torch.distributed.get_rank():05d}.pt"
 
     def _layout(self) -> int:
         ranks = f"{self.seam.place.workers.num_ranks} ranks"
