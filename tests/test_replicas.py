@@ -34,22 +34,23 @@ def past(**params: Any) -> dict[str, Any]:
 
 # Thresholds at which some of three workers are left out at most steps, and some agree.
 BLOCKS: dict[str, dict[str, Any]] = {
-    "mean, dropping": {"nonfinite": "drop"},
     "gradientmix by parameter": mix(granularity="parameter"),
     "gaf": gaf(0.92),
     "gaf by parameter": gaf(0.85, scope="parameter"),
     "gaf for the model": gaf(0.92, scope="model"),
     "vrgd momentum": vrgd(momentum=0.9),
-    "gaf vrgd for the model": {**gaf(0.92, scope="model"), **vrgd()},
     "all three, layerwise": {
         **gaf(0.85, scope="parameter"),
         **vrgd(momentum=0.5),
         **past(lr=0.01, layerwise=True),
     },
-    "noise": {**gaf(0.92), "extrapolation": {"type": "Noise", "params": {"std_ratio": 0.01}}},
+    "noise": {
+        **gaf(0.85, scope="parameter"),
+        "extrapolation": {"type": "Noise", "params": {"std_ratio": 0.01}},
+    },
 }
-FEW = ("gaf by parameter", "all three, layerwise")
-MANY = tuple(rule for rule in BLOCKS if rule not in ("gaf", "gaf for the model", "gaf vrgd for the model"))
+FEW = ("all three, layerwise",)
+MANY = ("gradientmix by parameter", "gaf by parameter", "vrgd momentum", "all three, layerwise", "noise")
 # With two workers a decision for a bucket or the model is to skip the step: these have three.
 WHOLE = ("gaf", "gaf for the model")
 TIED = {"tied": True}
