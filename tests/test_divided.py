@@ -131,3 +131,57 @@ def without_norm() -> None:
 def test_tensor_parallel_ranks_that_differ_do_not_hang() -> None:
     with pytest.raises(RankError, match=r"MismatchError.*norm2"):
         run_ranks(4, without_norm, timeout=60)
+
+
+def experts_and_tensor() -> None:
+    import deepspeed
+    import parallel
+    import parallel_models as models
+    import tensor_layers
+    import torch
+
+    case = Case(Layout(4), GAF, stage=1)
+    model = models.Model(models.Plain(), experts=2)
+    optimizer = torch.optim.SGD(parallel._groups(model, replace(case, experts=2)), lr=0.1)
+    mpu = tensor_layers.TensorParallel(2, 2)
+    deepspeed.initialize(model=model, optimizer=optimizer, mpu=mpu, config=parallel.ds_config(case))
+
+
+REFUSED: dict[str, tuple[Case | None, str]] = {
+    "experts and tensor": (None, "experts and tensor parallelism"),
+    "pipeline, ZeRO-2": (
+        Case(Layout(2, pipe=2), GAF, stage=2),
+        "DeepSpeed's pipeline takes ZeRO-0 and ZeRO-1",
+    ),
+    "experts, for the model": (
+        Case(Layout(4, expert=2), MODEL, stage=1, experts=4),
+        "experts are reduced over",
+    ),
+    "ZeRO-3": (Case(Layout(4), GAF, stage=3), "zero_optimization.stage: 3"),
+}
+
+
+def refusals() -> dict[str, str]:
+    import parallel
+
+    import ds_gradmix
+
+    ds_gradmix.enable()
+    found = {}
+    for name, (case, _) in REFUSED.items():
+        try:
+            if case is None:
+                experts_and_tensor()
+            else:
+                parallel._Work(case)
+            found[name] = "built"
+        except ds_gradmix.ConfigError as error:
+            found[name] = str(error)
+        parallel.reset()
+    return found
+
+
+def test_refused_when_the_engine_is_built() -> None:
+    for found in run_ranks(4, refusals):
+        for name, (_, words) in REFUSED.items():
+            assert words in found[name], name
