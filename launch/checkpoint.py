@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 import torch.distributed as dist
 
 TAG = "global_step"
@@ -35,16 +36,18 @@ def load(engine: Any, folder: Path) -> int:
     """Resume from the last complete checkpoint; returns the steps done, 0 without one."""
     if not latest_step(folder):
         return 0
-    _, client_state = engine.load_checkpoint(str(folder))
+    with torch.no_grad():  # autograd would warn that a pipeline's tied weights are broadcast
+        _, client_state = engine.load_checkpoint(str(folder))
     return int(client_state["step"])
 
 
 def check_identity(run: Path, identity: dict[str, Any]) -> None:
-    """Refuse to resume a run with another model, other tokens or another number of ranks than it had."""
+    """Refuse to resume a run with another model, other tokens or other ranks than it had."""
     path = run / "run.json"
     if not latest_step(run / "checkpoint") or not path.exists():
         return
-    begun_with = json.loads(path.read_text())
+    # Runs that were begun before there was a choice do not say.
+    begun_with = {"tensor parallelism": 1, "number of pipeline stages": 1} | json.loads(path.read_text())
     for name, value in json.loads(json.dumps(identity)).items():
         if begun_with.get(name) != value:
             raise ValueError(

@@ -5,7 +5,8 @@
 
 Also under torchrun and srun, or as one process. The same command resumes an interrupted run; what each rank
 reads at each step depends on the seed alone, so the resumed run goes on as if nothing had happened. SIGINT
-and SIGTERM end it after the step in progress, with a checkpoint.
+and SIGTERM end it after the step in progress, with a checkpoint. --tensor-parallel or --pipeline-stages
+spread each replica of the model over several ranks.
 """
 
 import os
@@ -24,9 +25,11 @@ import checkpoint
 import deepspeed
 import deepspeed.ops
 import numpy as np
+import pipeline
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.pipe.engine import PipelineEngine
 from metrics import MetricsFile, draw_summary, read_lines, report
 from schedule import cosine_with_warmup
 from settings import Inputs, check, load_json, parse_args, set_process_environment
@@ -51,11 +54,12 @@ def main() -> None:
         checkpoint.check_identity(args.out, identity(args, inputs))
         args.out.mkdir(parents=True, exist_ok=True)
         held = checkpoint.lock(args.out) if os.environ["RANK"] == "0" else None
+        complete = checkpoint.latest_step(args.out / "checkpoint") >= args.steps
+        model = None if complete else build_model(args, inputs)
     except ValueError as error:
         sys.exit(f"pretrain.py: error: {error}")
-    complete = checkpoint.latest_step(args.out / "checkpoint") >= args.steps
-    if not complete:
-        complete = train(args, inputs)
+    if model is not None:
+        complete = train(args, inputs, model)
         dist.destroy_process_group()
     if held is not None:
         lines = read_lines(args.out / "metrics.jsonl")
@@ -77,12 +81,14 @@ def identity(args: argparse.Namespace, inputs: Inputs) -> dict[str, Any]:
     }
     if not inputs.ds_config.get("checkpoint", {}).get("load_universal"):
         same["number of ranks"] = int(os.environ["WORLD_SIZE"])
+        same["tensor parallelism"] = inputs.tensor_parallel
+        same["number of pipeline stages"] = inputs.pipeline_stages
     return same
 
 
-def train(args: argparse.Namespace, inputs: Inputs) -> bool:
+def train(args: argparse.Namespace, inputs: Inputs, model: torch.nn.Module | pipeline.Layers) -> bool:
     """Train from the last checkpoint up to `args.steps`; False if a signal ended it before."""
-    engine = build_engine(args, inputs)
+    engine = build_engine(args, inputs, model)
     rank, folder = dist.get_rank(), args.out / "checkpoint"
     first = checkpoint.load(engine, folder)
     metrics = None
@@ -112,14 +118,14 @@ def train(args: argparse.Namespace, inputs: Inputs) -> bool:
     return step == args.steps
 
 
-def build_engine(args: argparse.Namespace, inputs: Inputs) -> Any:
+def build_engine(args: argparse.Namespace, inputs: Inputs, model: torch.nn.Module | pipeline.Layers) -> Any:
     deepspeed.utils.logger.setLevel("WARNING")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
     # DeepSpeed would compile this for half a minute, and only its inference collectives use it.
     getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
     deepspeed.init_distributed()
-    torch.manual_seed(args.seed)
-    model = build_model(args, inputs)
+    if isinstance(model, pipeline.Layers):
+        model = model.on_this_stage(inputs.pipeline_stages)
     exact_buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     matrices = [weight for weight in model.parameters() if weight.ndim > 1]
     vectors = [weight for weight in model.parameters() if weight.ndim <= 1]
@@ -141,21 +147,25 @@ def build_engine(args: argparse.Namespace, inputs: Inputs) -> Any:
     return engine
 
 
-def build_model(args: argparse.Namespace, inputs: Inputs) -> torch.nn.Module:
-    """Weights drawn on this rank's own device; DeepSpeed then gives every rank those of rank 0."""
+def build_model(args: argparse.Namespace, inputs: Inputs) -> torch.nn.Module | pipeline.Layers:
+    """Weights drawn on this rank's own device; DeepSpeed then gives every replica those of the first."""
+    torch.manual_seed(args.seed)
     with torch.device(get_accelerator().device_name(int(os.environ["LOCAL_RANK"]))):
         model = AutoModelForCausalLM.from_config(inputs.model_config, dtype=torch.float32)
     model.config.use_cache = False
     if args.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model
+    return model if inputs.pipeline_stages == 1 else pipeline.Layers(model)
 
 
 def build_data(
     args: argparse.Namespace, inputs: Inputs, engine: Any
 ) -> tuple[TrainingWindows, list[torch.Tensor]]:
-    """What this rank trains on, and its share of what all validate on."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    """What this rank trains on, and its share of what all validate on.
+
+    Ranks that share a replica of the model, by tensor parallelism or a pipeline, read the same.
+    """
+    rank, world_size = dist.get_rank(engine.data_parallel_group), engine.dp_world_size
     tokens, length = inputs.tokens, inputs.sequence_length
     batch_size, accumulation_steps = (
         engine.train_micro_batch_size_per_gpu(),
@@ -173,24 +183,29 @@ def train_step(
     engine: Any, windows: TrainingWindows, step: int, stop: "StopRequest"
 ) -> tuple[dict[str, Any], bool]:
     """One optimizer step (counted from 1): its metrics, and whether any rank was asked to stop."""
-    num_micro_steps = windows.accumulation_steps
     # So that dropout, where a model has it, also goes on in a resumed run as it would have.
     torch.manual_seed(int(np.random.SeedSequence((windows.seed, step, windows.rank)).generate_state(1)[0]))
     skipped_before = engine.skipped_steps
     line: dict[str, Any] = {"step": step, "lr": engine.get_lr()[0]}
+    micro_batches = (
+        windows.batch(step - 1, micro_step).to(engine.device)
+        for micro_step in range(windows.accumulation_steps)
+    )
     loss_and_stop = torch.zeros(2, device=engine.device)
-    for micro_step in range(num_micro_steps):
-        batch_BT = windows.batch(step - 1, micro_step).to(engine.device)
-        loss = engine(input_ids=batch_BT, labels=batch_BT).loss
-        engine.backward(loss)
-        engine.step()
-        loss_and_stop[0] += loss.detach().float() / num_micro_steps
+    if isinstance(engine, PipelineEngine):
+        loss_and_stop[0] = pipeline.train_batch(engine, micro_batches)
+    else:
+        for batch_BT in micro_batches:
+            loss = engine(input_ids=batch_BT, labels=batch_BT).loss
+            engine.backward(loss)
+            engine.step()
+            loss_and_stop[0] += loss.detach().float() / windows.accumulation_steps
     loss_and_stop[1] = float(stop.requested)
     # Ranks get a signal at different moments, or only one gets it: they stop together or not at all.
     dist.all_reduce(loss_and_stop)
     loss_sum, num_stopping = loss_and_stop.tolist()
     grad_norm = engine.get_global_grad_norm()
-    line["loss"] = loss_sum / windows.world_size
+    line["loss"] = loss_sum / dist.get_world_size()  # ranks that share a replica have the same loss
     line["grad_norm"] = None if grad_norm is None else float(grad_norm)
     line["skipped"] = engine.skipped_steps > skipped_before
     return line | stats(engine) | line, num_stopping > 0
@@ -199,6 +214,8 @@ def train_step(
 @torch.no_grad()
 def validate(engine: Any, batches: list[torch.Tensor]) -> float:
     """The mean loss over every rank's held-out batches, which are all of one size."""
+    if isinstance(engine, PipelineEngine):
+        return pipeline.evaluate(engine, batches).item()
     engine.eval()
     total = torch.zeros((), device=engine.device)
     for batch_BT in batches:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pipeline
 import torch
 from tokens import Tokens, open_tokens
 from transformers import AutoConfig, PretrainedConfig
@@ -19,6 +20,8 @@ class Inputs:
     ds_config: dict[str, Any]
     tokens: Tokens
     sequence_length: int
+    tensor_parallel: int
+    pipeline_stages: int
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -47,6 +50,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--checkpoint-every", type=int, default=500, help="steps between checkpoints")
     add("--keep-checkpoints", type=int, default=2, help="how many of the newest to keep")
     add("--activation-checkpointing", action="store_true", help="recompute activations in backward")
+    add(
+        "--tensor-parallel",
+        type=int,
+        help="ranks that split every layer, by AutoTP (default: tensor_parallel.autotp_size, or 1)",
+    )
+    add("--pipeline-stages", type=int, default=1, help="stages of a pipeline, each on a rank of its own")
     add("--seed", type=int, default=1234)
     add("--local_rank", type=int, help="set by the deepspeed launcher")
     return parser.parse_args(argv)
@@ -61,6 +70,9 @@ def check(args: argparse.Namespace) -> Inputs:
     if "optimizer" not in ds_config:
         raise ValueError(f'--deepspeed_config {args.deepspeed_config} has no "optimizer"')
     model_config = load_model_config(args.model)
+    tensor_parallel, pipeline_stages = check_parallelism(args, ds_config, model_config)
+    if tensor_parallel > 1:
+        ds_config.setdefault("tensor_parallel", {})["autotp_size"] = tensor_parallel
     tokens = open_tokens(args.data)
     if tokens.vocab_size > model_config.vocab_size:
         raise ValueError(
@@ -80,7 +92,63 @@ def check(args: argparse.Namespace) -> Inputs:
             raise ValueError(
                 f"--data {args.data} has {len(tokens_N)} {name} tokens, fewer than one sequence of {length}"
             )
-    return Inputs(model_config, ds_config, tokens, length)
+    return Inputs(model_config, ds_config, tokens, length, tensor_parallel, pipeline_stages)
+
+
+def check_parallelism(
+    args: argparse.Namespace, ds_config: dict[str, Any], model_config: PretrainedConfig
+) -> tuple[int, int]:
+    """How many ranks split each layer, and how many stages the layers are spread over."""
+    configured = ds_config.get("tensor_parallel", {}).get("autotp_size", 0)  # 0 is DeepSpeed's "off"
+    tensor_parallel = (configured or 1) if args.tensor_parallel is None else args.tensor_parallel
+    stages = args.pipeline_stages
+    if configured not in (0, tensor_parallel):
+        raise ValueError(
+            f"--tensor-parallel {tensor_parallel} contradicts tensor_parallel.autotp_size {configured} "
+            f"in {args.deepspeed_config}"
+        )
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    for option, degree in (("--tensor-parallel", tensor_parallel), ("--pipeline-stages", stages)):
+        if degree < 1 or (degree > 1 and num_ranks % degree):
+            raise ValueError(f"{option} {degree} does not divide the number of ranks, {num_ranks}")
+    if tensor_parallel > 1 and stages > 1:
+        raise ValueError(
+            f"--tensor-parallel {tensor_parallel} with --pipeline-stages {stages}: "
+            "DeepSpeed's AutoTP does not reach into a pipeline; give one of both"
+        )
+    if tensor_parallel > 1 and "train_batch_size" in ds_config:
+        raise ValueError(
+            f"--tensor-parallel {tensor_parallel} with train_batch_size: DeepSpeed would count every rank as "
+            "a replica; give train_micro_batch_size_per_gpu and gradient_accumulation_steps"
+        )
+    if stages > 1:
+        check_pipeline(args, ds_config, model_config)
+    return tensor_parallel, stages
+
+
+def check_pipeline(
+    args: argparse.Namespace, ds_config: dict[str, Any], model_config: PretrainedConfig
+) -> None:
+    stages = args.pipeline_stages
+    zero_stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    if zero_stage > 1:
+        raise ValueError(
+            f"--pipeline-stages {stages} needs zero_optimization.stage 0 or 1, "
+            f"but {args.deepspeed_config} has {zero_stage}"
+        )
+    in_16_bits = any(ds_config.get(name, {}).get("enabled") for name in ("fp16", "bf16"))
+    if zero_stage == 0 and not in_16_bits and ds_config.get("gradient_clipping", 1.0):  # DeepSpeed's default
+        raise ValueError(
+            f"--pipeline-stages {stages} in fp32 with zero_optimization.stage 0: DeepSpeed would clip by the "
+            "first stage's gradient norm alone; take stage 1, or gradient_clipping 0"
+        )
+    if missing := pipeline.missing_parts(model_config):
+        raise ValueError(f"--pipeline-stages {stages}: --model {args.model} has no {', no '.join(missing)}")
+    if stages > model_config.num_hidden_layers:
+        raise ValueError(
+            f"--pipeline-stages {stages} is more than the {model_config.num_hidden_layers} layers of "
+            f"--model {args.model}"
+        )
 
 
 def load_model_config(path: Path) -> PretrainedConfig:

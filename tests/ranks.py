@@ -18,7 +18,8 @@ from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _MUON = "deepspeed.runtime.zero.muon.muon_optimizer"  # the first engine imports it, and it torch's compiler
-_CONTEXT.set_forkserver_preload(["torch", "deepspeed", "ds_gradmix.engines.hook", _MUON])
+_MODELS = "transformers.models.llama"
+_CONTEXT.set_forkserver_preload(["torch", "deepspeed", "ds_gradmix.engines.hook", _MUON, _MODELS])
 
 
 class RankError(Exception):

@@ -129,5 +129,5 @@ def without_norm() -> None:
 
 
 def test_tensor_parallel_ranks_that_differ_do_not_hang() -> None:
-    with pytest.raises(RankError, match="MismatchError.*norm2"):
+    with pytest.raises(RankError, match=r"MismatchError.*norm2"):
         run_ranks(4, without_norm, timeout=60)

@@ -5,6 +5,7 @@ differ.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Iterator
 from functools import cache
@@ -23,6 +24,14 @@ GAF: dict[str, Any] = {"mixing": {"type": "GAF"}}
 NEVER: dict[str, Any] = {"mixing": {"type": "GAF", "params": {"threshold": 0.0}}}  # nobody ever agrees
 SMOOTH: dict[str, Any] = {"scaling": {"type": "VRGD", "params": {"momentum": 0.9}}}
 TINY = {"tile_bytes": 4096}
+FP32_SUMS: dict[str, Any] = {"data_types": {"grad_accum_dtype": "fp32"}}
+ENGINES: dict[str, dict[str, Any]] = {
+    "ZeRO-0": {"stage": 0},
+    "ZeRO-0 bf16": {"stage": 0, "dtype": "bf16"},
+    "BF16_Optimizer": {"stage": 1, "dtype": "bf16", "config": FP32_SUMS},
+    **{f"ZeRO-{stage}": {"stage": stage} for stage in (1, 2)},
+    **{f"ZeRO-{stage} bf16": {"stage": stage, "dtype": "bf16"} for stage in (1, 2)},
+}
 
 
 @contextlib.contextmanager
@@ -37,14 +46,35 @@ def log_lines() -> Iterator[list[str]]:
         logging.getLogger("ds_gradmix").removeHandler(handler)
 
 
-def build_with(config: dict[str, Any], model: torch.nn.Module | None = None, **kwargs: Any) -> Any:
+def fused_descent() -> type[torch.optim.Optimizer]:
+    """What DeepSpeed takes for its FusedAdam, and so wraps by FP16_Optimizer: plain descent."""
+    from deepspeed.ops.adam import FusedAdam
+
+    class FusedDescent(FusedAdam):  # type: ignore[misc]
+        def __init__(self, params: Any, lr: float) -> None:
+            torch.optim.Optimizer.__init__(self, params, {"lr": lr})
+
+        def step(self, grads: Any = None, output_params: Any = None, scale: float = 1.0, **_: Any) -> None:
+            for i, group in enumerate(self.param_groups):
+                (p,) = group["params"]
+                p.data.add_(p.grad if grads is None else grads[i][0].float(), alpha=-group["lr"] / scale)
+                if output_params is not None:  # the legacy way
+                    output_params[i][0].data.copy_(p.data)
+
+    return FusedDescent
+
+
+def build_with(
+    config: dict[str, Any], model: torch.nn.Module | None = None, fused: bool = False, **kwargs: Any
+) -> Any:
     import deepspeed
 
     import ds_gradmix
 
     ds_gradmix.enable()
     model = model or Model()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    kind = fused_descent() if fused else torch.optim.SGD
+    optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=0.1)
     return deepspeed.initialize(
         model=model, optimizer=optimizer, config={**ds_config(Case({})), **config}, **kwargs
     )[0]
@@ -116,15 +146,17 @@ def test_an_untested_deepspeed_is_warned_about() -> None:
 
 
 def monitored(folder: str) -> None:
-    monitor = {"enabled": True, "output_path": folder, "job_name": "job"}
-    case = Case(GAF, config={"csv_monitor": monitor}, steps=2)
-    train(build(case), case)
+    for stage in (0, 2):
+        monitor = {"enabled": True, "output_path": folder, "job_name": f"stage {stage}"}
+        case = Case(GAF, stage=stage, config={"csv_monitor": monitor}, steps=2)
+        train(build(case), case)
 
 
 def test_monitors_are_told(tmp_path: Path) -> None:
     run_ranks(2, monitored, str(tmp_path))
-    lines = (tmp_path / "job" / "Train_GradMix_kept_fraction.csv").read_text().splitlines()
-    assert [line.split(",")[0] for line in lines] == ["step", "8", "16"]  # samples
+    for stage in (0, 2):
+        lines = (tmp_path / f"stage {stage}" / "Train_GradMix_kept_fraction.csv").read_text().splitlines()
+        assert [line.split(",")[0] for line in lines] == ["step", "8", "16"]  # samples
 
 
 def test_rank_0_says_in_one_line_what_is_active() -> None:
@@ -135,14 +167,14 @@ def test_rank_0_says_in_one_line_what_is_active() -> None:
     assert "NOT active" in first["misspelt"][0] and '"gradmx"' in first["misspelt"][0]
 
 
-def skipping(stage: int, dtype: str) -> dict[str, Any]:
+def skipping(case: Case) -> dict[str, Any]:
     """One step everybody agrees on, two with nobody; then the state must be as after the first."""
-    case = Case({**GAF, **SMOOTH, **TINY}, stage=stage, dtype=dtype)
     engine = build(case)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(engine.optimizer.optimizer, lambda step: 0.5**step)
-    engine.lr_scheduler = scheduler
     optimizer = engine.optimizer
-    checks = optimizer.check_grad_overflow
+    inner = getattr(optimizer, "optimizer", optimizer)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(inner, lambda step: 0.5**step)
+    engine.lr_scheduler = scheduler
+    checks = getattr(optimizer, "check_grad_overflow", None)
     object.__setattr__(optimizer.gradmix.block.mixing, "threshold", 2.0)
     train(engine, case, 0, 1)
 
@@ -150,24 +182,24 @@ def skipping(stage: int, dtype: str) -> dict[str, Any]:
         return {
             "weights": weights_of(engine),
             "lr": scheduler.get_last_lr(),
-            "momentum": [s["momentum_buffer"].clone() for s in optimizer.optimizer.state.values()],
+            "momentum": [s["momentum_buffer"].clone() for s in inner.state.values()],
             "p": [mean.clone() for mean in optimizer.gradmix.smoothing.state_dict()["means"].values()],
             "p steps": optimizer.gradmix.smoothing.state_dict()["steps"],
-            "scale": optimizer.loss_scale,
+            "scale": getattr(optimizer, "loss_scale", None),
         }
 
     before = state()
     object.__setattr__(optimizer.gradmix.block.mixing, "threshold", 0.0)
     during = train(engine, case, 1, 3)
     after = state()
-    flags = (optimizer.check_grad_overflow == checks, engine.global_steps)
+    flags = (getattr(optimizer, "check_grad_overflow", None) == checks, engine.global_steps)
     object.__setattr__(optimizer.gradmix.block.mixing, "threshold", 2.0)
     train(engine, case, 3, 4)
     return {"before": before, "after": after, "later": state(), "during": during, "flags": flags}
 
 
 def skipping_all() -> dict[str, Any]:
-    return {f"{stage} {dtype}": skipping(stage, dtype) for stage in (1, 2) for dtype in ("fp32", "bf16")}
+    return {name: skipping(Case({**GAF, **SMOOTH, **TINY}, **kind)) for name, kind in ENGINES.items()}
 
 
 @cache
@@ -175,7 +207,7 @@ def skipped_runs() -> list[dict[str, Any]]:
     return run_ranks(2, skipping_all)
 
 
-@pytest.mark.parametrize("name", ["1 fp32", "1 bf16", "2 fp32", "2 bf16"])
+@pytest.mark.parametrize("name", ENGINES)
 def test_a_skipped_step_leaves_no_trace(name: str) -> None:
     for rank in skipped_runs():
         run = rank[name]
@@ -201,9 +233,13 @@ def overflowing() -> list[Any]:
     told = []
     blocks = [GAF, {**GAF, "scope": "parameter"}, {"scaling": {"type": "VRGD"}}, {**GAF, **SMOOTH}]
     blocks += [{"mixing": {"type": "GradientMix"}}, {}, NEVER]
-    for block in blocks:
+    for block, (stage, kind) in itertools.product(
+        blocks, ((2, "Zero"), (0, "Unfused"), (0, "FP16_Optimizer"))
+    ):
         fp16 = {"enabled": True, "initial_scale_power": 8, "hysteresis": 1, "loss_scale_window": 1000}
-        engine = build_with({"gradmix": block, "fp16": fp16})
+        config = {"gradmix": block, "fp16": fp16, "zero_optimization": {"stage": stage}}
+        engine = build_with(config, fused=kind == "FP16_Optimizer")
+        assert kind in type(engine.optimizer).__name__
         rank = torch.distributed.get_rank()
         scales = []
         for step in range(3):
@@ -221,15 +257,37 @@ def overflowing() -> list[Any]:
 
 def test_overflow_reaches_the_loss_scaler() -> None:
     for rank in run_ranks(2, overflowing):
-        for scales in rank[:-1]:
+        for scales in rank[:-3]:
             assert scales == [(256.0, 0, False), (128.0, 1, True), (128.0, 1, False)]
         # Disagreement leaves the scale alone; only the overflow halves it.
-        assert rank[-1] == [(256.0, 1, True), (128.0, 2, True), (128.0, 3, True)]
+        for scales in rank[-3:]:
+            assert scales == [(256.0, 1, True), (128.0, 2, True), (128.0, 3, True)]
 
 
 def nonfinite() -> dict[str, Any]:
     """A worker with a NaN at step 1, dropped; then all of them."""
     out: dict[str, Any] = {}
+    for name in ("ZeRO-0", "ZeRO-0 bf16", "BF16_Optimizer"):
+        for kind, block in (("mean", {}), ("gaf", GAF), ("momentum", {**GAF, **SMOOTH})):
+            case = Case({**block, "nonfinite": "drop"}, nan_at=(1, 1), steps=3, **ENGINES[name])
+            run = train(build(case), case)
+            finite = all(np.isfinite(w).all() for w in run["weights"].values())
+            out[f"{name} {kind}"] = (
+                finite,
+                [told["dropped_workers"] for told in run["stats"]],
+                run["skipped"],
+            )
+        everybody = Case(
+            {"nonfinite": "drop"}, nan_at=(1, torch.distributed.get_rank()), steps=3, **ENGINES[name]
+        )
+        run = train(build(everybody), everybody)
+        out[f"{name}, all"] = (run["skipped"], all(np.isfinite(w).all() for w in run["weights"].values()))
+        runs = [
+            train(build(case := Case(b, nan_at=(1, 1), steps=2, **ENGINES[name])), case) for b in (GAF, None)
+        ]
+        out[f"{name}, propagate"] = [
+            (run["skipped"], bool(np.isnan(run["weights"]["scale"]))) for run in runs
+        ]
     blocks = {"mean": {}, "gaf": GAF, "gradientmix": {"mixing": {"type": "GradientMix"}}, "vrgd": SMOOTH}
     blocks["by parameter"] = {"mixing": {"type": "GradientMix", "params": {"granularity": "parameter"}}}
     blocks["gaf by parameter"] = {**GAF, "scope": "parameter"}
@@ -255,33 +313,50 @@ def test_nonfinite_workers() -> None:
         assert rank.pop("propagate") == rank.pop("stock") == [0, 1]  # what DeepSpeed does
         assert rank.pop("model") == (True, [0, 0, 0])
         for name, told in rank.items():
-            if name.endswith(", all"):
+            if name.endswith(", propagate"):
+                assert (
+                    told[0] == told[1] == (([0, 0], True) if name == "ZeRO-0, propagate" else ([0, 1], False))
+                ), name
+            elif name.endswith(", all"):
                 assert told == ([0, 1, 1], True), name
             else:
                 assert told == (True, [0.0, 1.0, 0.0], [0, 0, 0]), name
+
+
+EXACT = ("ZeRO-0", "ZeRO-0 bf16", "BF16_Optimizer", "ZeRO-1", "ZeRO-2")
 
 
 def resuming(folder: str) -> dict[str, Any]:
     """Six steps at once, or three, a checkpoint, and three more in a new engine."""
     mix = {"mixing": {"type": "GradientMix"}, **SMOOTH}
     out: dict[str, Any] = {}
-    for stage in (1, 2):
-        case = Case({**mix, **TINY}, stage=stage, accumulation=2, steps=6, bucket=700)
+    for name in EXACT:
+        case = Case({**mix, **TINY}, accumulation=2, steps=6, bucket=700, **ENGINES[name])
         whole = train(build(case), case)
         engine = build(case)
         train(engine, case, 0, 3)
-        engine.save_checkpoint(f"{folder}/{stage}")
+        engine.save_checkpoint(f"{folder}/{name}")
         resumed = build(case)
         with log_lines() as lines:
-            resumed.load_checkpoint(f"{folder}/{stage}")
+            resumed.load_checkpoint(f"{folder}/{name}")
         rest = train(resumed, case, 3, 6)
-        out[f"stage {stage}"] = (whole["weights"], rest["weights"], list(lines))
-    plain, rule = Case(None, steps=6), Case(GAF, steps=6)
-    smoothed, unsmoothed = Case(SMOOTH), Case({"scaling": {"type": "VRGD"}})
+        out[name] = (whole["weights"], rest["weights"], list(lines))
+    for stage in (2, 0):
+        out[f"changes, stage {stage}"] = changing(folder, stage)
+    return out
+
+
+def changing(folder: str, stage: int) -> dict[str, Any]:
+    """Another block in the run that resumes."""
+    out = {}
+    plain, rule, smoothed, unsmoothed, mixed = (
+        Case(block, stage=stage)
+        for block in (None, GAF, SMOOTH, {"scaling": {"type": "VRGD"}}, {"mixing": {"type": "GradientMix"}})
+    )
     changes = {
         "no block to rule": (plain, rule),
         "rule to no block": (rule, plain),
-        "mixing to mixing": (rule, Case({"mixing": {"type": "GradientMix"}})),
+        "mixing to mixing": (rule, mixed),
         "no momentum to momentum": (unsmoothed, smoothed),
         "momentum to none": (smoothed, unsmoothed),
         "no scaling to scaling": (rule, smoothed),
@@ -290,10 +365,10 @@ def resuming(folder: str) -> dict[str, Any]:
     for name, (before, after) in changes.items():
         engine = build(before)
         train(engine, before, 0, 1)
-        engine.save_checkpoint(f"{folder}/{name}")
+        engine.save_checkpoint(f"{folder}/{name} {stage}")
         resumed = build(after)
         with log_lines() as lines:
-            resumed.load_checkpoint(f"{folder}/{name}", load_optimizer_states=name != "weights only")
+            resumed.load_checkpoint(f"{folder}/{name} {stage}", load_optimizer_states=name != "weights only")
         told = train(resumed, after, 1, 2)
         out[name] = (list(lines), all(np.isfinite(w).all() for w in told["weights"].values()))
     return out
@@ -301,8 +376,8 @@ def resuming(folder: str) -> dict[str, Any]:
 
 def test_checkpoints(tmp_path: Path) -> None:
     first, second = run_ranks(2, resuming, str(tmp_path))
-    for stage in ("stage 1", "stage 2"):
-        for whole, rest, lines in (first[stage], second[stage]):
+    for name in EXACT:
+        for whole, rest, lines in (first[name], second[name]):
             np.testing.assert_equal(rest, whole)  # bit for bit
             assert not lines
     warned = {
@@ -311,11 +386,12 @@ def test_checkpoints(tmp_path: Path) -> None:
         "momentum to none": "is dropped",
         "no scaling to scaling": "scaling none, not VRGD",
     }
-    for name in ("rule to no block", "mixing to mixing", "weights only", *warned):
-        lines, finite = first[name]
-        assert finite and len(lines) == (name in warned), (name, lines)
-        assert warned.get(name, "") in " ".join(lines)
-        assert not second[name][0]
+    for stage in ("changes, stage 2", "changes, stage 0"):
+        for name in ("rule to no block", "mixing to mixing", "weights only", *warned):
+            lines, finite = first[stage][name]
+            assert finite and len(lines) == (name in warned), (stage, name, lines)
+            assert warned.get(name, "") in " ".join(lines)
+            assert not second[stage][name][0]
 
 
 def other_shape() -> None:
@@ -383,16 +459,18 @@ def test_gradients_that_differ_do_not_hang(block: dict[str, Any], stage: int, bu
 
 def alone() -> list[Any]:
     out = []
-    for block in (None, {**GAF, **SMOOTH}, {"mixing": {"type": "GradientMix"}, "nonfinite": "drop"}):
-        case = Case(block, accumulation=2, steps=4)
-        with log_lines() as lines:
-            engine = build(case)
-            out.append((train(engine, case)["weights"], list(lines)))
+    for name in ("ZeRO-2", "ZeRO-0", "BF16_Optimizer"):
+        for block in (None, {**GAF, **SMOOTH}, {"mixing": {"type": "GradientMix"}, "nonfinite": "drop"}):
+            case = Case(block, accumulation=2, steps=4, **ENGINES[name])
+            with log_lines() as lines:
+                engine = build(case)
+                out.append((train(engine, case)["weights"], list(lines)))
     return out
 
 
 def test_one_worker_is_the_identity() -> None:
-    [(stock, _), *others] = run_ranks(1, alone)[0]
-    for weights, lines in others:
-        np.testing.assert_equal(weights, stock)
-        assert len(lines) == 1 and "is the identity" in lines[0]
+    found = run_ranks(1, alone)[0]
+    for (stock, _), *others in (found[:3], found[3:6], found[6:]):
+        for weights, lines in others:
+            np.testing.assert_equal(weights, stock)
+            assert len(lines) == 1 and "is the identity" in lines[0]

@@ -44,7 +44,7 @@ class Model(torch.nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """One training run."""
+    """One training run; with stage 1, bf16 and `grad_accum_dtype: "fp32"` it is BF16_Optimizer's."""
 
     block: dict[str, Any] | None
     stage: int = 2
@@ -123,17 +123,8 @@ def train(engine: Any, case: Case, first: int = 0, last: int | None = None) -> d
     import ds_gradmix
 
     rank = torch.distributed.get_rank()
-    optimizer, held = engine.optimizer, []
-    reduce = optimizer.average_tensor
-
-    def noting(tensor: torch.Tensor, dtype: torch.dtype) -> None:
-        names = [
-            optimizer.param_names[optimizer.param_dict[i]] for _, _, i in optimizer.ipg_buckets[dtype].params
-        ]
-        held.append(names)
-        reduce(tensor, dtype)
-
-    optimizer.average_tensor = noting
+    held: list[list[str]] = []
+    _note_buckets(engine, held)
     buckets, told, skipped = [], [], []
     for step in range(first, case.steps if last is None else last):
         for micro in range(case.accumulation):
@@ -145,6 +136,32 @@ def train(engine: Any, case: Case, first: int = 0, last: int | None = None) -> d
         told.append(ds_gradmix.stats(engine))
         skipped.append(engine.skipped_steps)
     return {"weights": weights_of(engine), "buckets": buckets, "stats": told, "skipped": skipped}
+
+
+def _note_buckets(engine: Any, held: list[list[str]]) -> None:
+    """Have the names of every bucket's parameters noted when it is reduced."""
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "average_tensor"):  # ZeRO-1 and ZeRO-2
+        reduce = optimizer.average_tensor
+
+        def noting(tensor: torch.Tensor, dtype: torch.dtype) -> None:
+            params = optimizer.ipg_buckets[dtype].params
+            held.append([optimizer.param_names[optimizer.param_dict[i]] for _, _, i in params])
+            reduce(tensor, dtype)
+
+        optimizer.average_tensor = noting
+        return
+    allreduce = engine.allreduce_bucket
+
+    def noting_all(bucket: Any, *args: Any, **kwargs: Any) -> Any:
+        names = {p.grad.data_ptr(): [n] for n, p in engine.module.named_parameters() if p.grad is not None}
+        if hasattr(optimizer, "bf16_groups"):
+            flats = zip(optimizer.fp32_groups_gradients_flat, optimizer.bf16_groups, strict=True)
+            names = {flat.data_ptr(): [optimizer.param_names[p] for p in group] for flat, group in flats}
+        held.append([name for tensor in bucket for name in names[tensor.data_ptr()]])
+        return allreduce(bucket, *args, **kwargs)
+
+    engine.allreduce_bucket = noting_all
 
 
 def run_case(case: Case) -> dict[str, Any]:
@@ -175,7 +192,7 @@ def replay(case: Case, world: int, buckets: list[tuple[int, int, list[list[str]]
         for at, micro, bucket_list in buckets:
             if at != step:
                 continue
-            micros = range(case.accumulation) if case.stage == 1 else [micro]
+            micros = range(case.accumulation) if case.stage < 2 else [micro]
             workers = []
             for rank in range(world):
                 with ahead.offset(rank, optimizer):
@@ -203,7 +220,9 @@ def _gradients(model: Model, case: Case, step: int, micros: Any, rank: int) -> d
     model.zero_grad()
     for micro in micros:
         (loss_of(model, step, micro, rank, case) / case.accumulation).backward()
-    return {n: p.grad.reshape(-1).numpy().copy() for n, p in model.named_parameters() if p.grad is not None}
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad and p.numel()]
+    grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in trained}
+    return {n: grad.reshape(-1).numpy().copy() for n, grad in grads.items()}
 
 
 class Ahead:
@@ -291,7 +310,9 @@ def _reduce(
     """Add the combination of one bucket to the gradient; whether any worker agreed."""
     world = len(workers)
     kind = rule.get("mixing", {}).get("type", "Mean")
+    params = rule.get("mixing", {}).get("params", {})
     by_parameter = kind == "GAF" and rule.get("scope") == "parameter"
+    by_parameter |= params.get("granularity") == "parameter"
     any_agreed = False
     for part in [[name] for name in names] if by_parameter else [names]:
         stacked = [np.concatenate([worker[name] for name in part]) for worker in workers]
@@ -301,8 +322,9 @@ def _reduce(
         elif kind == "GAF":
             weights, agreed = _gaf(rule, stacked, step)
         elif kind == "GradientMix":
-            alpha = rule["mixing"].get("params", {}).get("alpha", 1.0)
-            weights = philox(rule.get("seed", 1234), step, 0).dirichlet(np.full(world, alpha), size=1)[0]
+            alpha, each = np.full(world, params.get("alpha", 1.0)), sorted(workers[0])
+            random = philox(rule.get("seed", 1234), step, 0)
+            weights = random.dirichlet(alpha, size=len(each))[each.index(part[0]) if by_parameter else 0]
         any_agreed |= agreed
         for name in part:
             grads = [worker[name] for worker in workers]

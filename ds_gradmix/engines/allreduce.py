@@ -11,6 +11,7 @@ engine's and the optimizer's own methods, not on subclasses.
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from torch import Tensor
 
 from ds_gradmix.config import Block
 from ds_gradmix.engines.place import Place
-from ds_gradmix.engines.seam import Seam
+from ds_gradmix.engines.seam import Named, Seam
+from ds_gradmix.lookahead import State
 from ds_gradmix.reduction import Span
 from ds_gradmix.transit import Wire
 from ds_gradmix.workers import fingerprint_of
@@ -53,17 +55,19 @@ class AllreduceSeam:
     ) -> None:
         self._engine = engine
         self._optimizer = engine.optimizer
-        self._named = self._named_parameters()
+        own = self._own_groups()
+        self._named, self._frozen = self._named_parameters({id(p) for group in own for p in group})
         device = self._named[0][1].device if self._named else torch.device("cpu")
         self.seam = Seam(block, place, self._named, [], device, step, report)
         self.seam.layout = self._layout()
-        self._spans_at: dict[
-            int, tuple[Span, ...]
-        ] = {}  # by address: of the gradients in a tensor, within it
+        self._spans_at: dict[int, tuple[Span, ...]] = {}  # by address of a tensor: the gradients in it
         self._buckets = 0  # reduced so far in this step
+        for _, p in self._named if block.extrapolation is not None else ():
+            p.data = p.data.contiguous()  # offsets work on flat views
         self._grams: list[Tensor] | None = None  # of buckets, while these are gathered
-        flats = [_flat(p) for _, p in self._named]
-        places = [(i, 0, flat.numel()) for i, flat in enumerate(flats)]
+        self._addresses = [p.data_ptr() for _, p in self._named]
+        places = [(i, 0, p.numel()) for i, (_, p) in enumerate(self._named)]
+        flats = [p.data.reshape(-1) for _, p in self._named]
         self.seam.look_ahead(flats, places, self._rates, accumulates=False)
         self._optimizer.gradmix = self.seam
         self._allreduce_bucket = engine.allreduce_bucket
@@ -72,29 +76,45 @@ class AllreduceSeam:
         engine.buffered_allreduce_fallback = self._reduce
         engine.save_checkpoint = self._saving(engine.save_checkpoint)
         engine.load_checkpoint = self._loading(engine.load_checkpoint)
-        self._optimizer.step = self._stepping(self._optimizer.step)
+        # An optimizer may have been in another engine before.
+        take_step = getattr(self._optimizer.step, "_gradmix_replaces", self._optimizer.step)
+        self._optimizer.step = self._stepping(take_step)
+        for name in ("refresh_fp32_params", "update_lp_params"):
+            if hasattr(self._optimizer, name):
+                setattr(self._optimizer, name, self._without_offset(getattr(self._optimizer, name)))
 
     @property
     def _is_bf16(self) -> bool:
         return isinstance(self._optimizer, BF16_Optimizer)
 
-    def _named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
-        names = self._engine.param_names
+    def _own_groups(self) -> list[list[torch.nn.Parameter]]:
+        """The model's parameters in the optimizer, by its groups."""
         if self._is_bf16:
-            return [(names[p], p) for group in self._optimizer.bf16_groups for p in group]
-        return [
-            (name, p) for name, p in self._engine.module.named_parameters() if p.requires_grad and p.numel()
-        ]
+            return list(self._optimizer.bf16_groups)
+        if isinstance(self._optimizer, (FP16_Optimizer, FP16_UnfusedOptimizer)):
+            return list(self._optimizer.fp16_groups)
+        return [group["params"] for group in self._optimizer.param_groups]
+
+    def _named_parameters(self, own: set[int]) -> tuple[Named, Named]:
+        """The optimizer's parameters that require gradients, which the rules are about, and its others."""
+        if self._is_bf16:
+            names = self._engine.param_names
+            return [(names[p], p) for group in self._optimizer.bf16_groups for p in group], []
+        named = [(n, p) for n, p in self._engine.module.named_parameters() if id(p) in own and p.numel()]
+        trained = [(name, p) for name, p in named if p.requires_grad]
+        return trained, [(name, p) for name, p in named if not p.requires_grad]
 
     def _rates(self) -> list[float]:
-        """The learning rate of every parameter; one that the optimizer does not have stays where it is."""
-        groups = self._optimizer.param_groups
-        if isinstance(self._optimizer, (BF16_Optimizer, FP16_Optimizer, FP16_UnfusedOptimizer)):
-            own = self._optimizer.bf16_groups if self._is_bf16 else self._optimizer.fp16_groups
-        else:
-            own = [group["params"] for group in groups]
-        rates = {id(p): float(group["lr"]) for group, params in zip(groups, own, strict=True) for p in params}
-        return [rates.get(id(p), 0.0) for _, p in self._named]
+        """The learning rate of every parameter."""
+        for (name, p), address in zip(self._named, self._addresses, strict=True):
+            if p.data_ptr() != address:
+                raise ValueError(
+                    f"{name}: its memory is not what it was when the engine was built, and gradmix."
+                    "extrapolation works on that: convert or move the model before"
+                )
+        groups = zip(self._optimizer.param_groups, self._own_groups(), strict=True)
+        rates = {id(p): float(group["lr"]) for group, params in groups for p in params}
+        return [rates[id(p)] for _, p in self._named]
 
     # --- one backward ---
 
@@ -105,7 +125,8 @@ class AllreduceSeam:
         found = self._find_gradients()
         self.seam.agree(tuple(Span(i, 0, grad.numel()) for i, grad in found), "gradient reduction")
         self.seam.add_up([grad for _, grad in found])
-        wire = self._wire(found[0][1].dtype if found else torch.float32)
+        dtypes = (grad.dtype for _, grad in found)
+        wire = self._wire(max(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32))
         ties = self.seam.ties  # which are combined before buckets are
         for index, grad in found:
             if index not in ties:
@@ -127,6 +148,12 @@ class AllreduceSeam:
         """Of every parameter its position and gradient; and where they lie in the tensors of buckets."""
         self._spans_at.clear()
         if not self._is_bf16:
+            for name, p in self._frozen:
+                if p.requires_grad:
+                    raise ValueError(
+                        f"{name}: requires gradients, but did not when the engine was built, so the rules do "
+                        "not know it: freeze it after deepspeed.initialize(), or build the engine anew"
+                    )
             self._engine._get_gradients_for_reduction()  # makes those that are missing, with zeros
             found = [(i, p.grad.detach()) for i, (_, p) in enumerate(self._named) if p.grad is not None]
             for index, grad in found:
@@ -148,9 +175,18 @@ class AllreduceSeam:
         return grads
 
     def _reduce_bucket(self, bucket: Sequence[Tensor], dp_group: Any, dp_world_size: Any = None) -> Tensor:
-        """In place of `engine.allreduce_bucket`: the combined gradients of a bucket, flat."""
-        if self.seam.is_stock:
+        """In place of `engine.allreduce_bucket`: the combined gradients of a bucket, flat.
+
+        Parameters that the optimizer does not have are averaged, as DeepSpeed does.
+        """
+        own = [tensor for tensor in bucket if tensor.data_ptr() in self._spans_at]
+        if self.seam.is_stock or not own:
             return self._allreduce_bucket(bucket, dp_group, dp_world_size)
+        if len(own) < len(bucket):
+            others = [tensor for tensor in bucket if tensor.data_ptr() not in self._spans_at]
+            self._engine.allreduce_and_copy(others, dp_group, dp_world_size)
+            self._engine.allreduce_and_copy(own, dp_group, dp_world_size)
+            return self._engine.flatten(bucket)
         flat_N = self._engine.flatten(bucket)
         spans, start = [], 0
         for tensor in bucket:
@@ -180,10 +216,14 @@ class AllreduceSeam:
     # --- one step ---
 
     def _stepping(self, take_step: Callable[..., Any]) -> Callable[..., Any]:
-        """In place of `optimizer.step`: take it, or skip it as this optimizer skips an overflow."""
+        """In place of `optimizer.step`: take it, or skip it as this optimizer skips an overflow.
+
+        A method, since torch's schedulers wrap the function below it.
+        """
 
         @functools.wraps(take_step)
-        def step(*args: Any, **kwargs: Any) -> Any:
+        def step(_: Any, *args: Any, **kwargs: Any) -> Any:
+            self._lose_offset()  # if nothing was reduced, it is still there
             if not self.seam.finish():
                 self._optimizer.overflow = False
                 result = take_step(*args, **kwargs)
@@ -196,7 +236,23 @@ class AllreduceSeam:
             self.seam.settle(taken=False)
             return None
 
-        return step
+        step._gradmix_replaces = take_step  # type: ignore[attr-defined]
+        return types.MethodType(step, self._optimizer)
+
+    def _lose_offset(self) -> None:
+        lookahead = self.seam.lookahead
+        if lookahead is not None and lookahead.state in (State.AHEAD, State.ASIDE):
+            lookahead.drop()
+
+    def _without_offset(self, method: Callable[[], None]) -> Callable[[], None]:
+        """Between master weights and parameters, which must not hold an offset then, nor get it back."""
+
+        @functools.wraps(method)
+        def wrapped() -> None:
+            self._lose_offset()
+            method()
+
+        return wrapped
 
     # --- checkpoints ---
 
@@ -205,9 +261,11 @@ class AllreduceSeam:
 
         @functools.wraps(save)
         def save_checkpoint(save_dir: str, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
-            path = self._file(save_dir, tag if tag is not None else f"global_step{self._engine.global_steps}")
+            name = f"global_step{self._engine.global_steps}" if tag is None else str(tag)
+            path = self._file(Path(save_dir) / name)
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(self.seam.state_dict(), path)  # before DeepSpeed names the checkpoint the latest
+            state = {**self.seam.state_dict(), "step": int(self._engine.global_steps)}
+            torch.save(state, path)  # before DeepSpeed names the checkpoint the latest
             return save(save_dir, tag, *args, **kwargs)
 
         return save_checkpoint
@@ -215,34 +273,29 @@ class AllreduceSeam:
     def _loading(self, load: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(load)
         def load_checkpoint(load_dir: str, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
-            if self.seam.lookahead is not None:
-                self.seam.lookahead.drop()
             loaded = load(load_dir, tag, *args, **kwargs)
             names = ("load_module_strict", "load_optimizer_states", "_", "load_module_only")
             given = dict(zip(names, args, strict=False)) | kwargs
-            if loaded[0] is None:
+            if (
+                loaded[0] is None
+                or given.get("load_module_only")
+                or not given.get("load_optimizer_states", True)
+            ):
                 return loaded
-            if given.get("load_module_only") or not given.get("load_optimizer_states", True):
-                self.seam.load(None, "optimizer states were not loaded")
-                return loaded
-            path = self._file(
-                load_dir, tag if tag is not None else (Path(load_dir) / "latest").read_text().strip()
-            )
+            path = self._file(Path(loaded[0]).parent)
             saved = torch.load(path, map_location="cpu", weights_only=False) if path.exists() else None
-            self.seam.load(saved, "it was made without a gradmix block, or by other ranks")
+            why = "it was made without a gradmix block, or by other ranks"
+            if saved is not None and saved["step"] != self._engine.global_steps:
+                saved, why = None, "what a gradmix block has left there is of another step"
+            self.seam.load(saved, why)
             return loaded
 
         return load_checkpoint
 
-    def _file(self, folder: str, tag: Any) -> Path:
-        return Path(folder) / str(tag) / f"gradmix_rank_{torch.distributed.get_rank():05d}.pt"
+    @staticmethod
+    def _file(folder: Path) -> Path:
+        return folder / f"gradmix_rank_{torch.distributed.get_rank():05d}.pt"
 
     def _layout(self) -> int:
         ranks = f"{self.seam.place.workers.num_ranks} ranks"
         return fingerprint_of([ranks, *(f"{name} {p.numel()}" for name, p in self._named)])
-
-
-def _flat(p: torch.nn.Parameter) -> Tensor:
-    if not p.is_contiguous():
-        p.data = p.data.contiguous()
-    return p.data.view(-1)

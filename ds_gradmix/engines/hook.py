@@ -78,7 +78,7 @@ def _building(original: Any) -> Any:
             object.__setattr__(self, _BLOCK, block)  # before Module.__init__ there is no other way
         original(self, *args, **kwargs)
         if block is not None:
-            if seam_of(self) is None:
+            if not isinstance(self.optimizer, GradmixZeroOptimizer):
                 _attach(self, block)
             _refuse(self, block)
         _announce(self, config, block)
