@@ -1,8 +1,9 @@
-"""What is compared: the two ways in which a bucket's gradients can be owned, the rules, and what theory says.
+"""What is compared: three ways in which a bucket's gradients are owned, the rules, and what theory says.
 
 Per rank and reduction of `B` bytes by `W` ranks: stock's ring all-reduce sends `2(W−1)/W · B`; an exchange
 sends `(W−1)/W · B` to the ranks that combine, and nothing more if those own the result ("even"). If the
-bucket has one owner, each rank also sends its combined 1/W share there: `(W−1)/W · B/W` on average.
+bucket has one owner, each rank also sends its combined 1/W share there: `(W−1)/W · B/W` on average. Where
+every rank needs the result, it sends its share to all of them: `(W−1)/W · B`, so as much as stock.
 """
 
 from __future__ import annotations
@@ -13,6 +14,14 @@ from typing import Any
 NUM_LAYERS, WIDTH = 32, 512
 NUM_ELEMENTS = NUM_LAYERS * WIDTH * WIDTH
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
+ENGINES: dict[str, dict[str, Any]] = {
+    "ZeRO-0": {"zero_optimization": {"stage": 0}},
+    "ZeRO-1": {"zero_optimization": {"stage": 1}},
+    "ZeRO-2": {"zero_optimization": {"stage": 2}},
+    "BF16_Optimizer": {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}},
+}
+WITHOUT_OWNERS = {"ZeRO-0": ("fp32",), "BF16_Optimizer": ("bf16",)}  # and the dtypes to try
+EVERY_RANK = "every rank"
 DEEPSPEED_DTYPE = {"bf16": {"bf16": {"enabled": True}}}
 
 _GAF = {"mixing": {"type": "GAF", "params": {"threshold": 1.0}}}
@@ -43,7 +52,7 @@ class Case:
 
     owners: str
     dtype: str
-    stage: int
+    engine: str
     world: int
     tile_bytes: int
     rules: tuple[str, ...]
@@ -51,7 +60,7 @@ class Case:
     @property
     def bucket_elements(self) -> int:
         """One reduction for the whole model, or ones that are half an owner's partition."""
-        return NUM_ELEMENTS // (1 if self.owners == "even" else 2 * self.world)
+        return NUM_ELEMENTS // (2 * self.world if self.owners == "one owner" else 1)
 
     @property
     def bucket_bytes(self) -> int:
@@ -68,8 +77,9 @@ class Case:
             "steps_per_print": 1_000_000,
             "gradient_clipping": 0.0,
             "zero_allow_untested_optimizer": True,
+            **ENGINES[self.engine],
             "zero_optimization": {
-                "stage": self.stage,
+                **ENGINES[self.engine]["zero_optimization"],
                 "reduce_bucket_size": self.bucket_elements,
                 "overlap_comm": False,
             },
@@ -86,8 +96,8 @@ class Case:
 
     def theory(self, rule: str) -> float:
         """The ratio of `rule`'s bytes to stock's, by theory."""
-        if rule in WITHOUT_EXCHANGE:
-            return 1.0
+        if rule in WITHOUT_EXCHANGE or self.owners == EVERY_RANK:
+            return 1.0  # also for a whole model's Gram matrix: gradients stay where it was made
         share = 0.0 if self.owners == "even" else 1 / self.world
         if rule == MODEL_SCOPE:
             return 0.5 * (2 + share)  # once for the Gram matrix, once more to combine
@@ -97,7 +107,7 @@ class Case:
 
     def bytes_bound(self, rule: str) -> float:
         """The most that `rule` may send, as a ratio to stock: theory, and room for headers and scalars."""
-        if rule in WITHOUT_EXCHANGE:
+        if rule in WITHOUT_EXCHANGE or self.owners == EVERY_RANK:
             return 1.03
         if rule == MODEL_SCOPE:
             return max(1.2, self.theory(rule) + 0.05)
@@ -107,10 +117,12 @@ class Case:
 
     def memory_bound(self, rule: str, stock_reduction_bytes: float) -> float:
         """The most that a reduction may allocate: three tiles, or what stock's does where stock's is used.
+        ZeRO-0 has DeepSpeed copy the gradients into a bucket.
 
         Momentum's new state is pending from the first reduction of a step to its end, since it may still
         be skipped: one float32 for each element that the rank owns.
         """
-        base = stock_reduction_bytes if rule in WITHOUT_EXCHANGE else 3 * self.tile_bytes
+        copied = self.bucket_bytes if self.engine == "ZeRO-0" else 0
+        base = stock_reduction_bytes if rule in WITHOUT_EXCHANGE else copied + 3 * self.tile_bytes
         pending = 4 * NUM_ELEMENTS // self.world if rule == MOMENTUM else 0
         return base + pending + (2 << 20)

@@ -1,6 +1,6 @@
 """Costs of the gradient exchange against stock DeepSpeed, measured in one run: bytes, step time, memory.
 
-    python benchmarks/exchange.py [--quick] [--world 4] [--stage 2] [--dtype fp32 --dtype bf16] [--json FILE]
+    python benchmarks/exchange.py [--quick] [--world 4] [--engine ZeRO-2] [--dtype fp32] [--json FILE]
 
 Each rank runs on a host of its own, a network namespace with one interface (`hosts.py`; needs root and `ip`);
 without, on the loopback interface, whose counter sums over ranks. `cases.py` has the cases, the rules, the
@@ -15,6 +15,7 @@ stock's; and what a bucket's reduction itself allocates at its peak, in MiB and 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import signal
 import statistics
@@ -27,7 +28,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cases import MODEL_SCOPE, QUICK_RULES, RULES, Case
+from cases import ENGINES, EVERY_RANK, MODEL_SCOPE, QUICK_RULES, RULES, WITHOUT_OWNERS, Case
 from hosts import loopback, network, run_ranks, why_no_namespaces
 
 MIB = 1 << 20
@@ -37,7 +38,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="GAF and GAF+VRGD in fp32, under a minute")
     parser.add_argument("--world", type=int, choices=(2, 4, 8), default=4)
-    parser.add_argument("--stage", type=int, choices=(1, 2), default=2)
+    parser.add_argument("--engine", action="append", choices=list(ENGINES), help="default: all but ZeRO-1")
     parser.add_argument("--dtype", action="append", choices=("fp32", "bf16"), help="default: both")
     parser.add_argument("--rule", action="append", choices=list(RULES), help="default: all of them")
     parser.add_argument("--tile-mib", type=float, default=1.0, help="tile_bytes when measuring memory")
@@ -49,19 +50,24 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def make_cases(options: argparse.Namespace) -> list[Case]:
-    """Both ways of ownership in each dtype; model scope, which stage 2 has not, gets its own."""
+    """Every way of ownership that an engine has, in each dtype; model scope by ZeRO-1 for ZeRO-2."""
     dtypes = options.dtype or (["fp32"] if options.quick else ["fp32", "bf16"])
     rules = tuple(options.rule or (QUICK_RULES if options.quick else RULES))
-    everywhere = tuple(rule for rule in rules if rule != MODEL_SCOPE or options.stage == 1)
+    default = ["ZeRO-2", "ZeRO-0"] if options.quick else [name for name in ENGINES if name != "ZeRO-1"]
+    tile_bytes = int(options.tile_mib * MIB)
     cases = []
-    for dtype in dtypes:
-        for owners in ("even", "one owner"):
-            stages = {options.stage: everywhere}
-            if MODEL_SCOPE in rules and options.stage != 1 and dtype == "fp32":
-                stages[1] = (MODEL_SCOPE,)
-            for stage, names in stages.items():
-                tile_bytes = int(options.tile_mib * MIB)
-                cases.append(Case(owners, dtype, stage, options.world, tile_bytes, names))
+    for engine in options.engine or default:
+        if engine in WITHOUT_OWNERS:
+            for dtype in [dtype for dtype in WITHOUT_OWNERS[engine] if dtype in dtypes]:
+                cases.append(Case(EVERY_RANK, dtype, engine, options.world, tile_bytes, rules))
+            continue
+        for dtype, owners in itertools.product(dtypes, ("even", "one owner")):
+            engines = {engine: rules}
+            if engine == "ZeRO-2" and MODEL_SCOPE in rules:
+                engines = {engine: tuple(rule for rule in rules if rule != MODEL_SCOPE)}
+                engines |= {"ZeRO-1": (MODEL_SCOPE,)} if dtype == "fp32" else {}
+            for name, names in engines.items():
+                cases.append(Case(owners, dtype, name, options.world, tile_bytes, names))
     return [case for case in cases if case.rules]
 
 
@@ -135,7 +141,7 @@ def print_table(case: Case, rows: list[dict[str, Any]]) -> None:
     first = rows[0]
     overhead = first["stock_sent_bytes"] / first["stock_theory_bytes"] - 1
     print(
-        f"\n{case.owners}, {case.dtype}, ZeRO-{case.stage}, {case.world} ranks:"
+        f"\n{case.owners}, {case.dtype}, {case.engine}, {case.world} ranks:"
         f" model {case.model_bytes / MIB:.0f} MiB, buckets {case.bucket_bytes / MIB:.0f} MiB,"
         f" tiles {case.tile_bytes / MIB:g} MiB\n"
         f"stock sends {first['stock_sent_bytes'] / MIB:.1f} MiB per rank"

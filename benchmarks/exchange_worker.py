@@ -2,13 +2,14 @@
 FOLDER/rankN.json.
 
 Bytes: the kernel's count of what this host's interface sent from before `engine.backward` to after it, which
-in stage 1 and 2 is the reduction and nothing else (weights are gathered in `step`). Before each reading every
-rank has passed a barrier and has waited, so nothing is under way; what the barriers cost is measured without
-a backward and taken off.
+is the reduction and nothing else (weights are gathered in `step`). Before each reading every rank has passed
+a barrier and has waited, so nothing is under way; what the barriers cost is measured without a backward and
+taken off.
 
-Memory: in the same backward (`resident_memory.py`), as a whole, and in the optimizer's reductions of a
-bucket. Time: whole steps of stock and rule by turns, so that whatever slows this machine slows both; with the
-block's default for `tile_bytes`, not the small one that shows whether memory is bounded.
+Memory: in such a backward (`resident_memory.py`), as a whole, and in the reductions of a bucket; with a small
+`tile_bytes`, which shows whether memory is bounded. Bytes and times have the block's default: small tiles are
+small messages, to which headers add more. Time: whole steps of stock and rule by turns, so that whatever
+slows this machine slows both.
 """
 
 from __future__ import annotations
@@ -84,31 +85,39 @@ def sent_bytes(interface: str) -> int:
     return int(Path(f"/sys/class/net/{interface}/statistics/tx_bytes").read_text())
 
 
-def measure_reduction(engine: Any, inputs: torch.Tensor, interface: str, watch: Watch) -> dict[str, int]:
-    """What the backward of one step sends, without what looking at it sends, and what it allocates."""
-    loss = engine(inputs)
-    readings = [sent_bytes(interface), sent_bytes(interface)]
-    with watch:
+def measure_bytes(engine: Any, inputs: torch.Tensor, repeats: int) -> list[int]:
+    """What the backward of a step sends, without what looking at it sends."""
+    interface, results = os.environ["GLOO_SOCKET_IFNAME"], []
+    for _ in range(repeats):
+        loss = engine(inputs)
+        readings = [sent_bytes(interface), sent_bytes(interface)]
         engine.backward(loss)
-    readings.append(sent_bytes(interface))
-    engine.step()
-    idle = readings[1] - readings[0]
-    return {
-        "sent_bytes": readings[2] - readings[1] - idle,
-        "backward_bytes": watch.whole_bytes,
-        "reduction_bytes": watch.piece_bytes,
-    }
+        readings.append(sent_bytes(interface))
+        engine.step()
+        idle = readings[1] - readings[0]
+        results.append(readings[2] - readings[1] - idle)
+    return results
 
 
-def measure_reductions(engine: Any, inputs: torch.Tensor, repeats: int) -> dict[str, list[int]]:
-    """`measure_reduction` of `repeats` steps, after one to warm up."""
+def measure_memory(engine: Any, inputs: torch.Tensor, repeats: int) -> dict[str, list[int]]:
+    """What the backward of a step allocates, after one step to warm up."""
     step(engine, inputs)
-    optimizer, interface = engine.optimizer, os.environ["GLOO_SOCKET_IFNAME"]
-    watch = Watch()
-    optimizer.average_tensor = watch.piece(optimizer.average_tensor)
-    results = [measure_reduction(engine, inputs, interface, watch) for _ in range(repeats)]
-    del optimizer.average_tensor
-    return {name: [result[name] for result in results] for name in results[0]}
+    watch, results = Watch(), []
+    home, name = engine.optimizer, "average_tensor"
+    if not hasattr(home, name):  # every rank needs the result, and the engine reduces
+        home, name = engine, "allreduce_bucket"
+    reduce = getattr(home, name)
+    setattr(home, name, watch.piece(reduce))
+    for _ in range(repeats):
+        loss = engine(inputs)
+        dist.barrier()
+        with watch:
+            engine.backward(loss)
+        engine.step()
+        results.append((watch.whole_bytes, watch.piece_bytes))
+    setattr(home, name, reduce)
+    whole, pieces = zip(*results, strict=True)
+    return {"backward_bytes": list(whole), "reduction_bytes": list(pieces)}
 
 
 def measure_times(stock: Any, engine: Any, inputs: torch.Tensor, rounds: int) -> list[list[float]]:
@@ -137,35 +146,37 @@ def running(case: Case, rule: str, tile_bytes: int | None = None) -> Iterator[An
     gc.collect()
 
 
-def reductions_of(case: Case, repeats: int) -> dict[str, dict[str, Any]]:
-    """`measure_reductions` of stock, under "reference", and of each rule."""
+def memory_of(case: Case, repeats: int) -> dict[str, dict[str, Any]]:
+    """`measure_memory` of stock, under "reference", and of each rule."""
     inputs, results = make_inputs(case), {}
     for name, rule in [("reference", "stock"), *((rule, rule) for rule in case.rules)]:
         with running(case, rule, case.tile_bytes) as engine:
-            results[name] = measure_reductions(engine, inputs, repeats)
+            results[name] = measure_memory(engine, inputs, repeats)
     return results
 
 
-def times_of(case: Case, rounds: int) -> dict[str, list[list[float]]]:
-    """`measure_times` of each rule against a stock engine beside it."""
+def times_and_bytes_of(case: Case, rounds: int, repeats: int) -> dict[str, dict[str, Any]]:
+    """`measure_times` of each rule against a stock engine beside it, and `measure_bytes` of both."""
     inputs, results = make_inputs(case), {}
     with running(case, "stock") as stock:
         step(stock, inputs)
+        results["reference"] = {"sent_bytes": measure_bytes(stock, inputs, repeats)}
         for rule in case.rules:
             with running(case, rule) as engine:
-                results[rule] = measure_times(stock, engine, inputs, rounds)
+                seconds = measure_times(stock, engine, inputs, rounds)
+                results[rule] = {"seconds": seconds, "sent_bytes": measure_bytes(engine, inputs, repeats)}
     return results
 
 
 def measure(plan: dict[str, Any]) -> list[dict[str, dict[str, Any]]]:
-    """What was found by case and rule: memory and bytes first, then times (`resident_memory.py`)."""
+    """What was found by case and rule: memory first, then times (`resident_memory.py`) and bytes."""
     cases = [Case(**case) for case in plan["cases"]]
     map_every_block()
-    results = [reductions_of(case, plan["repeats"]) for case in cases]
+    results = [memory_of(case, plan["repeats"]) for case in cases]
     map_as_usual()
     for case, result in zip(cases, results, strict=True):
-        for rule, seconds in times_of(case, plan["rounds"]).items():
-            result[rule]["seconds"] = seconds
+        for rule, found in times_and_bytes_of(case, plan["rounds"], plan["repeats"]).items():
+            result[rule] |= found
     return results
 
 

@@ -5,9 +5,11 @@ For a bucket of B bytes and W workers, per rank and reduction (exchange.py tells
     stock all-reduce              2 (W-1)/W B
     exchange, even buckets          (W-1)/W B
     exchange, one owner             (W-1)/W B (1 + h/W)
-    Gram pass of scope "model"      (W-1)/W B more
+    exchange, result to all       2 (W-1)/W B
+    Gram pass of scope "model"      (W-1)/W B more, unless the result goes to all
 
-with h = 1, or 2 where the factors travel with the mean (momentum).
+with h = 1, or 2 where the factors travel with the mean (momentum). Buckets are even, or have one owner, under
+ZeRO-1 and ZeRO-2; under ZeRO-0 and BF16_Optimizer nobody owns one, and all ranks need the result.
 """
 
 from __future__ import annotations
@@ -20,10 +22,12 @@ from ds_gradmix.engines.support import lookup
 from ds_gradmix.extrapolation import Extrapolation
 from ds_gradmix.mixing import Mean
 
+_BUCKET = 500_000_000  # elements of a bucket: DeepSpeed's default in ZeRO, and the size elsewhere
 
-def sent_ratio(block: Block, num_workers: int, *, one_owner: bool) -> float:
+
+def sent_ratio(block: Block, num_workers: int, *, one_owner: bool = False, to_all: bool = False) -> float:
     """Bytes a rank sends for a bucket, as a multiple of what stock DeepSpeed's all-reduce sends."""
-    if num_workers == 1 or not (block.mixing.needs_gram or block.scaling is not None):
+    if num_workers == 1 or to_all or not (block.mixing.needs_gram or block.scaling is not None):
         return 1.0
     hops = 2 if block.scaling is not None and block.scaling.smoothing > 0 else 1
     ratio = 0.5 * (1 + (hops / num_workers if one_owner else 0.0))
@@ -36,18 +40,31 @@ def cost_table(config: Mapping[str, Any], block: Block, workers: Sequence[int]) 
     """The costs in words and numbers, for several data-parallel sizes."""
     exchanges = block.mixing.needs_gram or block.scaling is not None
     lines = ["gradients sent per rank and reduction, relative to stock DeepSpeed:"]
-    lines.append("  workers  even buckets  one owner a bucket")
-    for size in workers:
-        even, uneven = (sent_ratio(block, size, one_owner=one) for one in (False, True))
-        lines.append(f"  {size:7d}  {even:12.3f}  {uneven:18.3f}")
-    bucket = int(lookup(config, "zero_optimization.reduce_bucket_size", 500_000_000))
+    kind = _engine_without_owners(config)
+    if kind is not None:
+        lines.append(f"  workers  buckets of {kind}")
+        for size in workers:
+            lines.append(f"  {size:7d}  {sent_ratio(block, size, to_all=True):{11 + len(kind)}.3f}")
+    else:
+        lines.append("  workers  even buckets  one owner a bucket")
+        for size in workers:
+            even, uneven = (sent_ratio(block, size, one_owner=one) for one in (False, True))
+            lines.append(f"  {size:7d}  {even:12.3f}  {uneven:18.3f}")
+    bucket = _BUCKET
+    if kind is None:
+        bucket = int(lookup(config, "zero_optimization.reduce_bucket_size", bucket))
     width = 2 if any(lookup(config, f"{name}.enabled", False) is True for name in ("bf16", "fp16")) else 4
     stock = f"stock: a copy of the bucket, at most {bucket * width / 2**20:g} MiB"
+    if kind == "ZeRO-0":
+        stock += " and a parameter"
+    if kind == "BF16_Optimizer":
+        stock = "stock: a copy in bf16 of all gradients of a parameter group"
     if exchanges:
-        tiles = 3 * block.tile_bytes / 2**20
-        lines.append(
-            f"extra memory per rank while a bucket is reduced: at most {tiles:g} MiB, 3 tiles ({stock})"
-        )
+        tiles = f"{3 * block.tile_bytes / 2**20:g} MiB, 3 tiles"
+        tiles += " besides stock's" if kind == "ZeRO-0" else ""
+        lines.append(f"extra memory per rank while a bucket is reduced: at most {tiles} ({stock})")
+        if kind is not None and block.mixing.needs_gram and block.scope == "model":
+            lines.append("  and 1.5 tiles for every bucket that waits for the decision on the model")
         if block.mixing.needs_gram:
             each = "every parameter of a bucket" if block.scope == "parameter" else "each decision"
             lines.append(f"  and W x W float64 for {each}")
@@ -65,10 +82,22 @@ def cost_table(config: Mapping[str, Any], block: Block, workers: Sequence[int]) 
     if block.extrapolation is not None:
         lines.append(_extrapolation_line(config, block.extrapolation, width))
     if block.mixing.needs_gram and block.scope == "bucket":
-        lines.append(
-            f"note: scope bucket makes reduce_bucket_size ({bucket:g} elements) part of the mathematics"
-        )
+        name = "reduce_bucket_size" if kind is None else "DeepSpeed's own bucket size"
+        lines.append(f"note: scope bucket makes {name} ({bucket:g} elements) part of the mathematics")
     return "\n".join(lines)
+
+
+def _engine_without_owners(config: Mapping[str, Any]) -> str | None:
+    """The kind of engine in which every rank needs the whole result, if the config makes one of these."""
+    stage = lookup(config, "zero_optimization.stage", 0)
+    if stage == 0:
+        return "ZeRO-0"
+    adds_up = lookup(config, "data_types.grad_accum_dtype", None)
+    offload = lookup(config, "zero_optimization.offload_optimizer.device", None)
+    in_float32 = adds_up in ("fp32", "float32", "float", "torch.float32")
+    if stage == 1 and lookup(config, "bf16.enabled", False) is True and in_float32 and offload != "cpu":
+        return "BF16_Optimizer"
+    return None
 
 
 def _extrapolation_line(config: Mapping[str, Any], rule: Extrapolation, width: int) -> str:

@@ -174,6 +174,41 @@ def test_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "0.500" in out and "0.625" in out and "96 MiB" in out and "reduce_bucket_size" in out
 
 
+BF16_OPTIMIZER = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}
+BF16_OPTIMIZER["data_types"] = {"grad_accum_dtype": "fp32"}
+OFFLOADED = {**BF16_OPTIMIZER, "zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}
+
+
+@pytest.mark.parametrize(
+    "config, kind, memory",
+    [
+        ({}, "ZeRO-0", "3 tiles besides stock's (stock: a copy of the bucket, at most 1907.35 MiB and a"),
+        ({"bf16": {"enabled": True}}, "ZeRO-0", "a copy of the bucket, at most 953.674 MiB and a parameter"),
+        (BF16_OPTIMIZER, "BF16_Optimizer", "3 tiles (stock: a copy in bf16 of all gradients of a parameter"),
+    ],
+)
+def test_check_where_every_rank_needs_the_result(
+    config: Any, kind: str, memory: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for scope in ("bucket", "parameter", "model"):
+        block = {"mixing": {"type": "GAF"}, "scaling": {"type": "VRGD"}, "scope": scope}
+        path = write(tmp_path / "c.json", {**config, "gradmix": block})
+        assert main(["check", path, "--workers", "4", "64"]) == 0
+        out = capsys.readouterr().out
+        table = [line.split() for line in out[out.index("  workers") :].splitlines()[:3]]
+        assert table == [["workers", "buckets", "of", kind], ["4", "1.000"], ["64", "1.000"]]
+        assert memory in out and "one owner" not in out and "reduce_bucket_size" not in out
+        assert ("waits for the decision" in out) == (scope == "model")
+
+
+def test_check_of_zero_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the same data types as BF16_Optimizer, on CPU offload; and scope model sends once more."""
+    block = {"mixing": {"type": "GAF"}, "scope": "model"}
+    assert main(["check", write(tmp_path / "c.json", {**OFFLOADED, "gradmix": block}), "--workers", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "1.000" in out and "1.125" in out and "one owner a bucket" in out
+
+
 def test_check_tells_what_extrapolation_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rule = {"extrapolation": {"type": "PastGradient", "params": {"lr": 0.1}}}
     for steps, words in ((1, "one copy"), (4, "two copies")):

@@ -8,11 +8,12 @@ import functools
 from functools import cache
 from typing import Any
 
+import deepspeed
 import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
-from training import Case, build, loss_of, weights_of
+from training import LR, Case, Model, build, ds_config, loss_of, weights_of
 
 from ds_gradmix.workers import Workers
 
@@ -96,6 +97,35 @@ def test_gradients_are_sent_once(name: str) -> None:
         assert gathered["skipped"] == STEPS
     if name == "drop":
         assert [told["dropped_workers"] > 0 for told in gathered["told"]] == [False, True, False, False]
+
+
+def outside() -> tuple[int, int]:
+    """How often in two steps DeepSpeed averages what the optimizer does not have, and how much in all."""
+    import ds_gradmix
+
+    ds_gradmix.enable()
+    case, model, averaged = Case(MODEL, stage=0), Model(), []
+    model.frozen.requires_grad_(True)
+    known = [p for name, p in model.named_parameters() if "frozen" not in name]
+    config = {key: value for key, value in ds_config(case).items() if key != "optimizer"}
+    engine = deepspeed.initialize(model=model, optimizer=torch.optim.SGD(known, lr=LR), config=config)[0]
+    all_reduce = deepspeed.comm.all_reduce
+
+    def counting(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        averaged.append(tensor.numel())
+        return all_reduce(tensor, *args, **kwargs)
+
+    deepspeed.comm.all_reduce = counting
+    for step in range(2):
+        engine.backward(loss_of(engine, step, 0, torch.distributed.get_rank(), case))
+        engine.step()
+    deepspeed.comm.all_reduce = all_reduce
+    frozen = sum(p.numel() for p in model.frozen.parameters())
+    return averaged.count(frozen), sum(averaged) // frozen
+
+
+def test_what_the_optimizer_does_not_have_is_averaged_once() -> None:
+    assert run_ranks(2, outside) == [(2, 2)] * 2
 
 
 def in_one_bucket() -> dict[str, Any]:

@@ -180,6 +180,8 @@ class AllreduceSeam:
         Parameters that the optimizer does not have are averaged, as DeepSpeed does.
         """
         own = [tensor for tensor in bucket if tensor.data_ptr() in self._spans_at]
+        if self._grams is not None and not own:
+            return self._engine.flatten(bucket)  # is averaged once, with the buckets that are combined
         if self.seam.is_stock or not own:
             return self._allreduce_bucket(bucket, dp_group, dp_world_size)
         if len(own) < len(bucket):
