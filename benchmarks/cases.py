@@ -40,7 +40,7 @@ RULES: dict[str, dict[str, Any] | None] = {
     "GAF scope parameter": _GAF | {"scope": "parameter"},
     "GAF scope model": _GAF | {"scope": "model"},
 }
-QUICK_RULES = ("GAF", "GAF+VRGD")
+QUICK_RULES = {"ZeRO-2": ("GAF", "GAF+VRGD"), "ZeRO-0": ("GAF scope model",)}
 WITHOUT_EXCHANGE = ("stock", "Mean", "GradientMix")
 MODEL_SCOPE = "GAF scope model"
 MOMENTUM = "VRGD momentum 0.9"

@@ -113,7 +113,8 @@ def test_an_exchange_sends_less_than_stock(hosts: ModuleType, tmp_path: Path) ->
     assert numbers.exists(), run.stdout + run.stderr
     rows = json.loads(numbers.read_text())
     assert {(row["owners"], row["rule"]) for row in rows} == {
-        (owners, rule) for owners in ("even", "one owner", "every rank") for rule in ("GAF", "GAF+VRGD")
+        *((owners, rule) for owners in ("even", "one owner") for rule in ("GAF", "GAF+VRGD")),
+        ("every rank", "GAF scope model"),
     }
     for row in rows:
         most = {"even": 0.55, "one owner": 0.66, "every rank": 1.03}[row["owners"]]
