@@ -84,7 +84,6 @@ def refusals() -> dict[str, str]:
     """What is refused when an engine is built, and in which words."""
 
     tries: dict[str, Any] = {
-        "sequence parallel": lambda: build_with({}, mesh_param=(1, 2)),
         "falsy": lambda: build_with({"zero_optimization": {"stage": 2, "contiguous_gradients": 0}}),
         "stage 3": lambda: build_with({"zero_optimization": {"stage": 3}}),
         "misspelt rule": lambda: build_with({"gradmix": {"mixing": {"type": "gfa"}}}),
@@ -104,7 +103,6 @@ def test_refused_when_the_engine_is_built() -> None:
     first, second = run_ranks(2, refusals)
     assert first == second
     words = {
-        "sequence parallel": "sequence parallelism",
         "falsy": "contiguous_gradients",
         "stage 3": "zero_optimization.stage: 3",
         "misspelt rule": 'did you mean "GAF"?',
