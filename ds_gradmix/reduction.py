@@ -207,6 +207,7 @@ class Reduction:
     def decide_for_model(
         self,
         grads: Sequence[tuple[int, Tensor]],
+        alone: Sequence[tuple[int, Tensor]],
         wire: Wire,
         model: Circle,
         device: torch.device,
@@ -216,21 +217,17 @@ class Reduction:
 
         Args:
             grads: of every parameter with one, its position and gradient.
+            alone: those that are sent for the decision, and once more to be combined.
             wire: the dtypes in which numbers travel.
             model: all ranks with a part of the model, which must decide alike.
             device: where gradients are.
-            gather: calls `gather_whole` for all buckets, and tells what it returned; without, gradients are
-                sent for the decision, and once more to be combined.
+            gather: calls `gather_whole` for the others, and tells what it returned.
         """
         present_W = self._present([grad for _, grad in grads], model)
-        if gather is None:
-            counted = [grad for index, grad in grads if self._parameters[index].counts]
-            gram_SWW = self._exchange.gram(counted, wire, device)
-        else:
-            size = self.workers.size
-            gram_SWW = torch.zeros(1, size, size, dtype=torch.float64, device=device)
-            for bucket_SWW in gather():
-                gram_SWW += bucket_SWW
+        counted = [grad for index, grad in alone if self._parameters[index].counts]
+        gram_SWW = self._exchange.gram(counted, wire, device)
+        for bucket_SWW in gather() if gather is not None else ():
+            gram_SWW += bucket_SWW
         self._for_model = (self._exchange.decide(gram_SWW, self.moment, present_W, model), present_W)
 
     def end_backward(self) -> None:

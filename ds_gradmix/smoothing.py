@@ -28,6 +28,7 @@ class Smoothing:
         self._idle = idle
         self._device = device
         self._means: dict[int, Tensor] = {}
+        self._begun: dict[int, int] = {}  # step at which each was reserved
         self._pending: dict[int, Tensor] = {}
         self._reductions: dict[tuple[int, int, int], int] = {}  # of each (group, home, length) in this step
         for group, size in enumerate(sizes):
@@ -38,6 +39,7 @@ class Smoothing:
         if group in self._means and self._means[group].numel() == size:
             return
         self._means[group] = torch.zeros(size, dtype=torch.float32, device=self._device)
+        self._begun[group] = self.steps
         if self._pending:
             self._pending[group] = torch.full_like(self._means[group], self._idle)
 
@@ -63,7 +65,12 @@ class Smoothing:
         torch._foreach_add_([self._pending[p.group].narrow(0, p.home, p.length) for p in pieces], parts)
         means_C = torch.cat([self._means[p.group].narrow(0, p.home, p.length) for p in pieces])
         smoothed_C = means_C.mul_(self.decay).add_(factors_C, alpha=1 - self.decay)
-        return smoothed_C.div_(1 - self.decay ** (self.steps + 1))
+        counts = {self.steps - self._begun[p.group] + 1 for p in pieces}
+        if len(counts) == 1:
+            return smoothed_C.div_(1 - self.decay ** counts.pop())
+        for p, part_C in zip(pieces, smoothed_C.split([p.length for p in pieces]), strict=True):
+            part_C.div_(1 - self.decay ** (self.steps - self._begun[p.group] + 1))
+        return smoothed_C
 
     def commit(self) -> None:
         """The step was taken: p moves on."""
@@ -84,14 +91,15 @@ class Smoothing:
 
     def reset(self) -> None:
         """As new."""
-        for mean in self._means.values():
+        for group, mean in self._means.items():
             mean.zero_()
+            self._begun[group] = 0
         self.steps = 0
         self.discard()
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs."""
-        return {"steps": self.steps, "means": self._means}
+        return {"steps": self.steps, "begun": self._begun, "means": self._means}
 
     def load_state_dict(self, state: dict[str, Any]) -> bool:
         """Take over a checkpoint's state; False, and nothing changed, if it is of other sizes."""
@@ -103,6 +111,7 @@ class Smoothing:
         for group, saved in means.items():
             self.reserve(group, saved.numel())
             self._means[group].copy_(saved)
+        self._begun.update(state["begun"])
         self.steps = int(state["steps"])
         self.discard()
         return True

@@ -169,6 +169,7 @@ class Transit:
 
     def _spread(self, tile: Tile, mean_C: Tensor) -> None:
         """Every rank's combined gradients to all of them, rounded alike, also this rank's own."""
+        assert tile.direct  # what a rank combines of a tile is what it owns of it
         num_columns = max(tile.sizes)
         sent = self._outbox.new_zeros(num_columns)
         sent[: tile.num_columns] = mean_C

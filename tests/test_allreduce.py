@@ -500,3 +500,19 @@ def checked() -> list[dict[str, str | None]]:
 def test_on_two_ranks(name: str) -> None:
     for failed in checked():
         assert failed[name] is None, failed[name]
+
+
+def test_momentum_of_a_bucket_that_appears_later() -> None:
+    """A layer was frozen, say: its bucket is another one, whose mean has no history to be corrected for."""
+    from ds_gradmix.layout import Piece
+    from ds_gradmix.smoothing import Smoothing
+
+    smoothing = Smoothing(0.9, 0.1, [], torch.device("cpu"))
+    for group, steps in ((0, 3), (1, 2)):
+        smoothing.reserve(group, 4)
+        piece = Piece(0, 4, 0, 0, group, 0)
+        for _ in range(steps):
+            smoothing.begin([piece])
+            smoothed = smoothing.apply([piece], torch.full((4,), 0.5))
+            torch.testing.assert_close(smoothed, torch.full((4,), 0.5))
+            smoothing.commit()

@@ -61,7 +61,6 @@ class AllreduceSeam:
         self.seam = Seam(block, place, self._named, [], device, step, report)
         self.seam.layout = self._layout()
         self._spans_at: dict[int, tuple[Span, ...]] = {}  # by address of a tensor: the gradients in it
-        self._buckets = 0  # reduced so far in this step
         for _, p in self._named if block.extrapolation is not None else ():
             p.data = p.data.contiguous()  # offsets work on flat views
         self._grams: list[Tensor] | None = None  # of buckets, while these are gathered
@@ -120,7 +119,6 @@ class AllreduceSeam:
 
     def _reduce(self, grads: Any = None, elements_per_buffer: int = 500_000_000) -> None:
         """In place of `engine.buffered_allreduce_fallback`: all gradients of a step."""
-        self._buckets = 0
         self.seam.begin()
         found = self._find_gradients()
         self.seam.agree(tuple(Span(i, 0, grad.numel()) for i, grad in found), "gradient reduction")
@@ -132,7 +130,7 @@ class AllreduceSeam:
             if index not in ties:
                 self.seam.capture([Span(index, 0, grad.numel())], grad.reshape(-1), boundary=True)
         reduce_all = functools.partial(self._reduce_all, grads=grads, elements_per_buffer=elements_per_buffer)
-        self.seam.prepare(found, wire, None if ties else functools.partial(self._gather, reduce_all))
+        self.seam.prepare(found, wire, functools.partial(self._gather, reduce_all))
         reduce_all()
         # Also in fp16: DeepSpeed 0.19.8 scales the loss for ZeRO's optimizers only.
         self.seam.end_backward(boundary=True, gradient_scale=1.0)
@@ -141,7 +139,7 @@ class AllreduceSeam:
         """Send all buckets, and combine none: what is returned for one goes to where its gradients were."""
         self._grams = []
         reduce_all()
-        grams, self._grams, self._buckets = self._grams, None, 0
+        grams, self._grams = self._grams, None
         return grams
 
     def _find_gradients(self) -> list[tuple[int, Tensor]]:
@@ -196,14 +194,14 @@ class AllreduceSeam:
                 spans.append(Span(index, start + begin, length))
             start += tensor.numel()
         reduction = self.seam.reduction_over(dp_group)
-        remaining = self.seam.remaining(spans)
+        ties = self.seam.ties  # combined before, or, while buckets are gathered, after
+        remaining = tuple(span for span in spans if span.parameter not in ties)
         if self.seam.exchanges:
             wire = self._wire(flat_N.dtype)
             if self._grams is not None:
-                self._grams.append(self.seam.gather_whole(flat_N, remaining, self._buckets, wire))
+                self._grams.append(self.seam.gather_whole(flat_N, remaining, wire))
             else:
-                self.seam.exchange_whole(reduction, flat_N, remaining, self._buckets, wire)
-            self._buckets += 1
+                self.seam.exchange_whole(reduction, flat_N, remaining, wire)
             return flat_N
         reduction.weigh(flat_N, remaining)
         self.seam.keep_once(spans, flat_N)

@@ -77,6 +77,9 @@ class Seam:
         self._shares = [place.reducers(p).size / place.workers.size for _, p in named]
         positions = {id(p): i for i, (_, p) in enumerate(named)}
         self._tied = [(positions[id(p)], copies) for p, copies in place.tied if id(p) in positions]
+        # Of gradients that are combined as a whole: a number after those of the optimizer's parameter groups.
+        self._wholes: dict[tuple[Span, ...], int] = {}
+        self._num_groups = len(owned)
         self._reduced: set[int] = (
             set()
         )  # tied parameters, whose gradient of this backward is already combined
@@ -184,23 +187,20 @@ class Seam:
             grads: position and gradient of every parameter with one; tied ones are summed over their stages,
                 and are replaced by their combination.
             wire: the dtypes in which numbers travel.
-            gather: calls `gather_whole` for all buckets, and tells what it returned, if they hold what they
-                are to be reduced with already.
+            gather: calls `gather_whole` for all buckets, without tied parameters, and tells what it
+                returned, if they hold what they are to be reduced with already.
         """
         if self.is_stock:
             return
         if self.awaits_the_model:
             spans = tuple(Span(index, 0, grad.numel()) for index, grad in grads)
             self.agree(spans, "gradient reduction for the model")
-            self._dense.decide_for_model(
-                [(index, grad.detach()) for index, grad in grads],
-                wire,
-                self.place.model,
-                self._device,
-                gather,
-            )
+            own = [(index, grad.detach()) for index, grad in grads]
+            ties = self.ties
+            alone = own if gather is None else [(index, grad) for index, grad in own if index in ties]
+            self._dense.decide_for_model(own, alone, wire, self.place.model, self._device, gather)
         found = dict(grads)
-        for number, (index, copies) in enumerate(self._tied):
+        for index, copies in self._tied:
             if index not in found:
                 continue
             grad = found[index].detach()
@@ -208,7 +208,7 @@ class Seam:
             span = Span(index, 0, flat_N.numel())
             self.capture([span], flat_N, boundary=True)
             if copies.is_source:
-                self._combine_whole(flat_N, (span,), -1 - number, wire)
+                self._combine_whole(flat_N, (span,), wire)
             copies.copy(flat_N)
             if flat_N.data_ptr() != grad.data_ptr():
                 grad.copy_(flat_N.view_as(grad))
@@ -228,31 +228,33 @@ class Seam:
             for span in self.combined(spans):
                 span.of(flat_N).zero_()
 
-    def _combine_whole(self, flat_N: Tensor, spans: tuple[Span, ...], group: int, wire: Wire) -> None:
+    def _combine_whole(self, flat_N: Tensor, spans: tuple[Span, ...], wire: Wire) -> None:
         """Combine gradients such that every worker has all of the result."""
         if self.exchanges:
-            self.exchange_whole(self._dense, flat_N, spans, group, wire)
+            self.exchange_whole(self._dense, flat_N, spans, wire)
             return
         self._dense.weigh(flat_N, spans)
         self.place.workers.sum(flat_N)
 
     def exchange_whole(
-        self, reduction: Reduction, flat_N: Tensor, spans: tuple[Span, ...], group: int, wire: Wire
+        self, reduction: Reduction, flat_N: Tensor, spans: tuple[Span, ...], wire: Wire
     ) -> None:
-        """Exchange a bucket that nobody owns; every rank ends with the same result.
-
-        `group` distinguishes the bucket from the step's others, for state that is kept of it.
-        """
+        """Exchange a bucket that nobody owns; every rank ends with the same result."""
+        group = self._group_of(spans)
         size, rank = reduction.workers.num_ranks, reduction.workers.rank
         if self.smoothing is not None:
             total = sum(span.length for span in spans)
             self.smoothing.reserve(group, even_sizes(total, size)[rank])
         reduction.exchange(flat_N, spans, lambda: _shares_of(spans, size, group), wire, whole=True)
 
-    def gather_whole(self, flat_N: Tensor, spans: tuple[Span, ...], group: int, wire: Wire) -> Tensor:
+    def gather_whole(self, flat_N: Tensor, spans: tuple[Span, ...], wire: Wire) -> Tensor:
         """The first half of `exchange_whole`, from which a decision for the model is made."""
-        size = self._dense.workers.num_ranks
+        group, size = self._group_of(spans), self._dense.workers.num_ranks
         return self._dense.gather_whole(flat_N, spans, lambda: _shares_of(spans, size, group), wire)
+
+    def _group_of(self, spans: tuple[Span, ...]) -> int:
+        """What state of a bucket is kept by: a bucket of another composition is another one."""
+        return self._num_groups + self._wholes.setdefault(spans, len(self._wholes))
 
     def end_backward(self, *, boundary: bool, gradient_scale: float) -> None:
         """All gradients of a backward pass are reduced; all ranks must have come to it."""
