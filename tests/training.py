@@ -158,7 +158,9 @@ def _note_buckets(engine: Any, held: list[list[str]]) -> None:
         if hasattr(optimizer, "bf16_groups"):
             flats = zip(optimizer.fp32_groups_gradients_flat, optimizer.bf16_groups, strict=True)
             names = {flat.data_ptr(): [optimizer.param_names[p] for p in group] for flat, group in flats}
-        held.append([name for tensor in bucket for name in names[tensor.data_ptr()]])
+        found = [name for tensor in bucket for name in names[tensor.data_ptr()]]
+        if found not in held:  # a decision for the model has them gathered first
+            held.append(found)
         return allreduce(bucket, *args, **kwargs)
 
     engine.allreduce_bucket = noting_all
