@@ -8,10 +8,10 @@
     5. all-to-all of what was combined to its owners, unless regions are owned;   (W-1)/W B/W
        or to all ranks, where every one of them needs the whole result            (W-1)/W B
 
-for a bucket of B bytes; stock ZeRO all-reduces it for 2 (W-1)/W B. A decision for the whole model needs
-step 1 of all buckets first: they are gathered, and kept where they are, or, where that cannot be, sent once
-more for it. With a smoothed scaling rule hop 5 carries
-the factors as well, since the owner has their running mean. Weights known beforehand leave out step 2.
+for a bucket of B bytes; stock ZeRO all-reduces it for 2 (W-1)/W B. With a smoothed scaling rule hop 5 carries
+the factors as well, since the owner has their running mean. Weights known beforehand leave out step 2. A
+decision for the whole model needs step 1 of all buckets first: they are gathered and kept where they are, or,
+where that cannot be, sent once more.
 
 Tensor-parallel ranks hold parts of the same gradients: in 2 and 3 the sums go over them, too, replicas
 counted once, and the first of them all decides.

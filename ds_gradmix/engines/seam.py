@@ -28,6 +28,10 @@ _ADVICE = (
     "every worker must have the same gradients, of the same shapes, in the same order; look for "
     "parameters that only some workers use, say behind a branch on the data"
 )
+_UNEVEN = (
+    "; or a tensor-parallel rank has larger parts than another, and fills buckets sooner: raise "
+    "zero_optimization.reduce_bucket_size"
+)
 
 Named = Sequence[tuple[str, torch.nn.Parameter]]
 
@@ -120,7 +124,8 @@ class Seam:
             if len(self._fingerprints) > _FINGERPRINTS_KEPT:
                 self._fingerprints.clear()
             self._fingerprints[key] = fingerprint_of([occasion, *words()])
-        self.place.hosts.agree(self._fingerprints[key], words, occasion, _ADVICE)
+        advice = _ADVICE if self.place.tensor is None else _ADVICE + _UNEVEN
+        self.place.hosts.agree(self._fingerprints[key], words, occasion, advice)
 
     def _size(self, span: Span) -> str:
         divided = self.place.tensor is not None and self.place.divides(self.named[span.parameter][1])
