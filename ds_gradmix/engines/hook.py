@@ -41,6 +41,7 @@ from ds_gradmix.log import logger
 from ds_gradmix.workers import Hosts, MismatchError, fingerprint_of, gather_objects, groups_of
 
 _BLOCK = "_gradmix_block"  # on an engine, while it is built
+_HOSTS = "_gradmix_hosts"
 
 
 def enable() -> None:
@@ -74,8 +75,10 @@ def _building(original: Any) -> Any:
         if block is not None:
             model = kwargs.get("model", args[1] if len(args) > 1 else None)
             mpu = kwargs.get("mpu", args[6] if len(args) > 6 else None)
-            _check_alike(model, mpu, config, block)
+            everyone = Hosts(dist.new_group(backend="gloo", timeout=default_pg_timeout))
+            _check_alike(model, mpu, config, block, everyone)
             object.__setattr__(self, _BLOCK, block)  # before Module.__init__ there is no other way
+            object.__setattr__(self, _HOSTS, everyone)
         original(self, *args, **kwargs)
         if block is not None:
             if not isinstance(self.optimizer, GradmixZeroOptimizer):
@@ -100,7 +103,7 @@ def _choosing(original: Any) -> Any:
         engine_module.DeepSpeedZeroOptimizer = functools.partial(
             GradmixZeroOptimizer,
             gradmix_block=block,
-            gradmix_place=find_place(self),
+            gradmix_place=find_place(self, getattr(self, _HOSTS)),
             gradmix_step=lambda: int(self.global_steps),
             gradmix_report=functools.partial(_monitor, self),
         )
@@ -134,7 +137,7 @@ def _attach(engine: Any, block: Block) -> None:
         raise ConfigError(
             f'"{KEY}": the engine was built without an optimizer; give it one, or remove the block'
         )
-    place = find_place(engine)
+    place = find_place(engine, getattr(engine, _HOSTS))
     attach(engine, block, place, lambda: int(engine.global_steps), functools.partial(_monitor, engine))
 
 
@@ -156,7 +159,7 @@ def _refuse(engine: Any, block: Block) -> None:
         raise ConfigError(f'"{KEY}" with {kind}: {reason}; or remove the "{KEY}" block')
 
 
-def _check_alike(model: Any, mpu: Any, config: Mapping[str, Any], block: Block) -> None:
+def _check_alike(model: Any, mpu: Any, config: Mapping[str, Any], block: Block, everyone: Hosts) -> None:
     """All ranks must have the same rules, and all workers the same model; DeepSpeed would hang otherwise."""
     if dist.get_world_size() == 1:
         return
@@ -164,7 +167,6 @@ def _check_alike(model: Any, mpu: Any, config: Mapping[str, Any], block: Block) 
     # A model that DeepSpeed has divided before it is handed over has parts of different shapes.
     divided = int(lookup(config, "tensor_parallel.autotp_size", 0) or 0) > 1
     words = [f"gradmix block {block!r}", f"zero_optimization {config.get('zero_optimization')!r}"]
-    everyone = Hosts(dist.new_group(backend="gloo", timeout=default_pg_timeout))
     everyone.agree(fingerprint_of(words), lambda: words, "building the engine", advice)
     words = []
     for name, p in model.named_parameters() if isinstance(model, torch.nn.Module) else ():

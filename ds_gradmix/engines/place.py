@@ -121,8 +121,11 @@ class Place:
         return Division(labels, counts, self.tensor)
 
 
-def find_place(engine: Any) -> Place:
-    """The place of an engine's rank; all ranks must ask together, once the engine has its process groups."""
+def find_place(engine: Any, everyone: Hosts) -> Place:
+    """The place of an engine's rank; all ranks must ask together, once the engine has its process groups.
+
+    `everyone` are the hosts of all ranks.
+    """
     data = engine.seq_data_parallel_group
     sequence_size = int(engine.sequence_parallel_size)
     tensor = _tensor_group(engine, sequence_size)
@@ -144,7 +147,7 @@ def find_place(engine: Any) -> Place:
     return Place(
         workers,
         model,
-        Hosts(groups_of(stage_sets, "gloo")),
+        everyone if len(stage_sets) == 1 else Hosts(groups_of(stage_sets, "gloo")),
         None if tensor is None else Circle(tensor),
         sequence,
         apart,
