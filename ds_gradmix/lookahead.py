@@ -109,8 +109,9 @@ class LookAhead:
             self._exchange(State.AHEAD)
         elif self.state is State.GRADIENT or (self.state is State.EMPTY and not self.rule.needs_gradient):
             with torch.no_grad():
+                norms = [None] * len(self._flats) if self.rule.scale(0.0) is not None else self._norms()
                 for group, rate in enumerate(learning_rates):
-                    self._shift(group, step, rate)
+                    self._shift(group, step, rate, norms[group])
             self.state = State.AHEAD
 
     def leave(self) -> None:
@@ -156,11 +157,11 @@ class LookAhead:
                     theirs.copy_(before)
         self.state = state
 
-    def _shift(self, group: int, step: int, learning_rate: float) -> None:
+    def _shift(self, group: int, step: int, learning_rate: float, norms_3P: Tensor | None) -> None:
         flat, kept = self._flats[group], self._kept[group]
         random = torch.Generator(flat.device)
         random.manual_seed(self._seed(step, str(group)))
-        for begin, size, scale, label in self._spans(group, learning_rate):
+        for begin, size, scale, label in self._spans(group, learning_rate, norms_3P):
             if label is not None:
                 random.manual_seed(self._seed(step, label))
             for first in range(begin, begin + size, self._chunk):
@@ -174,7 +175,7 @@ class LookAhead:
                 weights.copy_(round_stochastically(ahead, weights.dtype, random))
 
     def _spans(
-        self, group: int, learning_rate: float
+        self, group: int, learning_rate: float, norms_3P: Tensor | None
     ) -> Iterator[tuple[int, int, float | Tensor, str | None]]:
         """Stretches of the group's memory with one scale, and the label of what is random in them."""
         unit = self._gradient_scale if self.rule.needs_gradient else 1.0
@@ -184,29 +185,32 @@ class LookAhead:
             yield 0, self._flats[group].numel(), scale / unit, None
             return
         scales: Sequence[float | Tensor] = [scale / unit] * len(places) if scale is not None else []
-        if scale is None and places:
-            norms_P, past_norms_P, elements_P = self._norms(group)
+        if norms_3P is not None and places:
+            norms_P, past_norms_P, elements_P = norms_3P
             scales_P = self.rule.scales(norms_P, past_norms_P / unit, elements_P, learning_rate) / unit
             scales = scales_P.unbind()
         for (begin, size, i), part in zip(places, scales, strict=True):
             yield begin, size, part, None if self._division is None else self._division.labels[i]
 
-    def _norms(self, group: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Of every parameter of the group, whole: its norm, that of its past gradient, and its elements."""
-        views = [
-            [flat.narrow(0, begin, size) for begin, size, _ in self._order[group]]
-            for flat in (self._flats[group], self._kept[group])
-        ]
-        norms_2P = [torch.stack(torch._foreach_norm(parts, 2, dtype=torch.float32)) for parts in views]
-        elements_P = torch.tensor([float(size) for _, size, _ in self._order[group]], dtype=torch.float64)
-        sums_3P = torch.stack(
-            [*(norms_P.double().square() for norms_P in norms_2P), to_device(elements_P, norms_2P[0].device)]
-        )
+    def _norms(self) -> list[Tensor]:
+        """For each group `[3, P]`: every whole parameter's norm, that of its past gradient, its elements."""
+        sums, counts = [], []
+        for group, places in enumerate(self._order):
+            rows = [torch.zeros(0, dtype=torch.float64, device=self._flats[group].device)] * 3
+            for row, flat in enumerate((self._flats[group], self._kept[group]) if places else ()):
+                parts = [flat.narrow(0, begin, size) for begin, size, _ in places]
+                norms_P = torch.stack(torch._foreach_norm(parts, 2, dtype=torch.float32))
+                rows[row] = norms_P.double().square()
+            elements_P = torch.tensor([float(size) for _, size, _ in places], dtype=torch.float64)
+            sums.append(torch.stack([*rows[:2], to_device(elements_P, rows[0].device)]))
+            if self._division is not None:
+                counts += [float(self._division.counts[i]) for _, _, i in places]
+        total_3P = torch.cat(sums, dim=1)
         if self._division is not None and self._division.circle is not None:
-            counts = [float(self._division.counts[i]) for _, _, i in self._order[group]]
-            sums_3P *= to_device(torch.tensor(counts, dtype=torch.float64), sums_3P.device)
-            self._division.circle.sum_alike(sums_3P)
-        return sums_3P[0].sqrt().float(), sums_3P[1].sqrt().float(), sums_3P[2].float()
+            total_3P *= to_device(torch.tensor(counts, dtype=torch.float64), total_3P.device)
+            self._division.circle.sum_alike(total_3P)
+        total_3P[:2].sqrt_()
+        return list(total_3P.float().split([len(places) for places in self._order], dim=1))
 
     def _seed(self, step: int, label: str) -> int:
         words = ",".join(map(str, (*self._key, step, label)))

@@ -22,19 +22,15 @@ CLIPPED = {"gradient_clipping": 0.2}  # by the norm of the whole model's gradien
 def _cases() -> dict[str, Case]:
     tensor, pipe = Layout(2, tensor=2), Layout(2, pipe=2)
     cases = {
-        "tensor ZeRO-0": Case(tensor),
-        "tensor ZeRO-1 bf16": Case(tensor, stage=1, dtype="bf16", tied=True, accumulation=2),
         "tensor ZeRO-1 bf16 fp32 sums": Case(tensor, stage=1, dtype="bf16", fp32_sums=True),
         "tensor ZeRO-2": Case(tensor, stage=2, accumulation=2, config=CLIPPED),
         "tensor ZeRO-2 Adam": Case(tensor, stage=2, optimizer="Adam", tied=True),
         "pipe ZeRO-0": Case(pipe, accumulation=3),
         "pipe ZeRO-0 bf16": Case(pipe, dtype="bf16", accumulation=2, tied=True),
         "pipe ZeRO-1": Case(pipe, stage=1, accumulation=2, tied=True),
-        "pipe ZeRO-1 bf16": Case(pipe, stage=1, dtype="bf16", tied=True),
         "pipe ZeRO-1 bf16 fp32 sums": Case(
             pipe, stage=1, dtype="bf16", fp32_sums=True, accumulation=2, tied=True
         ),
-        "experts ZeRO-0": Case(Layout(4, expert=2), experts=4),
         "experts ZeRO-1": Case(Layout(4, expert=4), experts=4, stage=1, accumulation=2),
         "experts ZeRO-2": Case(Layout(4, expert=2), experts=4, stage=2, accumulation=2),
         "experts ZeRO-1 bf16 fp32 sums": Case(
@@ -44,12 +40,10 @@ def _cases() -> dict[str, Case]:
     for kind in ("autotp", "megatron"):
         if kind == "autotp" or importlib.util.find_spec("megatron"):
             layout = replace(tensor, kind=kind)
-            cases[f"{kind} ZeRO-0"] = Case(layout)
             cases[f"{kind} ZeRO-1 bf16"] = Case(layout, stage=1, dtype="bf16", accumulation=2)
             cases[f"{kind} ZeRO-2"] = Case(layout, stage=2, tied=True, config=CLIPPED)
     for kind in ("mpu", "state"):
         layout = Layout(2, sequence=2, kind=kind)
-        cases[f"sequence by {kind} ZeRO-0"] = Case(layout)
         cases[f"sequence by {kind} ZeRO-1 bf16"] = Case(layout, stage=1, dtype="bf16", tied=True)
         cases[f"sequence by {kind} ZeRO-2"] = Case(layout, stage=2, accumulation=2, config=CLIPPED)
     return cases

@@ -50,16 +50,17 @@ BLOCKS: dict[str, dict[str, Any]] = {
     },
 }
 FEW = ("all three, layerwise",)
-MANY = ("gradientmix by parameter", "gaf by parameter", "vrgd momentum", "all three, layerwise", "noise")
+TENSOR = ("gaf by parameter", "vrgd momentum", "all three, layerwise")
+PIPELINE = ("gradientmix by parameter", "gaf by parameter", "all three, layerwise", "noise")
 # With two workers a decision for a bucket or the model is to skip the step: these have three.
 WHOLE = ("gaf", "gaf for the model")
 TIED = {"tied": True}
 RUNS: dict[str, tuple[Layout, dict[str, Any], Sequence[str]]] = {
-    "tensor, ZeRO-1": (Layout(2, tensor=2), {"stage": 1}, MANY),
+    "tensor, ZeRO-1": (Layout(2, tensor=2), {"stage": 1}, TENSOR),
     "tensor, ZeRO-1, three workers": (Layout(3, tensor=2), {"stage": 1}, WHOLE),
     "tensor, ZeRO-2, bf16": (Layout(2, tensor=2), {"stage": 2, "dtype": "bf16"}, FEW),
     "tensor, ZeRO-0": (Layout(2, tensor=2), {"stage": 0}, FEW),
-    "pipeline, ZeRO-1": (Layout(2, pipe=2), {"stage": 1, **TIED}, MANY),
+    "pipeline, ZeRO-1": (Layout(2, pipe=2), {"stage": 1, **TIED}, PIPELINE),
     "pipeline, ZeRO-1, three workers": (Layout(3, pipe=2), {"stage": 1, **TIED}, WHOLE),
     "pipeline, ZeRO-1, bf16": (Layout(2, pipe=2), {"stage": 1, **TIED, "dtype": "bf16"}, FEW),
     "pipeline, ZeRO-0": (Layout(2, pipe=2), {"stage": 0, **TIED}, FEW),
