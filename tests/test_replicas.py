@@ -38,7 +38,6 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "gaf": gaf(0.92),
     "gaf by parameter": gaf(0.85, scope="parameter"),
     "gaf for the model": gaf(0.92, scope="model"),
-    "vrgd momentum": vrgd(momentum=0.9),
     "all three, layerwise": {
         **gaf(0.85, scope="parameter"),
         **vrgd(momentum=0.5),
@@ -50,7 +49,7 @@ BLOCKS: dict[str, dict[str, Any]] = {
     },
 }
 FEW = ("all three, layerwise",)
-TENSOR = ("gaf by parameter", "vrgd momentum", "all three, layerwise")
+TENSOR = ("gaf by parameter", "all three, layerwise")
 PIPELINE = ("gradientmix by parameter", "gaf by parameter", "all three, layerwise", "noise")
 # With two workers a decision for a bucket or the model is to skip the step: these have three.
 WHOLE = ("gaf", "gaf for the model")
@@ -62,7 +61,6 @@ RUNS: dict[str, tuple[Layout, dict[str, Any], Sequence[str]]] = {
     "tensor, ZeRO-0": (Layout(2, tensor=2), {"stage": 0}, FEW),
     "pipeline, ZeRO-1": (Layout(2, pipe=2), {"stage": 1, **TIED}, PIPELINE),
     "pipeline, ZeRO-1, three workers": (Layout(3, pipe=2), {"stage": 1, **TIED}, WHOLE),
-    "pipeline, ZeRO-1, bf16": (Layout(2, pipe=2), {"stage": 1, **TIED, "dtype": "bf16"}, FEW),
     "pipeline, ZeRO-0": (Layout(2, pipe=2), {"stage": 0, **TIED}, FEW),
     "pipeline, BF16_Optimizer": (
         Layout(2, pipe=2),
