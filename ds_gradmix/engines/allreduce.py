@@ -31,19 +31,11 @@ from ds_gradmix.transit import Wire
 from ds_gradmix.workers import fingerprint_of
 
 
-def attach(
-    engine: Any,
-    block: Block,
-    place: Place,
-    step: Callable[[], int],
-    report: Callable[[Mapping[str, float]], None],
-) -> None:
-    """Set the rules to work in an engine whose optimizer is not ZeRO's."""
-    AllreduceSeam(engine, block, place, step, report)
-
-
 class AllreduceSeam:
-    """The rules between an engine and its optimizer; kept alive by the methods it replaces."""
+    """The rules between an engine and its optimizer, if that is not ZeRO's.
+
+    Building it sets them to work; it is kept alive by the methods it replaces.
+    """
 
     def __init__(
         self,

@@ -25,7 +25,7 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.utils import is_model_parallel_parameter
 
 from ds_gradmix.config import KEY, Block, ConfigError, misspelt_key, parse_block
-from ds_gradmix.engines.allreduce import attach
+from ds_gradmix.engines.allreduce import AllreduceSeam
 from ds_gradmix.engines.place import find_place
 from ds_gradmix.engines.seam import Seam
 from ds_gradmix.engines.support import (
@@ -138,7 +138,8 @@ def _attach(engine: Any, block: Block) -> None:
             f'"{KEY}": the engine was built without an optimizer; give it one, or remove the block'
         )
     place = find_place(engine, getattr(engine, _HOSTS))
-    attach(engine, block, place, lambda: int(engine.global_steps), functools.partial(_monitor, engine))
+    report = functools.partial(_monitor, engine)
+    AllreduceSeam(engine, block, place, lambda: int(engine.global_steps), report)
 
 
 def _refuse(engine: Any, block: Block) -> None:

@@ -82,7 +82,7 @@ class Place:
         """Who reduces a parameter."""
         if not is_moe_param(p):
             return self.workers
-        return self.experts[tuple(_ranks(groups._get_expert_data_parallel_group(p.group_name)))]
+        return self.experts[tuple(ranks_of(groups._get_expert_data_parallel_group(p.group_name)))]
 
     def parameters(self, named: Iterable[tuple[str, torch.nn.Parameter]]) -> list[Parameter]:
         """What the rules need to know of an optimizer's parameters."""
@@ -134,14 +134,14 @@ def find_place(engine: Any, everyone: Hosts) -> Place:
     if not is_pipeline and engine.mpu is not None:
         pipe = _megatron_pipeline(engine.mpu)
     sequence = Circle(groups._get_sequence_parallel_group()) if sequence_size > 1 else None
-    apart = sequence is not None and not _shares_replicas(_ranks(data), _ranks(sequence.group))
-    near = [_ranks(data), _ranks(tensor), *([_ranks(sequence.group)] if sequence is not None else [])]
-    sets = gather_objects((near, [*near, _ranks(pipe)]))
+    apart = sequence is not None and not _shares_replicas(ranks_of(data), ranks_of(sequence.group))
+    near = [ranks_of(data), ranks_of(tensor), *([ranks_of(sequence.group)] if sequence is not None else [])]
+    sets = gather_objects((near, [*near, ranks_of(pipe)]))
     stage_sets = _connected(own for own, _ in sets)
     model_sets = _connected(own for _, own in sets)
     stage = next(ranks for ranks in stage_sets if dist.get_rank() in ranks)
     model_ranks = next(ranks for ranks in model_sets if dist.get_rank() in ranks)
-    deciders = None if stage == sorted(_ranks(data)) else Circle(groups_of(stage_sets))
+    deciders = None if stage == sorted(ranks_of(data)) else Circle(groups_of(stage_sets))
     workers = Workers(data, 1 if apart else sequence_size, deciders)
     model = workers.deciders if model_ranks == stage else Circle(groups_of(model_sets))
     return Place(
@@ -157,7 +157,8 @@ def find_place(engine: Any, everyone: Hosts) -> Place:
     )
 
 
-def _ranks(group: dist.ProcessGroup | None) -> list[int]:
+def ranks_of(group: dist.ProcessGroup | None) -> list[int]:
+    """The global ranks of a group; this one alone if there is none."""
     return [dist.get_rank()] if group is None else list(dist.get_process_group_ranks(group))
 
 
@@ -213,7 +214,7 @@ def _experts(engine: Any) -> dict[tuple[int, ...], Workers]:
     found = {}
     for name in sorted(engine.expert_data_parallel_group):
         group = engine.expert_data_parallel_group[name]
-        found[tuple(_ranks(group))] = Workers(group)
+        found[tuple(ranks_of(group))] = Workers(group)
     return found
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ds_gradmix import checkpoint
 from ds_gradmix.config import Block
-from ds_gradmix.engines.place import Place
+from ds_gradmix.engines.place import Place, ranks_of
 from ds_gradmix.layout import Piece, even_sizes, share_evenly
 from ds_gradmix.log import logger
 from ds_gradmix.lookahead import LookAhead
@@ -77,16 +77,14 @@ class Seam:
             )
             for ranks, workers in place.experts.items()
         }
-        self._by_ranks[_ranks(place.workers.group)] = self._dense
+        self._by_ranks[tuple(ranks_of(place.workers.group))] = self._dense
         self._shares = [place.reducers(p).size / place.workers.size for _, p in named]
         positions = {id(p): i for i, (_, p) in enumerate(named)}
         self._tied = [(positions[id(p)], copies) for p, copies in place.tied if id(p) in positions]
         # Of gradients that are combined as a whole: a number after those of the optimizer's parameter groups.
         self._wholes: dict[tuple[Span, ...], int] = {}
         self._num_groups = len(owned)
-        self._reduced: set[int] = (
-            set()
-        )  # tied parameters, whose gradient of this backward is already combined
+        self._reduced: set[int] = set()  # tied parameters whose gradient is combined in this backward
         self._fingerprints: dict[tuple[str, tuple[Span, ...]], int] = {}
 
     @property
@@ -111,7 +109,7 @@ class Seam:
 
     def reduction_over(self, group: dist.ProcessGroup | None) -> Reduction:
         """The rules at work over a process group: the data-parallel one, or one of experts."""
-        return self._by_ranks[_ranks(group)]
+        return self._by_ranks[tuple(ranks_of(group))]
 
     def agree(self, spans: tuple[Span, ...], occasion: str) -> None:
         """Raise `MismatchError` on every rank unless all are about to reduce these gradients."""
@@ -329,7 +327,3 @@ class Seam:
 
 def _shares_of(spans: Sequence[Span], num_ranks: int, group: int) -> list[Piece]:
     return share_evenly([(span.start, span.length) for span in spans], num_ranks, group)
-
-
-def _ranks(group: dist.ProcessGroup | None) -> tuple[int, ...]:
-    return tuple(dist.get_process_group_ranks(group))
