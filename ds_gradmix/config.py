@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -42,6 +42,9 @@ class Block(BaseModel):
     scope: Literal["bucket", "parameter", "model"] = Field(
         "bucket", description="what one Gram matrix covers"
     )
+    worker: Literal["rank", "node"] | Annotated[int, Field(ge=1)] = Field(
+        "rank", description="what is averaged before the rules see it: a rank's, a node's, or n ranks'"
+    )
     seed: int = Field(1234, ge=0, lt=2**63, description="keys every random draw, together with the step")
     nonfinite: Literal["propagate", "drop"] = Field("propagate", description="a worker with an Inf or NaN")
     tile_bytes: int = Field(
@@ -54,7 +57,7 @@ class Block(BaseModel):
         parts += [
             f"{slot} {rule!r}" for slot in ("scaling", "extrapolation") if (rule := getattr(self, slot))
         ]
-        for name in ("scope", "seed", "nonfinite"):
+        for name in ("scope", "worker", "seed", "nonfinite"):
             parts.append(f"{name} {getattr(self, name)}")
         return ", ".join(parts)
 
@@ -129,18 +132,18 @@ def _parse_slot(
 
 
 def _told(error: ValidationError, path: str, model: type[BaseModel]) -> Iterable[str]:
-    """Pydantic's errors in our words."""
-    for item in error.errors():
-        place = ".".join([path, *(str(part) for part in item["loc"])])
+    """Pydantic's errors in our words, one a key: it has one for each type that a value might have been."""
+    for item in {item["loc"][:1]: item for item in error.errors()}.values():
+        place = ".".join([path, *(str(part) for part in item["loc"][:1])])
         if item["type"] == "extra_forbidden":
             known = list(model.model_fields)
             hint = _nearest(str(item["loc"][-1]), known) or "remove it"
             yield _mistake(place, item["input"], ", ".join(known) or "no keys", hint, unknown=True)
         elif item["loc"]:
             name = str(item["loc"][0])
-            choices = [
-                str(choice) for choice in model.model_json_schema()["properties"][name].get("enum", ())
-            ]
+            schema = model.model_json_schema()["properties"][name]
+            options = schema.get("anyOf", [schema])
+            choices = [str(choice) for option in options for choice in option.get("enum", ())]
             hint = _nearest(str(item["input"]), choices) or "change it, or remove it for the default"
             yield _mistake(place, item["input"], allowed_values(model, name), hint)
         else:  # a rule of the model as a whole

@@ -8,10 +8,11 @@
     5. all-to-all of what was combined to its owners, unless regions are owned;   (W-1)/W B/W
        or to all ranks, where every one of them needs the whole result            (W-1)/W B
 
-for a bucket of B bytes; stock ZeRO all-reduces it for 2 (W-1)/W B. With a smoothed scaling rule hop 5 carries
-the factors as well, since the owner has their running mean. Weights known beforehand leave out step 2. A
-decision for the whole model needs step 1 of all buckets first: they are gathered and kept where they are, or,
-where that cannot be, sent once more.
+for a bucket of B bytes; stock ZeRO all-reduces it for 2 (W-1)/W B. Where each worker has n ranks, step 1 has
+two levels (workers.py): (n-1)/n B inside a worker, and (W-1)/W B/n between workers. With a smoothed scaling
+rule hop 5 carries the factors as well, since the owner has their running mean. Weights known beforehand leave
+out step 2. A decision for the whole model needs step 1 of all buckets first: they are gathered and kept where
+they are, or, where that cannot be, sent once more.
 
 Tensor-parallel ranks hold parts of the same gradients: in 2 and 3 the sums go over them, too, replicas
 counted once, and the first of them all decides.
@@ -37,7 +38,7 @@ from ds_gradmix.record import Record
 from ds_gradmix.scaling import Scaling
 from ds_gradmix.segments import Segments, to_device, weighted_sum
 from ds_gradmix.smoothing import Smoothing
-from ds_gradmix.transit import Transit, Wire, rows_of_workers
+from ds_gradmix.transit import Transit, Wire
 from ds_gradmix.workers import Circle, Workers
 
 
@@ -48,7 +49,7 @@ class Plan:
     tiles: list[Tile]
     pieces: list[Piece]
     rank: int
-    num_ranks: int
+    num_workers: int
     device: torch.device
     counted: list[bool]  # of every parameter of the bucket, whether this rank adds it to sums over the ranks
     whole: bool  # every rank gets all of the result
@@ -94,7 +95,7 @@ class Plan:
         return to_device(torch.tensor(self.counted, dtype=torch.float64), self.device)
 
     def _segments(self, segment_of: list[int]) -> list[Segments]:
-        return [tile.segments(segment_of, self.device, self.num_ranks) for tile in self.tiles]
+        return [tile.segments(segment_of, self.device, self.num_workers) for tile in self.tiles]
 
     @property
     def _num_parameters(self) -> int:
@@ -161,8 +162,8 @@ class Exchange:
         """
         workers = self._workers
         columns = columns_per_tile(self._block, workers, wire)
-        tiles = plan_tiles(pieces, workers.num_ranks, workers.rank, columns)
-        return Plan(tiles, list(pieces), workers.rank, workers.num_ranks, device, list(counted), whole)
+        tiles = plan_tiles(pieces, workers.order, workers.rank, columns)
+        return Plan(tiles, list(pieces), workers.rank, workers.size, device, list(counted), whole)
 
     def combine(
         self,
@@ -286,11 +287,9 @@ class Exchange:
             ]
             sent = torch.cat([part.to(wire.gradient) for part in parts])
             sizes = even_sizes(end - begin, workers.num_ranks)
-            mine = sizes[workers.rank]
-            out = sent.new_empty(mine * workers.num_ranks)
-            workers.all_to_all(out, sent, [mine] * workers.num_ranks, sizes)
-            segment = Segments([0], [mine], 1, out.device, workers.size)
-            total += segment.gram(rows_of_workers(out.view(workers.num_ranks, mine), workers))
+            rows_WC = workers.exchange(sent, sizes, sent.new_empty(workers.room_for(sizes)))
+            segment = Segments([0], [rows_WC.shape[1]], 1, sent.device, workers.size)
+            total += segment.gram(rows_WC)
         return total
 
     def decide(self, gram_SWW: Tensor, moment: Moment, present_W: Tensor, circle: Circle) -> Verdict:

@@ -2,14 +2,14 @@
 
 A bucket of N elements is divided into R *regions*, one for each rank to combine. If its slices are spread
 evenly over their owners, a rank's region is what it owns, and nothing needs to travel twice (`direct`). If
-not, every region holds N/W elements, of its own rank's as many as fit, and combined gradients go on to their
+not, every region holds N/R elements, of its own rank's as many as fit, and combined gradients go on to their
 owners in a second hop.
 
-Regions are cut into tiles of equal width, tile k being columns `[k C, (k+1) C)` of all W regions. That makes
-the exchange a transposition in place: rank j's copies of the gradients for tile k of *my* region take the
-memory that tile k of *its* region had, and the combined tile k belongs there too. So the bucket's own memory
-holds everything, and only the tile at hand needs more. The last tile, whose W parts may differ in length,
-stays in the staging buffer.
+Regions are cut into tiles of equal width, tile k being columns `[k C, (k+1) C)` of all R regions. That makes
+the exchange a transposition in place: the W <= R workers' gradients for tile k of *my* region take the memory
+that tile k of all regions had, and the combined tile k belongs there too. So the bucket's own memory holds
+everything, and only the tile at hand needs more. The last tile, whose parts may differ in length, stays in
+the staging buffer.
 """
 
 from __future__ import annotations
@@ -43,11 +43,12 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Tile:
-    """The same columns of all W regions, as one rank sees them."""
+    """The same columns of all R regions, as one rank sees them."""
 
     regions: list[list[Piece]]  # of every rank, those of the tile
     rank: int
     direct: bool
+    order: list[int]  # the ranks as their regions are sent
 
     @cached_property
     def sizes(self) -> list[int]:
@@ -81,8 +82,8 @@ class Tile:
 
     @cached_property
     def spans(self) -> list[tuple[int, int]]:
-        """`(start, length)` in the bucket of all W regions, one after the other."""
-        return [(piece.start, piece.length) for region in self.regions for piece in region]
+        """`(start, length)` in the bucket of all R regions, in order."""
+        return [(piece.start, piece.length) for rank in self.order for piece in self.regions[rank]]
 
     def segments(self, segment_of: Sequence[int], device: torch.device, num_rows: int) -> Segments:
         """Which segment each column belongs to, given that of every parameter of the bucket."""
@@ -118,16 +119,16 @@ def share_evenly(lengths: Sequence[tuple[int, int]], num_ranks: int, group: int)
     return pieces
 
 
-def plan_tiles(pieces: Sequence[Piece], num_workers: int, rank: int, columns: int) -> list[Tile]:
-    """Divide a bucket among W ranks and into tiles of at most about `columns` elements a rank.
+def plan_tiles(pieces: Sequence[Piece], order: Sequence[int], rank: int, columns: int) -> list[Tile]:
+    """Divide a bucket among R ranks and into tiles of at most about `columns` elements a rank.
 
     Args:
         pieces: the whole bucket, in order of `start`.
-        num_workers: W.
+        order: the ranks, as their regions are sent.
         rank: whose view to give.
         columns: C, at least 1.
     """
-    regions, direct = _regions(pieces, num_workers, columns)
+    regions, direct = _regions(pieces, len(order), columns)
     sizes = [sum(piece.length for piece in region) for region in regions]
     if max(sizes) == 0:
         return []
@@ -136,20 +137,20 @@ def plan_tiles(pieces: Sequence[Piece], num_workers: int, rank: int, columns: in
     num_full = min(-(-max(sizes) // columns) - 1, min(sizes) // columns)
     edges = [k * columns for k in range(num_full + 1)] + [max(sizes)]
     cuts = [_cut(region, edges) for region in regions]
-    return [Tile([cut[k] for cut in cuts], rank, direct) for k in range(num_full + 1)]
+    return [Tile([cut[k] for cut in cuts], rank, direct, list(order)) for k in range(num_full + 1)]
 
 
-def _regions(pieces: Sequence[Piece], num_workers: int, columns: int) -> tuple[list[list[Piece]], bool]:
-    owned = [0] * num_workers
+def _regions(pieces: Sequence[Piece], num_ranks: int, columns: int) -> tuple[list[list[Piece]], bool]:
+    owned = [0] * num_ranks
     for piece in pieces:
         owned[piece.owner] += piece.length
     total = sum(owned)
-    if num_workers * max(owned) <= _IMBALANCE * total and max(owned) - min(owned) <= columns // 5:
+    if num_ranks * max(owned) <= _IMBALANCE * total and max(owned) - min(owned) <= columns // 5:
         room = owned
     else:
-        room = even_sizes(total, num_workers)
+        room = even_sizes(total, num_ranks)
     free = list(room)
-    regions: list[list[Piece]] = [[] for _ in range(num_workers)]
+    regions: list[list[Piece]] = [[] for _ in range(num_ranks)]
     rest: list[Piece] = []
     for piece in pieces:
         fits = min(piece.length, free[piece.owner])

@@ -29,7 +29,7 @@ from torch import Tensor
 from ds_gradmix.extrapolation import Extrapolation
 from ds_gradmix.extrapolation.rounding import round_stochastically
 from ds_gradmix.segments import to_device
-from ds_gradmix.workers import Circle
+from ds_gradmix.workers import Circle, Team
 
 _CHUNK_ON_CPU, _CHUNK = 2**17, 2**24  # elements moved at a time; on a CPU what stays in its cache
 
@@ -61,7 +61,7 @@ class LookAhead:
         key: seed and number of the worker, for what is drawn at random.
         accumulates: whether gradients of one step come in several reductions.
         division: of parameters over ranks, if they are.
-        replica: the ranks whose gradients add up to the worker's, if that is not this rank alone.
+        team: the ranks whose gradients make the worker's, if that is not this rank alone.
     """
 
     def __init__(
@@ -73,14 +73,14 @@ class LookAhead:
         *,
         accumulates: bool,
         division: Division | None = None,
-        replica: Circle | None = None,
+        team: Team | None = None,
     ) -> None:
         self.rule = rule
         self.state = State.EMPTY
         self._flats = list(flats)
         self._places = list(places)
         self._division = division
-        self._replica = replica
+        self._team = team
         # Of each group, in the order of memory: where a parameter begins, its elements, and which it is.
         self._order: list[list[tuple[int, int, int]]] = [[] for _ in flats]
         for i, (group, begin, size) in sorted(enumerate(places), key=lambda place: place[1][1]):
@@ -254,9 +254,9 @@ class LookAhead:
             self._kept, self._sums = self._sums, self._kept
             for total in self._sums:
                 total.zero_()
-        if self._replica is not None and self.rule.needs_gradient:
+        if self._team is not None and self.rule.needs_gradient:
             for kept in self._kept:
-                self._replica.sum(kept)
+                self._team.inside.sum(kept.div_(self._team.num_replicas))
         self._gradient_scale = gradient_scale
         self._begin(State.GRADIENT if self.rule.needs_gradient and not self._partial else State.EMPTY)
         self._reduced, self._partial, self._collecting = True, False, False

@@ -86,6 +86,7 @@ class Reduction:
         self._parameters = list(parameters)
         self._num_draws = 1 + max((parameter.draw for parameter in parameters), default=0)
         self._share = share
+        self._own_share = share / workers.replicas_per_worker  # of this rank's gradient in its worker's
         self._exchange = Exchange(workers, block, steps.record, steps.smoothing, share)
         self._everyone_W = torch.ones(workers.size, dtype=torch.bool, device=device)
         self._plans: OrderedDict[tuple[Wire, bool, tuple[Span, ...]], Plan] = OrderedDict()
@@ -118,11 +119,11 @@ class Reduction:
         )
         self._steps.record.add_verdict(verdict, elements_S, present_W)
         if one_row and self.block.nonfinite == "propagate":
-            weight = float(self._draw()[0, self.workers.number]) * self._share
+            weight = float(self._draw()[0, self.workers.number]) * self._own_share
             for begin, run in _runs(spans):
                 flat_N.narrow(0, begin, sum(span.length for span in run)).mul_(weight)
             return
-        weights_S = verdict.weights_SW[:, self.workers.number].float() * self._share
+        weights_S = verdict.weights_SW[:, self.workers.number].float() * self._own_share
         first = 0
         for begin, run in _runs(spans):
             own_S = weights_S if one_row else weights_S[first : first + len(run)]

@@ -28,16 +28,8 @@ class Wire(NamedTuple):
         return 2 * self.gradient.itemsize + (self.result.itemsize if self.result != self.gradient else 0)
 
 
-def rows_of_workers(values_RC: Tensor, workers: Workers) -> Tensor:
-    """What R ranks sent as what W workers did: `[W, C]`, the sum over each one's ranks in float32."""
-    if workers.ranks_per_worker == 1:
-        return values_RC
-    parts = values_RC.view(workers.size, workers.ranks_per_worker, -1)
-    return parts.sum(1, dtype=torch.float32)
-
-
 class Transit:
-    """One bucket during its reduction, between R ranks.
+    """One bucket during its reduction, between the R ranks of W workers.
 
     The first sweep over the tiles communicates; it leaves all workers' gradients for this rank's region in
     the memory of the bucket (layout.py), the last tile in a staging buffer, and later sweeps read them from
@@ -68,11 +60,9 @@ class Transit:
         self._held: dict[int, Signal | None] = {}  # None where it is in the bucket's memory
         self._whole = whole
         num_sent = max(max(sum(tile.sizes), sum(tile.received_from)) for tile in tiles)
-        num_received = max(
-            max(workers.num_ranks * tile.num_columns, sum(tile.received_from)) for tile in tiles
-        )
+        num_received = max(max(workers.room_for(tile.sizes), sum(tile.received_from)) for tile in tiles)
         if whole:
-            num_received = max(workers.num_ranks * max(tile.sizes) for tile in tiles)
+            num_received = max(num_received, *(workers.num_ranks * max(tile.sizes) for tile in tiles))
         self._wire = wire
         self._outbox = flat_N.new_empty(num_sent, dtype=wire.gradient)
         self._inbox = flat_N.new_empty(num_received, dtype=wire.gradient)
@@ -92,14 +82,16 @@ class Transit:
             self._exchanged = True
             return
         final = len(self._tiles) - 1
-        yield final, self._rows(final, self._inbox)
+        yield final, self._received(final, self._inbox).view(self._workers.size, -1)
         for k in range(final):
-            self._pack(k)
-            yield k, self._rows(k, self._outbox)
+            kept = self._received(k, self._outbox)
+            places, parts = self._home(k, kept)
+            torch._foreach_copy_(parts, places)
+            yield k, kept.view(self._workers.size, -1)
 
     def interrupt(self) -> Tensor:
         """After a sweep that was not the last: what is not in the bucket's memory, the last tile."""
-        return self._inbox[: self._workers.num_ranks * self._tiles[-1].num_columns].clone()
+        return self._received(len(self._tiles) - 1, self._inbox).clone()
 
     @property
     def holds_signals(self) -> bool:
@@ -111,7 +103,7 @@ class Transit:
         self._held[k] = signal
         if k < len(self._tiles) - 1:
             bits = torch.stack(signal).view(-1).view(self._flat_N.dtype)
-            torch._foreach_copy_(*self._home_of_bits(k, bits))
+            torch._foreach_copy_(*self._home(k, bits))
             self._held[k] = None
 
     def held(self) -> Iterator[tuple[int, Signal]]:
@@ -121,20 +113,20 @@ class Transit:
             if signal is None:
                 num_columns = self._tiles[k].num_columns
                 bits = self._flat_N.new_empty(8 * num_columns // self._flat_N.element_size())
-                places, parts = self._home_of_bits(k, bits)
+                places, parts = self._home(k, bits)
                 torch._foreach_copy_(parts, places)
                 signal = Signal(*bits.view(torch.float32).view(2, num_columns))
             yield k, signal
 
-    def _home_of_bits(self, k: int, bits: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Views of tile k's memory in the bucket, and as much of `bits` for each of them."""
+    def _home(self, k: int, values: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Views of tile k's memory in the bucket, and as much of `values` for each of them."""
         places, parts, begin = [], [], 0
         for start, length in self._tiles[k].spans:
-            length = min(length, bits.numel() - begin)
+            length = min(length, values.numel() - begin)
             if length == 0:
                 break
             places.append(self._flat_N.narrow(0, start, length))
-            parts.append(bits.narrow(0, begin, length))
+            parts.append(values.narrow(0, begin, length))
             begin += length
         return places, parts
 
@@ -174,40 +166,26 @@ class Transit:
         sent = self._outbox.new_zeros(num_columns)
         sent[: tile.num_columns] = mean_C
         received = self._inbox[: self._workers.num_ranks * num_columns]
-        self._workers.all_gather(received, sent)
+        self._workers.gather(received, sent)
         parts = [
             part
-            for row, region in zip(received.view(-1, num_columns), tile.regions, strict=True)
-            for part in row[: sum(p.length for p in region)].split([p.length for p in region])
+            for row, rank in zip(received.view(-1, num_columns), tile.order, strict=True)
+            for part in row[: tile.sizes[rank]].split([p.length for p in tile.regions[rank]])
         ]
         slices = [self._flat_N.narrow(0, start, length) for start, length in tile.spans]
         torch._foreach_copy_(slices, parts)
 
     def _exchange(self, keep: bool) -> Iterator[tuple[int, Tensor]]:
         for k, tile in enumerate(self._tiles):
-            sent = self._pack(k)
-            received = self._inbox[: self._workers.num_ranks * tile.num_columns]
-            self._workers.all_to_all(received, sent, [tile.num_columns] * self._workers.num_ranks, tile.sizes)
-            yield k, self._rows(k, self._inbox)
+            parts = [self._flat_N.narrow(0, start, length) for start, length in tile.spans]
+            sent = torch.cat(parts, out=self._outbox[: sum(tile.sizes)])
+            yield k, self._workers.exchange(sent, tile.sizes, self._inbox)
             if keep and k < len(self._tiles) - 1 and k not in self._held:
-                self._unpack(k)
+                torch._foreach_copy_(*self._home(k, self._received(k, self._inbox)))
 
-    def _pack(self, k: int) -> Tensor:
-        """Tile k's parts of all regions, one after the other, in the outbox."""
-        packed = self._outbox[: sum(self._tiles[k].sizes)]
-        parts = [self._flat_N.narrow(0, start, length) for start, length in self._tiles[k].spans]
-        return torch.cat(parts, out=packed)
-
-    def _unpack(self, k: int) -> None:
-        """Keep what was received where it can be packed again: worker j's row in the memory of region j."""
-        received = self._inbox[: sum(self._tiles[k].sizes)]
-        parts = [self._flat_N.narrow(0, start, length) for start, length in self._tiles[k].spans]
-        torch._foreach_copy_(parts, list(received.split([length for _, length in self._tiles[k].spans])))
-
-    def _rows(self, k: int, buffer: Tensor) -> Tensor:
-        columns = self._tiles[k].num_columns
-        received = buffer[: self._workers.num_ranks * columns].view(self._workers.num_ranks, columns)
-        return rows_of_workers(received, self._workers)
+    def _received(self, k: int, buffer: Tensor) -> Tensor:
+        """The part of a staging buffer that all workers' gradients for tile k take, one after the other."""
+        return buffer[: self._workers.size * self._tiles[k].num_columns]
 
     def _forward(self, tile: Tile, values_C: Tensor, out: Tensor) -> Tensor:
         if out.dtype != self._wire.result:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -59,27 +59,61 @@ class Circle:
             self.sum_at_first(values)
             self.from_first(values)
 
+    def all_to_all(
+        self, out: Tensor, sent: Tensor, out_sizes: Sequence[int], sent_sizes: Sequence[int]
+    ) -> None:
+        """Give `sent_sizes[j]` elements to rank j, take `out_sizes[j]` from it."""
+        dist.all_to_all_single(out, sent, list(out_sizes), list(sent_sizes), group=self.group)
+
+    def all_gather(self, out: Tensor, sent: Tensor) -> None:
+        """Every rank's `sent`, one after the other, all of one size."""
+        dist.all_gather_into_tensor(out, sent, group=self.group)
+
+
+class Team(NamedTuple):
+    """The ranks of one worker, where it has several: neighbours in the group of all workers' ranks.
+
+    A worker's gradient is the mean over its replicas, and each of them the sum over the ranks that share it.
+    Ranks of different workers with the same place in their teams exchange with each other.
+    """
+
+    inside: Circle  # this worker's ranks
+    across: Circle  # those with this rank's place, one of every worker
+    num_replicas: int
+
 
 class Workers(Circle):
-    """W data-parallel replicas, and this rank's place among them.
+    """W data-parallel workers, and this rank's place among them.
 
-    A replica may be spread over several consecutive ranks of the group, by sequence parallelism: then the
-    worker's gradient is the sum over its ranks. It may also have parts outside of the group, by tensor
-    parallelism: `deciders` are all ranks that have a part of the gradients which this group reduces, so that
-    every part is given the same weights.
+    A worker may have parts outside of the group, by tensor parallelism: `deciders` are all ranks that have a
+    part of the gradients which this group reduces, so that every part is given the same weights.
+
+    With teams of n ranks an exchange has two levels: inside a team each rank gets the team's gradient for W
+    of the R regions, and sends it across to those that combine them. Of a bucket of B bytes a rank sends
+    (n-1)/n B inside, and (W-1)/W B/n across.
 
     Args:
         group: the ranks that reduce the same parameters.
-        ranks_per_worker: how many consecutive ranks of the group share one replica.
+        team: of this rank, if workers have several ranks.
         deciders: these ranks and those that hold other parts of the same gradients; the group itself if None.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup | None, ranks_per_worker: int = 1, deciders: Circle | None = None
+        self, group: dist.ProcessGroup | None, team: Team | None = None, deciders: Circle | None = None
     ) -> None:
         super().__init__(group)
-        self.ranks_per_worker = ranks_per_worker
+        self.team = team
         self.deciders = deciders or self
+
+    @property
+    def ranks_per_worker(self) -> int:
+        """n."""
+        return 1 if self.team is None else self.team.inside.num_ranks
+
+    @property
+    def replicas_per_worker(self) -> int:
+        """How many replicas of the model a worker's gradient is the mean of."""
+        return 1 if self.team is None else self.team.num_replicas
 
     @property
     def size(self) -> int:
@@ -87,17 +121,58 @@ class Workers(Circle):
         return self.num_ranks // self.ranks_per_worker
 
     @property
+    def num_replicas(self) -> int:
+        """Of the model, in all workers together."""
+        return self.size * self.replicas_per_worker
+
+    @property
     def number(self) -> int:
         """Which of the workers this rank belongs to."""
         return self.rank // self.ranks_per_worker
 
-    def all_to_all(self, out: Tensor, sent: Tensor, out_sizes: list[int], sent_sizes: list[int]) -> None:
-        """Give `sent_sizes[j]` elements to rank j, take `out_sizes[j]` from it."""
-        dist.all_to_all_single(out, sent, out_sizes, sent_sizes, group=self.group)
+    @property
+    def order(self) -> list[int]:
+        """The R ranks as a bucket's regions are sent: by place in the team, then by worker."""
+        n = self.ranks_per_worker
+        return [rank for place in range(n) for rank in range(place, self.num_ranks, n)]
 
-    def all_gather(self, out: Tensor, sent: Tensor) -> None:
-        """Every rank's `sent`, one after the other, all of one size."""
-        dist.all_gather_into_tensor(out, sent, group=self.group)
+    def room_for(self, sizes: Sequence[int]) -> int:
+        """Elements that `exchange` needs to receive regions of these sizes."""
+        n = self.ranks_per_worker
+        received = self.size * sizes[self.rank]
+        return received if n == 1 else max(received, n * sum(sizes[self.rank % n :: n]))
+
+    def exchange(self, sent: Tensor, sizes: Sequence[int], received: Tensor) -> Tensor:
+        """Every worker's gradient for this rank's region, `[W, C]`.
+
+        Args:
+            sent: this rank's gradient for all regions, in `order`; undefined afterwards if there are teams.
+            sizes: elements of every rank's region, by rank.
+            received: memory for `room_for(sizes)` elements, of which the result is a view.
+        """
+        columns = sizes[self.rank]
+        if self.team is None:
+            self.all_to_all(received[: self.size * columns], sent, [columns] * self.size, sizes)
+        else:
+            n = self.ranks_per_worker
+            by_place = [sum(sizes[place::n]) for place in range(n)]
+            own = sizes[self.rank % n :: n]
+            parts = received[: n * sum(own)]
+            self.team.inside.all_to_all(parts, sent, [sum(own)] * n, by_place)
+            # A reduce-scatter whose sum is in float32 whatever travels.
+            total = parts.view(n, -1).sum(0, dtype=torch.float32).div_(self.replicas_per_worker)
+            mean = sent[: sum(own)].copy_(total)
+            self.team.across.all_to_all(received[: self.size * columns], mean, [columns] * self.size, own)
+        return received[: self.size * columns].view(self.size, columns)
+
+    def gather(self, out: Tensor, sent: Tensor) -> None:
+        """What every rank sent, all of one size, in `order`."""
+        if self.team is None:
+            self.all_gather(out, sent)
+            return
+        row = sent.new_empty(self.size * sent.numel())
+        self.team.across.all_gather(row, sent)
+        self.team.inside.all_gather(out, row)
 
     def sum_of_shares(self, values: Tensor) -> None:
         """Sum, in place, over the shares that the deciders have; alike where replicas depend on it."""

@@ -27,7 +27,7 @@ class SoloWorkers(Workers):
     """Rank 0 of `size` workers, alone."""
 
     def __init__(self, size: int) -> None:
-        self.num_ranks, self.rank, self.ranks_per_worker = size, 0, 1
+        self.num_ranks, self.rank, self.team = size, 0, None
         self.deciders = self
 
     def all_to_all(self, out: Tensor, sent: Tensor, out_sizes: list[int], sent_sizes: list[int]) -> None:

@@ -1,5 +1,5 @@
 """The exchange over 2 and 4 ranks gives every owner, or every rank, what `combine` gives on the stack of all
-gradients.
+workers' gradients, which are those of ranks or the means over two of them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from solo import spans_of
 
 from ds_gradmix import combine
 from ds_gradmix.config import parse_block
+from ds_gradmix.engines.team import find_team
 from ds_gradmix.layout import Piece, share_evenly
 from ds_gradmix.reduction import Reduction, Span, parameters_of
 from ds_gradmix.steps import Steps
@@ -48,6 +49,7 @@ BUCKETS = {  # lengths of parameters, and how many owners share them evenly; 1 i
     "nothing": ([], 1),
 }
 TILES = (4096, 2**25)
+CREWS = {"2 ranks": (2, 1), "4 ranks": (4, 1), "2 pairs": (4, 2)}  # ranks, and how many make a worker
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -84,9 +86,14 @@ def spans_around(lengths: list[int], left_out: int | None) -> tuple[Span, ...]:
 
 
 def exchange_one(
-    block: dict[str, Any], flat_N: torch.Tensor, spans: tuple[Span, ...], pieces: list[Piece], whole: bool
+    workers: Workers,
+    block: dict[str, Any],
+    flat_N: torch.Tensor,
+    spans: tuple[Span, ...],
+    pieces: list[Piece],
+    whole: bool,
 ) -> tuple[bool, dict[str, float]]:
-    workers, rules, device = Workers(None), parse_block(block), torch.device("cpu")
+    rules, device = parse_block(block), torch.device("cpu")
     steps = Steps(rules, workers, workers, [flat_N.numel()], device)
     steps.step = 3
     reduction = Reduction(rules, workers, steps, parameters_of([f"p{s.parameter}" for s in spans]), device)
@@ -94,24 +101,25 @@ def exchange_one(
     return steps.finish(), dict(steps.numbers)
 
 
-def exchange_everything(workers_count: int) -> dict[Any, Any]:
+def exchange_everything(num_ranks: int, ranks_per_worker: int) -> dict[Any, Any]:
     """On a rank: what it gets for the slices it owns; and the whole bucket, if every rank is to get it."""
     rank = torch.distributed.get_rank()
+    workers = Workers(None, find_team(torch.distributed.group.WORLD, ranks_per_worker, 1))
     out: dict[Any, Any] = {}
     for block_name, name, dtype_name, tile_bytes in product(BLOCKS, BUCKETS, DTYPES, TILES):
         block, lengths = {**BLOCKS[block_name], "tile_bytes": tile_bytes}, BUCKETS[name][0]
-        own = gradients(name, workers_count, DTYPES[dtype_name])[rank]
+        own = gradients(name, num_ranks, DTYPES[dtype_name])[rank]
         if block.get("nonfinite") == "drop" and rank == 1 and own.numel():
             own[0] = float("inf")
         key = (block_name, name, dtype_name, tile_bytes)
-        pieces, flat = pieces_of(name, workers_count), own.clone()
-        told = exchange_one(block, flat, spans_of(lengths), pieces, whole=False)
+        pieces, flat = pieces_of(name, num_ranks), own.clone()
+        told = exchange_one(workers, block, flat, spans_of(lengths), pieces, whole=False)
         values = {p.start: flat[p.start : p.start + p.length] for p in pieces if p.owner == rank}
         out[key] = values, *told
         for left_out in gaps_of(name, tile_bytes):
             spans, flat = spans_around(lengths, left_out), own.clone()
-            pieces = share_evenly([(span.start, span.length) for span in spans], workers_count, 0)
-            told = exchange_one(block, flat, spans, pieces, whole=True)
+            pieces = share_evenly([(span.start, span.length) for span in spans], num_ranks, 0)
+            told = exchange_one(workers, block, flat, spans, pieces, whole=True)
             out[(*key, left_out)] = flat, *told
     return out
 
@@ -123,15 +131,18 @@ def gaps_of(bucket: str, tile_bytes: int) -> list[int | None]:
 
 
 @cache
-def exchanged(workers: int) -> list[dict[Any, Any]]:
-    return run_ranks(workers, exchange_everything, workers)
+def exchanged(crew: str) -> list[dict[Any, Any]]:
+    return run_ranks(CREWS[crew][0], exchange_everything, *CREWS[crew])
 
 
-def stack_of(block: str, bucket: str, workers: int, dtype: str) -> torch.Tensor:
-    stack = gradients(bucket, workers, DTYPES[dtype])
+def stack_of(block: str, bucket: str, crew: str, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of all ranks, and of all workers: means in float32, rounded to what travels between workers."""
+    num_ranks, ranks_per_worker = CREWS[crew]
+    stack = gradients(bucket, num_ranks, DTYPES[dtype])
     if "drop" in block and stack.numel():
         stack[1, 0] = float("inf")
-    return stack
+    means = stack.float().view(num_ranks // ranks_per_worker, ranks_per_worker, -1).mean(1)
+    return stack, means.to(stack.dtype).float()
 
 
 def assert_close(found: torch.Tensor, wanted: torch.Tensor, block: str, dtype: str) -> None:
@@ -149,43 +160,43 @@ def assert_told(told: Any, info: Any, sizes: list[int], workers: int, dropped: b
     assert abs(numbers["kept_fraction"] - float((kept * share).sum() / share.sum())) < 1e-9
 
 
-@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize("crew", CREWS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bucket", BUCKETS)
 @pytest.mark.parametrize("block", BLOCKS)
-def test_exchange_equals_combine(workers: int, block: str, bucket: str, dtype: str) -> None:
-    stack, sizes = stack_of(block, bucket, workers, dtype), BUCKETS[bucket][0]
-    expected, info = combine(stack.float(), BLOCKS[block], step=3, sizes=sizes)
+def test_exchange_equals_combine(crew: str, block: str, bucket: str, dtype: str) -> None:
+    (stack, means), sizes = stack_of(block, bucket, crew, dtype), BUCKETS[bucket][0]
+    expected, info = combine(means, BLOCKS[block], step=3, sizes=sizes)
     for tile_bytes in TILES:
         seen = 0
-        for rank in exchanged(workers):
+        for rank in exchanged(crew):
             values, *told = rank[block, bucket, dtype, tile_bytes]
             for start, part in values.items():
                 assert_close(part, expected[start : start + part.numel()], block, dtype)
                 seen += part.numel()
             if stack.numel():
-                assert_told(told, info, sizes, workers, "drop" in block)
+                assert_told(told, info, sizes, len(means), "drop" in block)
         assert seen == stack.shape[1]
 
 
-@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize("crew", CREWS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bucket", BUCKETS)
 @pytest.mark.parametrize("block", BLOCKS)
-def test_whole_results_are_alike(workers: int, block: str, bucket: str, dtype: str) -> None:
+def test_whole_results_are_alike(crew: str, block: str, bucket: str, dtype: str) -> None:
     """Where every rank needs all of the result; and what is not part of the exchange is not touched."""
-    stack, lengths = stack_of(block, bucket, workers, dtype), BUCKETS[bucket][0]
+    (stack, means), lengths = stack_of(block, bucket, crew, dtype), BUCKETS[bucket][0]
     for tile_bytes, left_out in [(size, gap) for size in TILES for gap in gaps_of(bucket, size)]:
         kept = torch.ones(stack.shape[1], dtype=torch.bool)
         if left_out is not None:
             spans_of(lengths)[left_out].of(kept).zero_()
         sizes = [length for i, length in enumerate(lengths) if i != left_out]
-        expected, info = combine(stack[:, kept].float(), BLOCKS[block], step=3, sizes=sizes)
-        first = exchanged(workers)[0][block, bucket, dtype, tile_bytes, left_out][0][kept]
-        for number, rank in enumerate(exchanged(workers)):
+        expected, info = combine(means[:, kept], BLOCKS[block], step=3, sizes=sizes)
+        first = exchanged(crew)[0][block, bucket, dtype, tile_bytes, left_out][0][kept]
+        for number, rank in enumerate(exchanged(crew)):
             flat, *told = rank[block, bucket, dtype, tile_bytes, left_out]
             assert torch.equal(flat[~kept], stack[number, ~kept])
             assert torch.equal(flat[kept], first)  # bit for bit: replicas must not drift apart
             assert_close(flat[kept], expected, block, dtype)
             if kept.any():
-                assert_told(told, info, sizes, workers, "drop" in block)
+                assert_told(told, info, sizes, len(means), "drop" in block)

@@ -31,7 +31,7 @@ def test_tiles_cover_the_bucket(seed: int) -> None:
     owners = [0] if seed % 3 == 0 else list(range(workers))
     pieces = bucket([(rng.randint(1, 90), rng.choice(owners)) for _ in range(rng.randint(1, 12))])
     columns = rng.choice([1, 7, 40, 1000])
-    views = [plan_tiles(pieces, workers, rank, columns) for rank in range(workers)]
+    views = [plan_tiles(pieces, range(workers), rank, columns) for rank in range(workers)]
     found = [e for tile in views[0] for region in tile.regions for e in elements(region)]
     assert sorted(found) == sorted(elements(pieces))
     total = sum(piece.length for piece in pieces)
@@ -59,17 +59,17 @@ def test_tiles_cover_the_bucket(seed: int) -> None:
 
 def test_even_owners_combine_what_they_own() -> None:
     """A model in one bucket: partitions are equal but for the padding of the last."""
-    tiles = plan_tiles(bucket([(1000, 3), (1000, 2), (1000, 1), (997, 0)]), 4, 0, 100)
+    tiles = plan_tiles(bucket([(1000, 3), (1000, 2), (1000, 1), (997, 0)]), range(4), 0, 100)
     assert all(tile.direct for tile in tiles)
     assert [sum(tile.sizes[j] for tile in tiles) for j in range(4)] == [997, 1000, 1000, 1000]
 
 
 def test_one_owner_keeps_its_share_and_the_rest_travels() -> None:
-    tiles = plan_tiles(bucket([(4000, 2)]), 4, 2, 10_000)
+    tiles = plan_tiles(bucket([(4000, 2)]), range(4), 2, 10_000)
     assert not tiles[0].direct
     assert tiles[0].sizes == [1000] * 4
     assert tiles[0].received_from == [1000] * 4
 
 
 def test_empty_bucket() -> None:
-    assert plan_tiles([], 3, 0, 10) == []
+    assert plan_tiles([], range(3), 0, 10) == []

@@ -34,6 +34,7 @@ from ds_gradmix.engines.support import (
     refused_engine,
     refused_model_scope,
     refused_settings,
+    refused_worker,
 )
 from ds_gradmix.engines.visibility import watch
 from ds_gradmix.engines.zero12 import GradmixZeroOptimizer
@@ -103,7 +104,7 @@ def _choosing(original: Any) -> Any:
         engine_module.DeepSpeedZeroOptimizer = functools.partial(
             GradmixZeroOptimizer,
             gradmix_block=block,
-            gradmix_place=find_place(self, getattr(self, _HOSTS)),
+            gradmix_place=find_place(self, getattr(self, _HOSTS), block.worker),
             gradmix_step=lambda: int(self.global_steps),
             gradmix_report=functools.partial(_monitor, self),
         )
@@ -137,7 +138,7 @@ def _attach(engine: Any, block: Block) -> None:
         raise ConfigError(
             f'"{KEY}": the engine was built without an optimizer; give it one, or remove the block'
         )
-    place = find_place(engine, getattr(engine, _HOSTS))
+    place = find_place(engine, getattr(engine, _HOSTS), block.worker)
     report = functools.partial(_monitor, engine)
     AllreduceSeam(engine, block, place, lambda: int(engine.global_steps), report)
 
@@ -153,7 +154,7 @@ def _refuse(engine: Any, block: Block) -> None:
     if kind == "ZeRO-1" and isinstance(engine.optimizer, BF16_Optimizer):
         kind = "BF16_Optimizer"
     reason = refused_engine(kind, names.get(model_dtype, str(model_dtype)), parallelism)
-    reason = reason or refused_model_scope(block, parallelism)
+    reason = reason or refused_model_scope(block, parallelism) or refused_worker(block, parallelism)
     if ".onebit." in type(engine.basic_optimizer).__module__:
         reason = f"{type(engine.basic_optimizer).__name__} reduces gradients itself: use another optimizer"
     if reason is not None:
@@ -204,6 +205,9 @@ def _announce(engine: Any, config: Mapping[str, Any], block: Block | None) -> No
     if wrong := misspelt_key(config):
         level = logging.WARNING
         told += f'; "{wrong}" is ignored (misspelt?)'
+    if block.worker == "node" and seam.place.workers.replicas_per_worker == 1:
+        level = logging.WARNING
+        told += "; every node has one rank of a data-parallel group: a worker is a rank"
     if size == 1:
         told += "; with one worker every rule of mixing and scaling is the identity"
     elif block.scaling is not None and size < block.scaling.min_workers:

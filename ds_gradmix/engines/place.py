@@ -17,6 +17,7 @@ from deepspeed.utils import groups
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_group, bwc_tensor_model_parallel_world_size
 
 from ds_gradmix.config import ConfigError
+from ds_gradmix.engines.team import find_team
 from ds_gradmix.lookahead import Division
 from ds_gradmix.reduction import Parameter
 from ds_gradmix.workers import Circle, Copies, Hosts, Workers, gather_objects, groups_of
@@ -60,8 +61,10 @@ class Place:
         return frozenset(name for name, there in found.items() if there)
 
     def describe(self) -> str:
-        """How a replica is divided, in words; nothing if it is not."""
+        """What a worker is made of, and how a replica is divided, in words; nothing if it is not."""
         found = []
+        if self.workers.replicas_per_worker > 1:
+            found.append(f"each the mean of {self.workers.replicas_per_worker} replicas")
         if self.tensor is not None:
             found.append(f"tensor parallel {self.tensor.num_ranks}")
         if self.is_pipeline:
@@ -121,10 +124,16 @@ class Place:
         return Division(labels, counts, self.tensor)
 
 
-def find_place(engine: Any, everyone: Hosts) -> Place:
+def find_place(engine: Any, everyone: Hosts, worker: str | int) -> Place:
     """The place of an engine's rank; all ranks must ask together, once the engine has its process groups.
 
-    `everyone` are the hosts of all ranks.
+    Args:
+        engine: DeepSpeed's.
+        everyone: the hosts of all ranks.
+        worker: the block's `worker`.
+
+    Raises:
+        ConfigError: on all ranks, if the groups are not made of such workers.
     """
     data = engine.seq_data_parallel_group
     sequence_size = int(engine.sequence_parallel_size)
@@ -142,7 +151,7 @@ def find_place(engine: Any, everyone: Hosts) -> Place:
     stage = next(ranks for ranks in stage_sets if dist.get_rank() in ranks)
     model_ranks = next(ranks for ranks in model_sets if dist.get_rank() in ranks)
     deciders = None if stage == sorted(ranks_of(data)) else Circle(groups_of(stage_sets))
-    workers = Workers(data, 1 if apart else sequence_size, deciders)
+    workers = Workers(data, find_team(data, worker, 1 if apart else sequence_size), deciders)
     model = workers.deciders if model_ranks == stage else Circle(groups_of(model_sets))
     return Place(
         workers,

@@ -303,7 +303,7 @@ class Seam:
                 (self.block.seed, self.place.workers.number),
                 accumulates=accumulates,
                 division=self.place.division(self.named),
-                replica=None if self.place.apart else self.place.sequence,
+                team=self.place.workers.team,
             )
 
     def go_ahead(self) -> None:

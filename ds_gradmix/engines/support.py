@@ -172,6 +172,17 @@ def refused_model_scope(block: Block, parallelism: frozenset[str]) -> str | None
     return None
 
 
+def refused_worker(block: Block, parallelism: frozenset[str]) -> str | None:
+    """Why workers of several ranks are refused with a kind of parallelism, or None."""
+    if block.worker not in ("rank", 1) and "experts" in parallelism:
+        shown = f'"{block.worker}"' if isinstance(block.worker, str) else str(block.worker)
+        return (
+            f"gradmix.worker: {shown} is not supported with experts by this version, since they are reduced "
+            'over other ranks than the rest: set it to "rank"'
+        )
+    return None
+
+
 def lookup(config: Mapping[str, Any], path: str, default: Any) -> Any:
     """The value at a dotted path of a nested mapping, or the default where any part of it is absent."""
     value: Any = config

@@ -218,11 +218,11 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
     def independent_gradient_partition_epilogue(self) -> None:
         """The end of a backward's reductions."""
         super().independent_gradient_partition_epilogue()
-        # Where DeepSpeed averages, it has divided by the number of workers before we see the gradient.
-        workers = self.gradmix.place.workers.size
+        # Where DeepSpeed averages, it has divided by the number of replicas before we see the gradient.
+        replicas = self.gradmix.place.workers.num_replicas
         self.gradmix.end_backward(
             boundary=bool(self.is_gradient_accumulation_boundary()),
-            gradient_scale=float(self.loss_scale) / (workers if self.gradient_average else 1),
+            gradient_scale=float(self.loss_scale) / (replicas if self.gradient_average else 1),
         )
 
     # --- one step ---
