@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ds_gradmix.config import KEY, Block, ConfigError, misspelt_key, parse_block
-from ds_gradmix.costs import cost_table
+from ds_gradmix.costs import cost_table, scale_table
 from ds_gradmix.engines.support import TESTED_DEEPSPEED, refused_settings
+from ds_gradmix.scale import Cluster, Job
 
 VERBS = ("check", "env")
 
@@ -26,28 +27,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     check.add_argument("config", type=Path, metavar="CONFIG.json")
     check.add_argument(
-        "--workers", type=int, nargs="+", default=[4, 8, 64, 512], help="data-parallel sizes to show"
+        "--dp", "--workers", type=int, nargs="+", default=[4, 8, 64, 512], help="data-parallel sizes"
     )
+    check.add_argument(
+        "--params", type=float, help="bytes, memory and time for so many parameters a data-parallel rank"
+    )
+    check.add_argument(
+        "--ranks-per-node", type=int, default=Cluster.ranks_per_node, help="of one data-parallel group"
+    )
+    check.add_argument("--tensors", type=int, default=Job.tensors, help="that the parameters are made of")
+    gigabytes = {"type": float, "metavar": "GB/S"}
+    check.add_argument("--node-bandwidth", default=Cluster.node_bandwidth / 1e9, **gigabytes)
+    check.add_argument("--link-bandwidth", default=Cluster.link_bandwidth / 1e9, **gigabytes)
+    check.add_argument("--memory-bandwidth", default=Cluster.memory_bandwidth / 1e9, **gigabytes)
     verbs.add_parser("env", help="versions, and what of this machine matters")
     options = parser.parse_args(arguments)
     if options.verb == "env":
         return _env()
-    if min(options.workers) < 1:
-        parser.error("--workers: each must be at least 1")
-    return _check(options.config, options.workers)
+    numbers = ("params", "ranks_per_node", "tensors", "node_bandwidth", "link_bandwidth", "memory_bandwidth")
+    for name, value in [("dp", min(options.dp)), *((name, getattr(options, name)) for name in numbers)]:
+        if value is not None and not 0 < value < float("inf"):
+            parser.error(f"--{name.replace('_', '-')}: {value}; allowed are numbers above 0")
+    return _check(options)
 
 
-def _check(path: Path, workers: Sequence[int]) -> int:
+def _check(options: argparse.Namespace) -> int:
+    path = options.config
     try:
         config = _read(path)
         block = _block_of(config)
+        tables = [cost_table(config, block, options.dp)]
+        for size in options.dp if options.params else ():
+            cluster = _cluster(options, block, size)
+            tables.append(scale_table(config, block, options.params, cluster, options.tensors))
     except ConfigError as error:
         for line in str(error).splitlines():
             print(f"{path}: {line}", file=sys.stderr)
         return 2
     print(json.dumps({KEY: resolved(block)}, indent=2))
-    print(cost_table(config, block, workers))
+    print(*tables, sep="\n")
     return 0
+
+
+def _cluster(options: argparse.Namespace, block: Block, size: int) -> Cluster:
+    """Some of a node's ranks, if there are no more."""
+    on_node = min(options.ranks_per_node, size)
+    per_worker = {"rank": 1, "node": on_node}[block.worker] if isinstance(block.worker, str) else block.worker
+    bandwidths = {
+        name: getattr(options, name) * 1e9
+        for name in ("node_bandwidth", "link_bandwidth", "memory_bandwidth")
+    }
+    return Cluster(size, on_node, per_worker, **bandwidths)
 
 
 def _read(path: Path) -> Mapping[str, Any]:

@@ -102,10 +102,10 @@ class Plan:
         return len(self.counted)
 
 
-def columns_per_tile(block: Block, workers: Workers, wire: Wire) -> int:
+def columns_per_tile(block: Block, num_ranks: int, num_workers: int, wire_bytes: int) -> int:
     """Elements a rank combines at a time, such that 3 `tile_bytes` hold all that a tile needs.
 
-    Per column: an element sent and one received for every rank, in the wire's dtype; up to 12 float32 of
+    Per column: `wire_bytes` for every rank, an element sent and one received; up to 12 float32 of
     statistics; and for the work of each worker a float64 (Gram matrix, or gradients in float32), or half as
     much again where weights differ by parameter, or six times as much for Gram matrices by parameter (blocks
     that parameters share are copied for each); and a float32 more where its ranks' parts are summed.
@@ -115,9 +115,9 @@ def columns_per_tile(block: Block, workers: Workers, wire: Wire) -> int:
         work = 12
     if block.mixing.needs_gram and block.scope == "parameter":
         work = 48
-    if workers.ranks_per_worker > 1:
+    if num_ranks > num_workers:
         work += 4
-    per_column = workers.num_ranks * wire.num_bytes + workers.size * work + 48
+    per_column = num_ranks * wire_bytes + num_workers * work + 48
     return max(3 * block.tile_bytes // per_column, 1)
 
 
@@ -161,7 +161,7 @@ class Exchange:
         `counted` tells of every parameter of the bucket whether this rank adds it to sums over the ranks.
         """
         workers = self._workers
-        columns = columns_per_tile(self._block, workers, wire)
+        columns = columns_per_tile(self._block, workers.num_ranks, workers.size, wire.num_bytes)
         tiles = plan_tiles(pieces, workers.order, workers.rank, columns)
         return Plan(tiles, list(pieces), workers.rank, workers.size, device, list(counted), whole)
 
@@ -272,7 +272,7 @@ class Exchange:
         Any division of the elements among the R ranks serves, so each tile is cut into R equal parts.
         """
         workers = self._workers
-        columns = columns_per_tile(self._block, workers, wire)
+        columns = columns_per_tile(self._block, workers.num_ranks, workers.size, wire.num_bytes)
         pieces, start = [], 0
         for grad in grads:
             pieces.append((start, grad.reshape(-1)))

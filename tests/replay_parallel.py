@@ -1,7 +1,8 @@
 """The small language model of every layout once more, in one process, from the reference of the rules alone.
 
 GAF decides by parameter here, so what lies in which bucket does not matter. Experts that are spread over
-ranks have fewer workers, each the sum over ranks that share them.
+ranks have fewer workers, each the sum over ranks that share them. Where the block makes several replicas one
+worker, its gradient is their mean.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def replay(case: Case) -> dict[str, NDArray[np.float64]]:
     if not case.experts:
         model.double()
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.5)
-    past: list[Gradients] = [{} for _ in range(case.layout.data)]
+    size = (case.block or {}).get("worker", 1)
+    past: list[Gradients] = [{} for _ in range(case.layout.data // size)]
     for step in range(case.steps):
         once = [range(case.accumulation)] if case.stage < 2 else [[m] for m in range(case.accumulation)]
         total = {name: torch.zeros_like(p) for name, p in named.items()}
@@ -39,8 +41,9 @@ def replay(case: Case) -> dict[str, NDArray[np.float64]]:
         for micros in once:
             workers = []
             for data in range(case.layout.data):
-                with _offset(named, past, data, case):
+                with _offset(named, past, data // size, case):
                     workers.append(_gradients(model, step, micros, data, case))
+            workers = [_mean(workers[at : at + size]) for at in range(0, len(workers), size)]
             for name in named:
                 grads = _reducers(name, [worker[name] for worker in workers], case.layout.expert)
                 share = len(grads) / len(workers)
@@ -61,6 +64,10 @@ def _reducers(name: str, grads: list[Any], expert_ranks: int) -> list[Any]:
     if ".experts." not in name:
         return grads
     return [sum(grads[at : at + expert_ranks]) for at in range(0, len(grads), expert_ranks)]
+
+
+def _mean(replicas: list[Gradients]) -> Gradients:
+    return {name: sum(grads[name] for grads in replicas) / len(replicas) for name in replicas[0]}
 
 
 def _gradients(model: Any, step: int, micros: Any, data: int, case: Case) -> Gradients:

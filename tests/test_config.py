@@ -182,8 +182,8 @@ def test_check_where_every_rank_needs_the_result(
         path = write(tmp_path / "c.json", {**config, "gradmix": block})
         assert main(["check", path, "--workers", "4", "64"]) == 0
         out = capsys.readouterr().out
-        table = [line.split() for line in out[out.index("  workers") :].splitlines()[:3]]
-        assert table == [["workers", "buckets", "of", kind], ["4", "1.000"], ["64", "1.000"]]
+        table = [line.split() for line in out[out.index("  ranks") :].splitlines()[:3]]
+        assert table == [["ranks", "buckets", "of", kind], ["4", "1.000"], ["64", "1.000"]]
         assert memory in out and "one owner" not in out and "reduce_bucket_size" not in out
         assert ("waits for the decision" in out) == (scope == "model")
 

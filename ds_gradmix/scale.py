@@ -1,0 +1,229 @@
+"""What a step's reduction costs a rank at a given scale, from formulas: docs/scaling.md derives them.
+
+    P   parameters whose gradients a rank reduces: the model's, by its tensor- and pipeline-parallel ranks
+    b   bytes of an element as it travels, B = b P
+    D   data-parallel ranks, of which k are on a node, and n make one of W = D/n workers
+    S   decisions: one for a bucket, a parameter tensor, or the model
+
+Every collective is a hop: what a rank sends, and what of a node's ranks' leaves the node. Hops follow each
+other; each takes as long as the slower of its two networks. Bytes are held to the kernel's counters by
+tests/test_scaling.py. Times are estimates for the bandwidths given, without anything overlapped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from ds_gradmix.config import Block, ConfigError
+from ds_gradmix.mixing import Mean
+
+BUCKET = 500_000_000  # elements of a bucket: DeepSpeed's default in ZeRO, and the size elsewhere
+_KERNELS_PER_WORKER = 15  # of a sequential decision (GAF) on the rank that takes it
+_GRAM_COPIES = 5  # of W x W float64, while a decision is taken
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Ranks and what connects them; by default nodes of 8 H100 with a 400 Gbit/s adapter each."""
+
+    ranks: int  # D
+    ranks_per_node: int = 8  # of one data-parallel group
+    ranks_per_worker: int = 1  # n
+    node_bandwidth: float = 400e9  # bytes/s that a node sends
+    link_bandwidth: float = 450e9  # bytes/s that a rank sends inside a node
+    memory_bandwidth: float = 3.35e12  # bytes/s that a rank reads and writes
+    fp64_rate: float = 67e12  # operations/s of a rank's float64 matrix products
+    launch_s: float = 5e-6  # of a small kernel
+
+    def __post_init__(self) -> None:
+        n, k = self.ranks_per_worker, self.on_node
+        if self.ranks % n:
+            raise ConfigError(f"{self.ranks} data-parallel ranks are no whole number of workers of {n}")
+        if self.ranks % k or (n % k and k % n):
+            raise ConfigError(
+                f"{self.ranks} data-parallel ranks, {k} on a node, {n} a worker: allowed are whole nodes, and "
+                "workers that are whole nodes or divide them"
+            )
+
+    @property
+    def on_node(self) -> int:
+        """k."""
+        return min(self.ranks_per_node, self.ranks)
+
+    @property
+    def workers(self) -> int:
+        """W."""
+        return self.ranks // self.ranks_per_worker
+
+
+@dataclass(frozen=True)
+class Job:
+    """One reduction of all gradients.
+
+    Of a bucket all ranks may own even shares, or one, or a few, own all of it (ZeRO-1 and ZeRO-2), or every
+    rank needs the result (ZeRO-0, BF16_Optimizer).
+    """
+
+    parameters: float  # P
+    grad_bytes: int  # b
+    owners: Literal["even", "one", "all"]
+    bucket: int = BUCKET  # elements
+    tensors: int = 1000  # that P is made of
+    copies: int = 0  # of the parameters, that extrapolation keeps
+
+    @property
+    def num_bytes(self) -> float:
+        """B."""
+        return self.parameters * self.grad_bytes
+
+    @property
+    def buckets(self) -> int:
+        """How many, at most full."""
+        return math.ceil(self.parameters / self.bucket)
+
+
+class Hop(NamedTuple):
+    """One collective over all gradients."""
+
+    sent: float  # bytes, by a rank
+    leaving: float  # bytes, by a node
+
+
+class Costs(NamedTuple):
+    """Of one reduction, for a rank."""
+
+    sent: float  # bytes
+    leaving: float  # bytes that leave a node, from all of its ranks
+    memory: float  # bytes besides parameters, gradients and optimizer states
+    seconds: float
+
+
+def all_reduce(num_bytes: float, cluster: Cluster) -> Hop:
+    """A ring: 2 (D-1)/D B."""
+    sent = 2 * (cluster.ranks - 1) / cluster.ranks * num_bytes
+    return Hop(sent, _ring(sent, cluster))
+
+
+def to_combiners(num_bytes: float, cluster: Cluster) -> list[Hop]:
+    """Inside a worker (n-1)/n B, across workers (W-1)/W B/n."""
+    d, k, n, w = cluster.ranks, cluster.on_node, cluster.ranks_per_worker, cluster.workers
+    inside = Hop((n - 1) / n * num_bytes, k * max(n - k, 0) / n * num_bytes)
+    near = max(k // n, 1)  # workers on a rank's node, its own included
+    across = Hop((w - 1) / w * num_bytes / n, k * (w - near) / w * num_bytes / n)
+    return [hop for hop in (inside, across) if hop.sent]
+
+
+def to_owners(num_bytes: float, cluster: Cluster) -> Hop:
+    """Combined shares to the owners of a few pieces: (D-1)/D B/D."""
+    d, k = cluster.ranks, cluster.on_node
+    return Hop((d - 1) / d * num_bytes / d, k * (d - k) / d * num_bytes / d)
+
+
+def to_everyone(num_bytes: float, cluster: Cluster) -> list[Hop]:
+    """Combined shares to all ranks, by rings: across workers (W-1)/W B/n, then inside (n-1)/n B."""
+    d, k, n, w = cluster.ranks, cluster.on_node, cluster.ranks_per_worker, cluster.workers
+    share = (w - 1) / w * num_bytes / n
+    across = Hop(share, min(n, k) * share if d > k else 0.0)
+    inside = (n - 1) / n * num_bytes
+    return [hop for hop in (across, Hop(inside, inside if n > k else 0.0)) if hop.sent]
+
+
+def _ring(sent: float, cluster: Cluster) -> float:
+    """A ring through all ranks leaves each node by one link."""
+    return sent if cluster.ranks > cluster.on_node else 0.0
+
+
+def stock_costs(job: Job, cluster: Cluster) -> Costs:
+    """DeepSpeed's own averaging: an all-reduce of a copy of the bucket."""
+    copied = min(job.bucket, job.parameters) * job.grad_bytes
+    return _costs([all_reduce(job.num_bytes, cluster)], copied, 2 * job.num_bytes, 0.0, cluster)
+
+
+def costs(block: Block, job: Job, cluster: Cluster) -> Costs:
+    """A block's."""
+    hops = gradient_hops(block, job, cluster)
+    memory = job.copies * job.parameters * job.grad_bytes
+    if not exchanges(block, cluster):
+        memory += stock_costs(job, cluster).memory
+        touched = 2 * job.num_bytes
+        if cluster.workers > 1 and not (isinstance(block.mixing, Mean) and block.nonfinite == "propagate"):
+            memory += block.tile_bytes
+            touched += 16 * job.parameters
+        return _costs(hops, memory, touched, 0.0, cluster)
+    memory += 3 * block.tile_bytes
+    if job.owners == "all":
+        memory += min(job.bucket, job.parameters) * job.grad_bytes
+    if _smooths(block):
+        memory += 8 * job.parameters / cluster.ranks
+    seconds, w = 0.0, cluster.workers
+    if block.mixing.needs_gram:
+        together = math.ceil(_decisions(block, job) / job.buckets)
+        memory += _GRAM_COPIES * 8 * w * w * together
+        seconds += 2 * w * job.parameters / cluster.ranks_per_worker / cluster.fp64_rate
+        rounds = 1 if block.scope == "model" else job.buckets
+        seconds += rounds * _KERNELS_PER_WORKER * w * cluster.launch_s
+    hops += _decision_hops(block, job, cluster)
+    return _costs(hops, memory, _touched(block, job, cluster), seconds, cluster)
+
+
+def exchanges(block: Block, cluster: Cluster) -> bool:
+    """Whether gradients of all workers meet, or are weighed and summed by DeepSpeed."""
+    return cluster.workers > 1 and (block.mixing.needs_gram or block.scaling is not None)
+
+
+def gradient_hops(block: Block, job: Job, cluster: Cluster) -> list[Hop]:
+    """What happens to the gradients themselves."""
+    num_bytes = job.num_bytes
+    if not exchanges(block, cluster):
+        return [all_reduce(num_bytes, cluster)]
+    hops = to_combiners(num_bytes, cluster)
+    if job.owners == "all":
+        return hops + to_everyone(num_bytes, cluster)
+    if block.mixing.needs_gram and block.scope == "model":
+        hops = hops * 2  # the first time for the decision alone
+    if job.owners == "one":
+        hops.append(to_owners((2 if _smooths(block) else 1) * num_bytes, cluster))
+    return hops
+
+
+def _decision_hops(block: Block, job: Job, cluster: Cluster) -> Iterator[Hop]:
+    w = cluster.workers
+    if block.mixing.needs_gram:
+        told = 8.0 * _decisions(block, job) * (w * w + w + 2)
+        yield Hop(told, _ring(told, cluster))
+    if block.scaling is not None:
+        yield all_reduce(16.0 * job.tensors, cluster)
+
+
+def _decisions(block: Block, job: Job) -> int:
+    """S."""
+    return {"bucket": job.buckets, "parameter": job.tensors, "model": 1}[block.scope]
+
+
+def _smooths(block: Block) -> bool:
+    return block.scaling is not None and block.scaling.smoothing > 0
+
+
+def _touched(block: Block, job: Job, cluster: Cluster) -> float:
+    """Bytes that operations on gradients read and write: of the P that a rank sends, and of the P/n that it
+    combines.
+    """
+    b, n = job.grad_bytes, cluster.ranks_per_worker
+    sends = 2.0 * b + (b if n > 1 else 0)
+    combines = 16.0 + b if n > 1 else 0.0  # a worker's mean
+    if block.mixing.needs_gram:
+        combines += 16 + b + 4 * b  # products in float64; kept in the bucket, and read again
+    combines += 44 + b if block.scaling is not None else 8 + b
+    return job.parameters * (sends + combines / n)
+
+
+def _costs(hops: Iterable[Hop], memory: float, touched: float, seconds: float, cluster: Cluster) -> Costs:
+    hops = list(hops)
+    seconds += touched / cluster.memory_bandwidth
+    for hop in hops:
+        near = hop.sent - hop.leaving / cluster.on_node
+        seconds += max(hop.leaving / cluster.node_bandwidth, near / cluster.link_bandwidth)
+    return Costs(sum(hop.sent for hop in hops), sum(hop.leaving for hop in hops), memory, seconds)
