@@ -1,9 +1,7 @@
-"""What is compared: three ways in which a bucket's gradients are owned, the rules, and what theory says.
+"""What is compared: three ways in which a bucket's gradients are owned, and the rules.
 
-Per rank and reduction of `B` bytes by `W` ranks: stock's ring all-reduce sends `2(W−1)/W · B`; an exchange
-sends `(W−1)/W · B` to the ranks that combine, and nothing more if those own the result ("even"). If the
-bucket has one owner, each rank also sends its combined 1/W share there: `(W−1)/W · B/W` on average. Where
-every rank needs the result, it sends its share to all of them: `(W−1)/W · B`, so as much as stock.
+All ranks own even shares of a bucket ("even"), one owns all of it ("one owner"), or every rank needs the
+result. Theory is what `ds_gradmix check` tells: docs/scaling.md.
 """
 
 from __future__ import annotations
@@ -22,6 +20,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 }
 WITHOUT_OWNERS = {"ZeRO-0": ("fp32",), "BF16_Optimizer": ("bf16",)}  # and the dtypes to try
 EVERY_RANK = "every rank"
+OWNERS = {"even": "even", "one owner": "one", EVERY_RANK: "all"}
 DEEPSPEED_DTYPE = {"bf16": {"bf16": {"enabled": True}}}
 
 _GAF = {"mixing": {"type": "GAF", "params": {"threshold": 1.0}}}
@@ -40,8 +39,14 @@ RULES: dict[str, dict[str, Any] | None] = {
     "GAF scope parameter": _GAF | {"scope": "parameter"},
     "GAF scope model": _GAF | {"scope": "model"},
 }
+# Between hosts of several ranks.
+TEAM_RULES: dict[str, dict[str, Any]] = {
+    f"{name}, worker node": {**(RULES[name] or {}), "worker": "node"}
+    for name in ("GradientMix", "GAF", "VRGD", "VRGD momentum 0.9", "GAF scope model")
+}
+RULES |= TEAM_RULES
 QUICK_RULES = {"ZeRO-2": ("GAF", "GAF+VRGD"), "ZeRO-0": ("GAF scope model",)}
-WITHOUT_EXCHANGE = ("stock", "Mean", "GradientMix")
+WITHOUT_EXCHANGE = ("stock", "Mean", "GradientMix", "GradientMix, worker node")
 MODEL_SCOPE = "GAF scope model"
 MOMENTUM = "VRGD momentum 0.9"
 
@@ -56,6 +61,7 @@ class Case:
     world: int
     tile_bytes: int
     rules: tuple[str, ...]
+    ranks_per_host: int = 1
 
     @property
     def bucket_elements(self) -> int:
@@ -90,30 +96,23 @@ class Case:
             return config
         return config | {"gradmix": block if tile_bytes is None else block | {"tile_bytes": tile_bytes}}
 
-    def stock_bytes(self) -> float:
-        """What stock sends by theory, per rank and reduction of the whole model."""
-        return 2 * (self.world - 1) / self.world * self.model_bytes
+    def theory_bytes(self, rule: str) -> float:
+        """What a host sends for one reduction of the whole model."""
+        from ds_gradmix.config import parse_block
+        from ds_gradmix.scale import Cluster, Job, costs, stock_costs
 
-    def theory(self, rule: str) -> float:
-        """The ratio of `rule`'s bytes to stock's, by theory."""
-        if rule in WITHOUT_EXCHANGE or self.owners == EVERY_RANK:
-            return 1.0  # also for a whole model's Gram matrix: gradients stay where it was made
-        share = 0.0 if self.owners == "even" else 1 / self.world
-        if rule == MODEL_SCOPE:
-            return 0.5 * (2 + share)  # once for the Gram matrix, once more to combine
-        if rule == MOMENTUM:
-            return 0.5 * (1 + 2 * share)  # r travels with the mean, in the same dtype
-        return 0.5 * (1 + share)
+        definition = RULES[rule] or {}
+        width = ELEMENT_BYTES[self.dtype]
+        job = Job(NUM_ELEMENTS, width, OWNERS[self.owners], self.bucket_elements, NUM_LAYERS)  # type: ignore[arg-type]
+        per_worker = self.ranks_per_host if definition.get("worker") == "node" else 1
+        cluster = Cluster(self.world, self.ranks_per_host, per_worker)
+        if not definition:
+            return stock_costs(job, cluster).leaving
+        return costs(parse_block(definition), job, cluster).leaving
 
     def bytes_bound(self, rule: str) -> float:
-        """The most that `rule` may send, as a ratio to stock: theory, and room for headers and scalars."""
-        if rule in WITHOUT_EXCHANGE or self.owners == EVERY_RANK:
-            return 1.03
-        if rule == MODEL_SCOPE:
-            return max(1.2, self.theory(rule) + 0.05)
-        if rule == MOMENTUM or self.owners == "even":
-            return self.theory(rule) + 0.05
-        return self.theory(rule) + 0.035
+        """The most that `rule` may send, as a ratio to stock: theory, and room for headers."""
+        return 1.05 * self.theory_bytes(rule) / self.theory_bytes("stock")
 
     def memory_bound(self, rule: str, stock_reduction_bytes: float) -> float:
         """The most that a reduction may allocate: three tiles, or what stock's does where stock's is used.

@@ -1,13 +1,14 @@
 """Costs of the gradient exchange against stock DeepSpeed, measured in one run: bytes, step time, memory.
 
     python benchmarks/exchange.py [--quick] [--world 4] [--engine ZeRO-2] [--dtype fp32] [--json FILE]
+    python benchmarks/exchange.py --ranks-per-host 2 --only-bytes
 
-Each rank runs on a host of its own, a network namespace with one interface (`hosts.py`; needs root and `ip`);
-without, on the loopback interface, whose counter sums over ranks. `cases.py` has the cases, the rules, the
-theory and the bounds; `exchange_worker.py` says how a rank measures. Exits with 1 if a rule breaks its bound,
-after the table.
+A host is a network namespace with one interface (`hosts.py`; needs root and `ip`), by default for each rank;
+without, all ranks share the loopback interface, whose counter sums over them. `cases.py` has the cases, the
+rules, the theory and the bounds; `exchange_worker.py` says how a rank measures. Exits with 1 if a rule breaks
+its bound, after the table.
 
-The table, per rule: bytes sent per rank and reduction, over stock's; the median over pairs of step times,
+The table, per rule: bytes sent per host and reduction, over stock's; the median over pairs of step times,
 over stock's (a model with next to nothing to compute: the worst case); peak memory in the backward, over
 stock's; and what a bucket's reduction itself allocates at its peak, in MiB and in tiles.
 """
@@ -25,10 +26,11 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cases import ENGINES, EVERY_RANK, MODEL_SCOPE, QUICK_RULES, RULES, WITHOUT_OWNERS, Case
+from cases import ENGINES, EVERY_RANK, MODEL_SCOPE, QUICK_RULES, RULES, TEAM_RULES, WITHOUT_OWNERS, Case
 from hosts import loopback, network, run_ranks, why_no_namespaces
 
 MIB = 1 << 20
@@ -41,6 +43,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--engine", action="append", choices=list(ENGINES), help="default: all but ZeRO-1")
     parser.add_argument("--dtype", action="append", choices=("fp32", "bf16"), help="default: both")
     parser.add_argument("--rule", action="append", choices=list(RULES), help="default: all of them")
+    parser.add_argument("--ranks-per-host", type=int, choices=(1, 2, 4), default=1)
+    parser.add_argument("--only-bytes", action="store_true", help="measure neither time nor memory")
     parser.add_argument("--tile-mib", type=float, default=1.0, help="tile_bytes when measuring memory")
     parser.add_argument("--rounds", type=int, help="pairs of steps to time per rule")
     parser.add_argument("--loopback", action="store_true", help="no namespaces, even where they can be made")
@@ -53,40 +57,51 @@ def make_cases(options: argparse.Namespace) -> list[Case]:
     """Every way of ownership that an engine has, in each dtype; model scope by ZeRO-1 for ZeRO-2."""
     dtypes = options.dtype or (["fp32"] if options.quick else ["fp32", "bf16"])
     default = QUICK_RULES if options.quick else [name for name in ENGINES if name != "ZeRO-1"]
-    tile_bytes = int(options.tile_mib * MIB)
+    case = partial(_case, options)
     cases = []
+    every_rule = (
+        [*RULES] if options.ranks_per_host > 1 else [rule for rule in RULES if rule not in TEAM_RULES]
+    )
     for engine in options.engine or default:
-        rules = tuple(options.rule or (QUICK_RULES.get(engine, ("GAF",)) if options.quick else RULES))
+        rules = tuple(options.rule or (QUICK_RULES.get(engine, ("GAF",)) if options.quick else every_rule))
         if engine in WITHOUT_OWNERS:
             for dtype in [dtype for dtype in WITHOUT_OWNERS[engine] if dtype in dtypes]:
-                cases.append(Case(EVERY_RANK, dtype, engine, options.world, tile_bytes, rules))
+                cases.append(case(EVERY_RANK, dtype, engine, rules))
             continue
         for dtype, owners in itertools.product(dtypes, ("even", "one owner")):
             engines = {engine: rules}
-            if engine == "ZeRO-2" and MODEL_SCOPE in rules:
-                engines = {engine: tuple(rule for rule in rules if rule != MODEL_SCOPE)}
-                engines |= {"ZeRO-1": (MODEL_SCOPE,)} if dtype == "fp32" else {}
-            for name, names in engines.items():
-                cases.append(Case(owners, dtype, name, options.world, tile_bytes, names))
+            whole = tuple(rule for rule in rules if MODEL_SCOPE in rule)
+            if engine == "ZeRO-2" and whole:
+                engines = {engine: tuple(rule for rule in rules if rule not in whole)}
+                engines |= {"ZeRO-1": whole} if dtype == "fp32" else {}
+            cases += [case(owners, dtype, name, names) for name, names in engines.items()]
     return [case for case in cases if case.rules]
+
+
+def _case(options: argparse.Namespace, owners: str, dtype: str, engine: str, rules: tuple[str, ...]) -> Case:
+    tile_bytes = int(options.tile_mib * MIB)
+    return Case(owners, dtype, engine, options.world, tile_bytes, rules, options.ranks_per_host)
 
 
 def run(cases: list[Case], options: argparse.Namespace) -> list[list[dict[str, Any]]]:
     """Every rank's measurements of every case: [rank][case][rule]."""
     rounds = options.rounds or (2 if options.quick else 6)
-    plan = {"cases": [asdict(case) for case in cases], "rounds": rounds, "repeats": 2}
+    rounds = 0 if options.only_bytes else rounds
+    repeats = 1 if options.only_bytes or options.quick else 2
+    plan = {"cases": [asdict(case) for case in cases], "rounds": rounds, "repeats": repeats}
     missing = "--loopback was given" if options.loopback else why_no_namespaces()
     if missing is not None:
         print(
             f"No network namespaces ({missing}): counting on the loopback interface, for all ranks together."
         )
-    hosts = network(options.world) if missing is None else nullcontext(loopback(options.world))
+    num_hosts = options.world // options.ranks_per_host
+    hosts = network(num_hosts) if missing is None else nullcontext(loopback(num_hosts))
     with tempfile.TemporaryDirectory() as name, hosts as ranks:
         folder = Path(name)
         (folder / "plan.json").write_text(json.dumps(plan))
         worker = Path(__file__).with_name("exchange_worker.py")
         argv = [sys.executable, str(worker), str(folder / "plan.json"), name]
-        run_ranks(ranks, argv, folder, options.timeout)
+        run_ranks(ranks, argv, folder, options.timeout, options.ranks_per_host)
         measured = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(options.world)]
     if missing is not None:
         _share_counter(measured)
@@ -94,7 +109,7 @@ def run(cases: list[Case], options: argparse.Namespace) -> list[list[dict[str, A
 
 
 def _share_counter(measured: list[list[dict[str, Any]]]) -> None:
-    """Every rank read the sum over ranks: a rank's own part is that by W."""
+    """Every rank read the sum over ranks: a rank's own part is that by their number."""
     for rank in measured:
         for case in rank:
             for row in case.values():
@@ -115,17 +130,20 @@ def summarise(case: Case, ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     rows = []
     for rule in case.rules:
-        pairs = [pair for rank in ranks for pair in rank[rule]["seconds"]]
-        rows.append(
-            asdict(case)
-            | {
-                "rule": rule,
-                "sent_bytes": sent(rule),
-                "stock_sent_bytes": sent("reference"),
-                "stock_theory_bytes": case.stock_bytes(),
-                "bytes_ratio": sent(rule) / sent("reference"),
-                "bytes_ratio_theory": case.theory(rule),
-                "bytes_ratio_bound": case.bytes_bound(rule),
+        row = asdict(case) | {
+            "rule": rule,
+            "sent_bytes": sent(rule),
+            "theory_bytes": case.theory_bytes(rule),
+            "stock_sent_bytes": sent("reference"),
+            "stock_theory_bytes": case.theory_bytes("stock"),
+            "bytes_ratio": sent(rule) / sent("reference"),
+            "bytes_ratio_theory": case.theory_bytes(rule) / case.theory_bytes("stock"),
+            "bytes_ratio_bound": case.bytes_bound(rule),
+        }
+        rows.append(row)
+        pairs = [pair for rank in ranks for pair in rank[rule].get("seconds", ())]
+        if pairs:
+            row |= {
                 "time_ratio": statistics.median(seconds / stock for stock, seconds in pairs),
                 "stock_step_s": statistics.median(stock for stock, _ in pairs),
                 "peak_ratio": peak(rule) / peak("reference"),
@@ -133,7 +151,6 @@ def summarise(case: Case, ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "stock_reduction_bytes": most("reference", "reduction_bytes"),
                 "reduction_bound_bytes": case.memory_bound(rule, most("reference", "reduction_bytes")),
             }
-        )
     return rows
 
 
@@ -141,24 +158,27 @@ def print_table(case: Case, rows: list[dict[str, Any]]) -> None:
     first = rows[0]
     overhead = first["stock_sent_bytes"] / first["stock_theory_bytes"] - 1
     print(
-        f"\n{case.owners}, {case.dtype}, {case.engine}, {case.world} ranks:"
+        f"\n{case.owners}, {case.dtype}, {case.engine}, {case.world} ranks, {case.ranks_per_host} on a host:"
         f" model {case.model_bytes / MIB:.0f} MiB, buckets {case.bucket_bytes / MIB:.0f} MiB,"
         f" tiles {case.tile_bytes / MIB:g} MiB\n"
-        f"stock sends {first['stock_sent_bytes'] / MIB:.1f} MiB per rank"
-        f" (theory {first['stock_theory_bytes'] / MIB:.1f}, {overhead:+.1%} for the protocols),"
-        f" allocates {first['stock_reduction_bytes'] / MIB:.1f} MiB in a reduction,"
-        f" {first['stock_step_s'] * 1e3:.0f} ms a step"
+        f"stock sends {first['stock_sent_bytes'] / MIB:.1f} MiB per host"
+        f" (theory {first['stock_theory_bytes'] / MIB:.1f}, {overhead:+.1%} for the protocols)"
     )
-    print(
-        f"{'rule':<20}{'bytes':>7}{'theory':>8}{'bound':>7}{'time':>7}{'peak':>7}{'own MiB':>9}{'tiles':>7}"
-    )
-    for row in rows:
-        tiles = row["reduction_bytes"] / case.tile_bytes
+    timed = "time_ratio" in first
+    if timed:
         print(
-            f"{row['rule']:<20}{row['bytes_ratio']:>7.3f}{row['bytes_ratio_theory']:>8.3f}"
-            f"{row['bytes_ratio_bound']:>7.2f}{row['time_ratio']:>7.2f}{row['peak_ratio']:>7.2f}"
-            f"{row['reduction_bytes'] / MIB:>9.2f}{tiles:>7.2f}{'  ' + broken(row) if broken(row) else ''}"
+            f"stock allocates {first['stock_reduction_bytes'] / MIB:.1f} MiB in a reduction,"
+            f" {first['stock_step_s'] * 1e3:.0f} ms a step"
         )
+    rest = f"{'time':>7}{'peak':>7}{'own MiB':>9}{'tiles':>7}" if timed else ""
+    print(f"{'rule':<30}{'bytes':>7}{'theory':>8}{'bound':>7}{rest}")
+    for row in rows:
+        line = f"{row['rule']:<30}{row['bytes_ratio']:>7.3f}{row['bytes_ratio_theory']:>8.3f}"
+        line += f"{row['bytes_ratio_bound']:>7.2f}"
+        if timed:
+            line += f"{row['time_ratio']:>7.2f}{row['peak_ratio']:>7.2f}{row['reduction_bytes'] / MIB:>9.2f}"
+            line += f"{row['reduction_bytes'] / case.tile_bytes:>7.2f}"
+        print(f"{line}  {broken(row)}".rstrip())
 
 
 def broken(row: dict[str, Any]) -> str:
@@ -166,7 +186,7 @@ def broken(row: dict[str, Any]) -> str:
     what = []
     if row["bytes_ratio"] > row["bytes_ratio_bound"]:
         what.append("BYTES")
-    if row["reduction_bytes"] > row["reduction_bound_bytes"]:
+    if "reduction_bytes" in row and row["reduction_bytes"] > row["reduction_bound_bytes"]:
         what.append(f"MEMORY > {row['reduction_bound_bytes'] / MIB:.1f} MiB")
     return ", ".join(what)
 
@@ -175,6 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     # A terminated run must still take its namespaces and ranks with it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    sys.path.append(str(Path(__file__).parents[1]))  # ds_gradmix of this checkout, installed or not
     start, cases = time.monotonic(), make_cases(options)
     measured = run(cases, options)
     rows = []

@@ -1,4 +1,4 @@
-"""Hosts for a benchmark: each a network namespace with one interface of its own, all joined by a bridge.
+"""Hosts for a benchmark or a test: each a network namespace with one interface, all joined by a bridge.
 
 Ranks of one machine would talk over the loopback interface, whose counter adds up what all of them send. In a
 namespace a rank has a veth interface that carries its traffic and no other, counted by the kernel, as on a
@@ -88,17 +88,20 @@ def free_port(host: Host) -> int:
         return int(listener.getsockname()[1])
 
 
-def run_ranks(hosts: Sequence[Host], argv: Sequence[str], logs: Path, timeout_s: float) -> None:
-    """Runs `argv` once per host with the environment of a distributed job, and waits for all of them.
+def run_ranks(
+    hosts: Sequence[Host], argv: Sequence[str], logs: Path, timeout_s: float, ranks_per_host: int = 1
+) -> None:
+    """Runs `argv` on every host with the environment of a distributed job, and waits for all of them.
 
     Each rank's output goes to `logs/rankN.log`. If one fails, or `timeout_s` passes, the others are killed
     and `RuntimeError` carries the end of the log of the rank that failed first.
     """
     port, ranks = free_port(hosts[0]), []
     try:
-        for rank, host in enumerate(hosts):
+        for rank in range(len(hosts) * ranks_per_host):
+            host = hosts[rank // ranks_per_host]
             with (logs / f"rank{rank}.log").open("w") as log:
-                env = os.environ | _rank_env(rank, hosts, port)
+                env = os.environ | _rank_env(rank, hosts, ranks_per_host, port)
                 ranks.append(
                     subprocess.Popen(host.command(argv), env=env, stdout=log, stderr=subprocess.STDOUT)
                 )
@@ -126,16 +129,16 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], logs: Path, timeout_s: float
                 raise RuntimeError(f"rank {rank} {what}; its log ends:\n{end}")
 
 
-def _rank_env(rank: int, hosts: Sequence[Host], port: int) -> dict[str, str]:
+def _rank_env(rank: int, hosts: Sequence[Host], ranks_per_host: int, port: int) -> dict[str, str]:
     return {
         "RANK": str(rank),
-        "WORLD_SIZE": str(len(hosts)),
-        "LOCAL_RANK": "0",
-        # Each rank is alone on its host: DeepSpeed must not see neighbours to share memory with.
-        "LOCAL_SIZE": "1",
+        "WORLD_SIZE": str(len(hosts) * ranks_per_host),
+        "LOCAL_RANK": str(rank % ranks_per_host),
+        # A rank alone on its host must not see neighbours to share memory with.
+        "LOCAL_SIZE": str(ranks_per_host),
         "MASTER_ADDR": hosts[0].address,
         "MASTER_PORT": str(port),
-        "GLOO_SOCKET_IFNAME": hosts[rank].interface,
+        "GLOO_SOCKET_IFNAME": hosts[rank // ranks_per_host].interface,
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
     }

@@ -36,10 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--ranks-per-node", type=int, default=Cluster.ranks_per_node, help="of one data-parallel group"
     )
     check.add_argument("--tensors", type=int, default=Job.tensors, help="that the parameters are made of")
-    gigabytes = {"type": float, "metavar": "GB/S"}
-    check.add_argument("--node-bandwidth", default=Cluster.node_bandwidth / 1e9, **gigabytes)
-    check.add_argument("--link-bandwidth", default=Cluster.link_bandwidth / 1e9, **gigabytes)
-    check.add_argument("--memory-bandwidth", default=Cluster.memory_bandwidth / 1e9, **gigabytes)
+    for name in ("node", "link", "memory"):
+        default = getattr(Cluster, f"{name}_bandwidth") / 1e9
+        check.add_argument(f"--{name}-bandwidth", type=float, default=default, metavar="GB/S")
     verbs.add_parser("env", help="versions, and what of this machine matters")
     options = parser.parse_args(arguments)
     if options.verb == "env":
@@ -73,11 +72,8 @@ def _cluster(options: argparse.Namespace, block: Block, size: int) -> Cluster:
     """Some of a node's ranks, if there are no more."""
     on_node = min(options.ranks_per_node, size)
     per_worker = {"rank": 1, "node": on_node}[block.worker] if isinstance(block.worker, str) else block.worker
-    bandwidths = {
-        name: getattr(options, name) * 1e9
-        for name in ("node_bandwidth", "link_bandwidth", "memory_bandwidth")
-    }
-    return Cluster(size, on_node, per_worker, **bandwidths)
+    bandwidths = (options.node_bandwidth, options.link_bandwidth, options.memory_bandwidth)
+    return Cluster(size, on_node, per_worker, *(value * 1e9 for value in bandwidths))
 
 
 def _read(path: Path) -> Mapping[str, Any]:

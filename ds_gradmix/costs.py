@@ -98,9 +98,8 @@ def scale_table(
     """
     job = job_of(config, block, parameters, tensors)
     reductions = _reductions(config)
-    stock, ours = (
-        _times(cost, reductions) for cost in (stock_costs(job, cluster), costs(block, job, cluster))
-    )
+    stock = _times(stock_costs(job, cluster), reductions)
+    ours = _times(costs(block, job, cluster), reductions)
     per_worker = "a rank" if cluster.ranks_per_worker == 1 else f"{cluster.ranks_per_worker} ranks"
     lines = [
         f"a step of {parameters:g} parameters on {cluster.ranks} data-parallel ranks, {cluster.on_node} on a "
@@ -118,8 +117,8 @@ def scale_table(
         if message < _SMALL_MESSAGE:
             needed = block.tile_bytes * _SMALL_MESSAGE / message / 2**20
             lines.append(
-                f"  note: workers exchange messages of {message / 2**10:.1f} KiB; larger ones are faster: for "
-                f"64 KiB set tile_bytes to {needed:.0f} MiB, or make workers larger"
+                f"  note: workers exchange messages of {message / 2**10:.1f} KiB, and larger ones are "
+                f"faster: set tile_bytes to {needed:.0f} MiB for 64 KiB, or make workers larger"
             )
     return "\n".join(lines)
 

@@ -21,7 +21,7 @@ from ds_gradmix.config import Block, ConfigError
 from ds_gradmix.mixing import Mean
 
 BUCKET = 500_000_000  # elements of a bucket: DeepSpeed's default in ZeRO, and the size elsewhere
-_KERNELS_PER_WORKER = 15  # of a sequential decision (GAF) on the rank that takes it
+_KERNELS_PER_WORKER = 8  # of a sequential decision (GAF) on the rank that takes it
 _GRAM_COPIES = 5  # of W x W float64, while a decision is taken
 
 
@@ -44,8 +44,8 @@ class Cluster:
             raise ConfigError(f"{self.ranks} data-parallel ranks are no whole number of workers of {n}")
         if self.ranks % k or (n % k and k % n):
             raise ConfigError(
-                f"{self.ranks} data-parallel ranks, {k} on a node, {n} a worker: allowed are whole nodes, and "
-                "workers that are whole nodes or divide them"
+                f"{self.ranks} data-parallel ranks, {k} on a node, {n} a worker: allowed are whole nodes, "
+                "and workers that are whole nodes or divide them"
             )
 
     @property
@@ -109,7 +109,7 @@ def all_reduce(num_bytes: float, cluster: Cluster) -> Hop:
 
 def to_combiners(num_bytes: float, cluster: Cluster) -> list[Hop]:
     """Inside a worker (n-1)/n B, across workers (W-1)/W B/n."""
-    d, k, n, w = cluster.ranks, cluster.on_node, cluster.ranks_per_worker, cluster.workers
+    k, n, w = cluster.on_node, cluster.ranks_per_worker, cluster.workers
     inside = Hop((n - 1) / n * num_bytes, k * max(n - k, 0) / n * num_bytes)
     near = max(k // n, 1)  # workers on a rank's node, its own included
     across = Hop((w - 1) / w * num_bytes / n, k * (w - near) / w * num_bytes / n)

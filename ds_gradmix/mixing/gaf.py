@@ -7,8 +7,10 @@ from pydantic import Field
 from torch import Tensor
 
 from ds_gradmix.mixing.rule import Decision, GramMixing, Moment, generator
+from ds_gradmix.segments import to_device
 
 _ROUNDING = 1e-6  # two equal float32 gradients may come out this far from cosine 1
+_TINY = 1e-300  # a zero gradient has a length, so that its cosine with everything is 0
 _ORDER_STREAM = 1  # independent of what a KnownMixing would draw at the same moment
 
 
@@ -36,31 +38,40 @@ class GAF(GramMixing):
     def decide(self, gram_SWW: Tensor, present_W: Tensor, moment: Moment) -> Decision:
         """Weights `[S, W]` and whether anybody agreed `[S]`.
 
-        A Python loop over the workers, because the rule is sequential in them; a few operations on `[S, W]`
-        each.
+        A Python loop over the workers, because the rule is sequential in them. On a GPU each operation on
+        these few numbers costs a launch, so there are as few as can be: `cos(a, g_i)` is compared as
+        `<a, g_i/|g_i|> >= (1 - threshold) |a|`, and what does not depend on `a` is computed before.
         """
         num_segments, num_workers, _ = gram_SWW.shape
-        share_SW = torch.zeros_like(gram_SWW[:, 0])  # coefficients of a in the g_i
-        dots_SW = torch.zeros_like(share_SW)  # <a, g_i>
-        square_S = torch.zeros_like(share_SW[:, 0])  # <a, a>
-        count_S = torch.zeros_like(square_S)
-        norms_SW = gram_SWW.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
-        for i in self._order(num_workers, moment):
-            scale_S = square_S.clamp(min=0).sqrt() * norms_SW[:, i]
-            cosine_S = torch.where(scale_S > 0, dots_SW[:, i] / scale_S, 0.0)
-            first_S = count_S == 0
-            kept_S = present_W[i] & (first_S | (1.0 - cosine_S <= self.threshold + _ROUNDING))
-            kept_S = kept_S.to(gram_SWW.dtype)
-            # a <- keep * a + add * g_i, where a worker that is not kept leaves a as it is
-            halve_S = kept_S * (~first_S) * (0.5 if self.merge == "midpoint" else 0.0)
-            keep_S, add_S = 1.0 - halve_S, kept_S - halve_S
-            square_S = (
-                keep_S**2 * square_S + 2 * keep_S * add_S * dots_SW[:, i] + add_S**2 * gram_SWW[:, i, i]
-            )
-            dots_SW = keep_S[:, None] * dots_SW + add_S[:, None] * gram_SWW[:, i]
-            share_SW = keep_S[:, None] * share_SW
-            share_SW[:, i] += add_S
-            count_S = count_S + kept_S
+        squares_SW = gram_SWW.diagonal(dim1=1, dim2=2)
+        norms_SW = squares_SW.clamp(min=0).sqrt()
+        rows_SWW = torch.where(norms_SW[:, None] > 0, gram_SWW / norms_SW[:, None], 0.0)  # <g_i, g_j/|g_j|>
+        twice_SW = 2 * norms_SW
+        order = self._order(num_workers, moment)
+        bias_W = self._bias(order, present_W, gram_SWW.dtype)
+        share_SW = torch.zeros_like(norms_SW)  # coefficients of a in the g_i
+        dots_SW = torch.zeros_like(norms_SW)  # <a, g_i/|g_i|>
+        square_S = torch.zeros_like(norms_SW[:, 0])  # <a, a>
+        for i in order:
+            length_S = square_S.clamp(min=_TINY).sqrt()
+            limit_S = torch.add(bias_W[i], length_S, alpha=1.0 - self.threshold - _ROUNDING)
+            kept_S = share_SW[:, i].copy_(dots_SW[:, i] >= limit_S)
+            if self.merge == "midpoint":
+                # a <- (a + g_i)/2, but a <- g_1: half of g_i on top of half of a
+                half_S = kept_S * torch.where(bias_W[i].isneginf(), 1.0, 0.5)
+                rest_S = torch.where(bias_W[i].isneginf(), 0.0, 1.0 - half_S)
+                share_SW[:, i] = 0
+                share_SW *= rest_S[:, None]
+                share_SW[:, i] = half_S
+                square_S = (rest_S**2 * square_S) + (
+                    half_S * (rest_S * twice_SW[:, i] * dots_SW[:, i] + half_S * squares_SW[:, i])
+                )
+                dots_SW = rest_S[:, None] * dots_SW + half_S[:, None] * rows_SWW[:, i]
+            else:
+                grown_S = torch.addcmul(squares_SW[:, i], twice_SW[:, i], dots_SW[:, i])
+                square_S = torch.addcmul(square_S, kept_S, grown_S)
+                dots_SW.addcmul_(kept_S[:, None], rows_SWW[:, i])
+        count_S = (share_SW != 0).sum(1)
         # With one worker left by `nonfinite: drop` there is nobody who could disagree.
         agreed_S = count_S > present_W.sum().clamp(max=2) - 1
         weights_SW = share_SW / share_SW.sum(1, keepdim=True).clamp(min=0.5)
@@ -70,6 +81,18 @@ class GAF(GramMixing):
                 torch.where(agreed_S[:, None], weights_SW, mean_W), present_W.any().expand(num_segments)
             )
         return Decision(weights_SW * agreed_S[:, None], agreed_S & present_W.any())
+
+    @staticmethod
+    def _bias(order: list[int], present_W: Tensor, dtype: torch.dtype) -> Tensor:
+        """What is added to a worker's limit: minus infinity for the first one, which is kept, plus infinity
+        for those that are not there, and nothing for the others.
+        """
+        place_W = torch.empty(len(order), dtype=torch.int64)
+        place_W[order] = torch.arange(len(order))
+        there_W = present_W[to_device(torch.tensor(order), present_W.device)]
+        first_W = (there_W & (there_W.cumsum(0) == 1))[to_device(place_W, present_W.device)]
+        infinity = torch.full_like(present_W, float("inf"), dtype=dtype)
+        return torch.where(first_W, -infinity, torch.where(present_W, 0.0, infinity))
 
     def _order(self, num_workers: int, moment: Moment) -> list[int]:
         if self.order == "rank":

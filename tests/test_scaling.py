@@ -1,0 +1,169 @@
+"""docs/scaling.md: its formulas against a count of every message and the kernel's counters, and its table
+against what `ds_gradmix check` prints.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import scaling_table
+
+from ds_gradmix.cli import main
+from ds_gradmix.scale import Cluster, all_reduce, to_combiners, to_everyone, to_owners
+
+ROOT = Path(__file__).parent.parent
+Messages = Iterator[tuple[int, int, float]]  # from a rank, to a rank, elements
+
+
+def ring(ranks: list[int], elements: float) -> Messages:
+    """Of a collective that sends so much to the next."""
+    for at, rank in enumerate(ranks):
+        if len(ranks) > 1:
+            yield rank, ranks[(at + 1) % len(ranks)], elements
+
+
+def workers_of(d: int, n: int) -> list[list[int]]:
+    return [list(range(first, first + n)) for first in range(0, d, n)]
+
+
+def counted(what: str, d: int, n: int) -> Messages:
+    """Every message of a bucket of 1, one by one."""
+    places = list(zip(*workers_of(d, n), strict=True))
+    if what == "all_reduce":
+        yield from ring(list(range(d)), 2 * (d - 1) / d)
+    if what == "to_combiners":
+        for ranks in workers_of(d, n):
+            yield from ((a, b, 1 / n) for a, b in itertools.permutations(ranks, 2))
+        for ranks in places:
+            yield from ((a, b, 1 / d) for a, b in itertools.permutations(ranks, 2))
+    if what == "to_owners":  # buckets of one owner each, each rank owning as many
+        yield from ((a, b, 1 / d / d) for a, b in itertools.permutations(range(d), 2))
+    if what == "to_everyone":
+        for ranks in places:
+            yield from ring(list(ranks), (len(ranks) - 1) / d)
+        for ranks in workers_of(d, n):
+            yield from ring(ranks, (n - 1) / n)
+
+
+FORMULAS: dict[str, Any] = {
+    "all_reduce": lambda cluster: [all_reduce(1.0, cluster)],
+    "to_combiners": lambda cluster: to_combiners(1.0, cluster),
+    "to_owners": lambda cluster: [to_owners(1.0, cluster)],
+    "to_everyone": lambda cluster: to_everyone(1.0, cluster),
+}
+
+
+@pytest.mark.parametrize("what", FORMULAS)
+@pytest.mark.parametrize(
+    "d, k, n", [(2, 1, 1), (4, 2, 2), (8, 8, 2), (8, 4, 1), (16, 4, 2), (16, 2, 8), (8, 4, 8)]
+)
+def test_formulas_count_every_message(what: str, d: int, k: int, n: int) -> None:
+    hops = FORMULAS[what](Cluster(d, k, n))
+    messages = list(counted(what, d, n))
+    assert sum(hop.sent for hop in hops) == pytest.approx(sum(e for *_, e in messages) / d)
+    leaving = sum(elements for a, b, elements in messages if a // k != b // k)
+    assert sum(hop.leaving for hop in hops) == pytest.approx(leaving * k / d)
+
+
+MEASURED = {  # the benchmark's options, and which rules must be among what it measured
+    "2 ranks": ("--world 2", ["VRGD momentum 0.9", "GAF scope model"]),
+    "4 ranks on 2 hosts": ("--world 4 --ranks-per-host 2 --engine ZeRO-0", ["GAF", "GAF, worker node"]),
+    "8 ranks": ("--world 8", ["GAF"]),
+}
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("name", MEASURED)
+def test_formulas_hold_on_the_wire(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    missing = importlib.import_module("benchmarks.hosts").why_no_namespaces()
+    if missing is not None:
+        pytest.skip(f"network namespaces: {missing}")
+    options, rules = MEASURED[name]
+    argv = [sys.executable, str(ROOT / "benchmarks" / "exchange.py"), *options.split(), "--engine", "ZeRO-2"]
+    argv += ["--dtype", "fp32", "--only-bytes", "--json", str(tmp_path / "numbers.json")]
+    argv += [word for rule in rules for word in ("--rule", rule)]
+    run = subprocess.run(argv, capture_output=True, text=True, timeout=190)
+    assert run.returncode == 0, run.stdout + run.stderr
+    rows = json.loads((tmp_path / "numbers.json").read_text())
+    assert {row["rule"] for row in rows} == set(rules)
+    for row in rows:
+        assert row["stock_sent_bytes"] == pytest.approx(row["stock_theory_bytes"], rel=0.05), run.stdout
+        assert row["sent_bytes"] == pytest.approx(row["theory_bytes"], rel=0.05), run.stdout
+        if "worker node" in row["rule"] and row["engine"] == "ZeRO-2":
+            assert row["bytes_ratio"] <= 0.6, run.stdout
+
+
+def test_the_table_is_of_now() -> None:
+    text = scaling_table.DOCUMENT.read_text()
+    assert text == scaling_table.written(text), "run python tests/scaling_table.py"
+
+
+@pytest.mark.parametrize("ranks", scaling_table.RANKS)
+def test_check_prints_the_table(ranks: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for row in scaling_table.rows():
+        if row.ranks != ranks:
+            continue
+        config = {**scaling_table.CONFIG, "gradmix": scaling_table.BLOCKS[row.rule]}
+        path = tmp_path / "ds_config.json"
+        path.write_text(json.dumps(config))
+        parameters = str(scaling_table.SIZES[row.size])
+        assert (
+            main(["check", str(path), "--params", parameters, "--dp", str(ranks), "--ranks-per-node", "8"])
+            == 0
+        )
+        out = capsys.readouterr().out
+        lines = {line[:26].strip(): line[26:].split() for line in out.splitlines() if line.startswith("  ")}
+        printed = [lines[name][1] for name in LINES]
+        assert str(row).strip("| ").split(" | ")[3:] == printed
+
+
+LINES = ("GB sent per rank", "GB leaving a node", "GB of memory per rank", "seconds, estimated")
+
+
+def test_its_command_runs() -> None:
+    commands = re.findall(r"```bash\n(.*?)```", scaling_table.DOCUMENT.read_text(), flags=re.DOTALL)
+    assert len(commands) == 1
+    program, *arguments = commands[0].split()
+    run = subprocess.run(
+        [Path(sys.executable).parent / program, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert run.returncode == 0, run.stderr
+    assert all(name in run.stdout for name in LINES)
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"worker": 3}, "4 data-parallel ranks are no whole number of workers of 3"),
+        ({"worker": 2, "ranks": 6, "k": 4}, "allowed are whole nodes"),
+    ],
+)
+def test_check_refuses_workers_that_do_not_fit(
+    given: dict[str, Any], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {"zero_optimization": {"stage": 2}, "gradmix": {"worker": given["worker"]}}
+    (tmp_path / "c.json").write_text(json.dumps(config))
+    options = [
+        "--params",
+        "1e9",
+        "--dp",
+        str(given.get("ranks", 4)),
+        "--ranks-per-node",
+        str(given.get("k", 8)),
+    ]
+    assert main(["check", str(tmp_path / "c.json"), *options]) == 2
+    assert words in capsys.readouterr().err
