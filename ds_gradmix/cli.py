@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ds_gradmix import multi_tensor
 from ds_gradmix.config import KEY, Block, ConfigError, misspelt_key, parse_block
 from ds_gradmix.costs import cost_table, scale_table
 from ds_gradmix.engines.support import TESTED_DEEPSPEED, refused_settings
@@ -139,6 +140,7 @@ def _env() -> int:
             version = "not installed"
         tested = f" (tested: {', '.join(TESTED_DEEPSPEED)})" if package == "deepspeed" else ""
         print(f"{package:14s} {version}{tested}")
+    print(f"{'multi-tensor':14s} {multi_tensor.describe()}")
     print(f"{'python':14s} {sys.version.split()[0]}")
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     print(f"{'accelerators':14s} {', '.join(devices) or 'none'}")

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ds_gradmix import multi_tensor
 from ds_gradmix.extrapolation import Extrapolation
 from ds_gradmix.extrapolation.rounding import round_stochastically
 from ds_gradmix.segments import to_device
@@ -199,8 +200,7 @@ class LookAhead:
             rows = [torch.zeros(0, dtype=torch.float64, device=self._flats[group].device)] * 3
             for row, flat in enumerate((self._flats[group], self._kept[group]) if places else ()):
                 parts = [flat.narrow(0, begin, size) for begin, size, _ in places]
-                norms_P = torch.stack(torch._foreach_norm(parts, 2, dtype=torch.float32))
-                rows[row] = norms_P.double().square()
+                rows[row] = multi_tensor.norms(parts).double().square()
             elements_P = torch.tensor([float(size) for _, size, _ in places], dtype=torch.float64)
             sums.append(torch.stack([*rows[:2], to_device(elements_P, rows[0].device)]))
             if self._division is not None:
@@ -233,9 +233,7 @@ class LookAhead:
                 self._sums = [torch.zeros_like(flat) for flat in self._flats]
             if self._sums:
                 self._collecting = True
-                torch._foreach_add_(
-                    self._views(self._sums, indices), [part.to(self._sums[0].dtype) for part in parts]
-                )
+                multi_tensor.axpby_(1.0, parts, 1.0, self._views(self._sums, indices))
             if not boundary:
                 return
             if self.state is State.AHEAD:

@@ -21,7 +21,7 @@ from ds_gradmix.config import Block, ConfigError
 from ds_gradmix.mixing import Mean
 
 BUCKET = 500_000_000  # elements of a bucket: DeepSpeed's default in ZeRO, and the size elsewhere
-_KERNELS_PER_WORKER = 8  # of a sequential decision (GAF) on the rank that takes it
+KERNELS_PER_WORKER = 8  # of a sequential decision (GAF) on the rank that takes it
 _GRAM_COPIES = 5  # of W x W float64, while a decision is taken
 
 
@@ -164,7 +164,7 @@ def costs(block: Block, job: Job, cluster: Cluster) -> Costs:
         memory += _GRAM_COPIES * 8 * w * w * together
         seconds += 2 * w * job.parameters / cluster.ranks_per_worker / cluster.fp64_rate
         rounds = 1 if block.scope == "model" else job.buckets
-        seconds += rounds * _KERNELS_PER_WORKER * w * cluster.launch_s
+        seconds += rounds * KERNELS_PER_WORKER * w * cluster.launch_s
     hops += _decision_hops(block, job, cluster)
     return _costs(hops, memory, _touched(block, job, cluster), seconds, cluster)
 

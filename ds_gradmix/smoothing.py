@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_gradmix import multi_tensor
 from ds_gradmix.layout import Piece
 
 
@@ -64,7 +65,8 @@ class Smoothing:
         parts = list(factors_C.split([piece.length for piece in pieces]))
         torch._foreach_add_([self._pending[p.group].narrow(0, p.home, p.length) for p in pieces], parts)
         means_C = torch.cat([self._means[p.group].narrow(0, p.home, p.length) for p in pieces])
-        smoothed_C = means_C.mul_(self.decay).add_(factors_C, alpha=1 - self.decay)
+        smoothed_C = means_C
+        multi_tensor.axpby_(1 - self.decay, [factors_C], self.decay, [smoothed_C])
         counts = {self.steps - self._begun[p.group] + 1 for p in pieces}
         if len(counts) == 1:
             return smoothed_C.div_(1 - self.decay ** counts.pop())
@@ -79,8 +81,12 @@ class Smoothing:
         for (group, home, length), count in self._reductions.items():
             if count > 1:
                 self._pending[group].narrow(0, home, length).div_(count)
-        for group, pending in self._pending.items():
-            self._means[group].mul_(self.decay).add_(pending, alpha=1 - self.decay)
+        multi_tensor.axpby_(
+            1 - self.decay,
+            list(self._pending.values()),
+            self.decay,
+            [self._means[group] for group in self._pending],
+        )
         self.steps += 1
         self.discard()
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from reference import gaf_weights, philox, vrgd
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ds_gradmix import combine
-from ds_gradmix.mixing import GradientMix, Moment
+from ds_gradmix import combine, scale
+from ds_gradmix.mixing import GAF, GradientMix, Moment
 
 SIZES = [7, 0, 64, 1, 200, 128, 3]
 N = sum(SIZES)
@@ -52,6 +53,31 @@ def test_gaf_weights(workers: int, merge: str, threshold: float) -> None:
         np.testing.assert_allclose(info["weights"].numpy(), expected, atol=1e-12)
         assert info["skipped"] == (not agreed)
         np.testing.assert_allclose(combined.numpy(), expected @ grads.numpy(), atol=1e-12)
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that would be kernels on a GPU."""
+
+    VIEWS = ("select", "unsqueeze", "slice", "diagonal", "detach", "alias", "expand", "view")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__ not in self.VIEWS
+        return func(*args, **(kwargs or {}))
+
+
+def test_gaf_decides_with_few_launches() -> None:
+    """As many for each worker as docs/scaling.md reckons with."""
+    counts = []
+    for workers in (8, 16):
+        gram = torch.eye(workers, dtype=torch.float64)[None]
+        with Launches() as launches:
+            GAF().decide(gram, torch.ones(workers, dtype=torch.bool), Moment(1, 2))
+        counts.append(launches.count)
+    assert (counts[1] - counts[0]) / 8 == scale.KERNELS_PER_WORKER
 
 
 def test_gaf_by_parameter() -> None:

@@ -1,0 +1,71 @@
+"""Operations on many tensors at once: NVIDIA apex's `amp_C` kernels where they can be imported, and
+`torch._foreach_*` otherwise. The one place that decides.
+
+apex is optional, and is not what PyPI calls `apex`: it is known by its extension `amp_C`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_CHUNK = 2048 * 32  # elements a block of amp_C's kernels works on
+_DTYPES = (torch.float32, torch.float16)  # that all versions of amp_C have kernels for
+
+
+@functools.cache
+def amp_c() -> tuple[Any, str]:
+    """apex's extension, or None, and why not."""
+    try:
+        return importlib.import_module("amp_C"), ""
+    except ModuleNotFoundError:
+        return None, "NVIDIA apex is not installed"
+    except ImportError as error:  # built for another torch
+        return None, f"amp_C: {error}"
+
+
+def describe() -> str:
+    """Which kernels serve, in words."""
+    module, why_not = amp_c()
+    return f"torch._foreach ({why_not})" if module is None else "amp_C of NVIDIA apex on CUDA"
+
+
+def norms(tensors: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm of each of P tensors, `[P]`, in float32 whatever their dtype."""
+    module = _kernels(tensors)
+    if module is not None:
+        return torch.as_tensor(module.multi_tensor_l2norm(_CHUNK, _flag(tensors), [list(tensors)], True)[1])
+    return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=torch.float32))
+
+
+def axpby_(a: float, xs: Sequence[Tensor], b: float, ys: Sequence[Tensor]) -> None:
+    """`y <- a x + b y` for each pair, in place; x may be of another dtype."""
+    if not ys:
+        return
+    module = _kernels([*xs, *ys])
+    if module is not None:
+        module.multi_tensor_axpby(_CHUNK, _flag(ys), [list(xs), list(ys), list(ys)], a, b, -1)
+        return
+    if b != 1:
+        torch._foreach_mul_(list(ys), b)
+    torch._foreach_add_(list(ys), [x.to(y.dtype) for x, y in zip(xs, ys, strict=True)], alpha=a)
+
+
+def _kernels(tensors: Sequence[Tensor]) -> Any:
+    """amp_C, if it is there and takes these tensors."""
+    fits = all(_is_cuda(t) and t.dtype in _DTYPES and t.is_contiguous() and t.numel() for t in tensors)
+    return amp_c()[0] if tensors and fits else None
+
+
+def _is_cuda(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
+def _flag(tensors: Sequence[Tensor]) -> Tensor:
+    """Where amp_C notes that something is not finite; the result has it, too."""
+    return torch.zeros(1, dtype=torch.int32, device=tensors[0].device)

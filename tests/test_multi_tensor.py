@@ -1,0 +1,86 @@
+"""apex's kernels and torch's give the same; apex's stand-in here has amp_C's own signatures."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ds_gradmix import multi_tensor
+from ds_gradmix.cli import main
+
+
+class AmpC(ModuleType):
+    """`amp_C` as apex's csrc/amp_C_frontend.cpp declares it, on a CPU."""
+
+    def __init__(self) -> None:
+        super().__init__("amp_C")
+        self.calls: list[str] = []
+
+    def multi_tensor_l2norm(
+        self, chunk: int, flag: Tensor, lists: list[list[Tensor]], per_tensor: bool
+    ) -> tuple[Tensor, Tensor]:
+        assert chunk > 0 and flag.dtype == torch.int32 and len(lists) == 1 and per_tensor
+        self.calls.append("l2norm")
+        each = torch.stack([t.float().norm() for t in lists[0]])
+        return each.norm().view(1), each
+
+    def multi_tensor_axpby(
+        self, chunk: int, flag: Tensor, lists: list[list[Tensor]], a: float, b: float, check: int
+    ) -> None:
+        assert chunk > 0 and flag.dtype == torch.int32 and check == -1
+        self.calls.append("axpby")
+        for x, y, out in zip(*lists, strict=True):
+            out.copy_(a * x.float() + b * y.float())
+
+
+@pytest.fixture(params=["amp_C", "foreach"])
+def apex(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[AmpC | None]:
+    stand_in = AmpC() if request.param == "amp_C" else None
+    monkeypatch.setitem(sys.modules, "amp_C", stand_in)  # None: cannot be imported
+    monkeypatch.setattr(multi_tensor, "_is_cuda", lambda _: True)
+    multi_tensor.amp_c.cache_clear()
+    yield stand_in
+    multi_tensor.amp_c.cache_clear()
+
+
+def some(dtype: torch.dtype, seed: int) -> list[Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    return [torch.randn(size, generator=random).to(dtype) for size in (7, 1, 4097)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_norms(apex: AmpC | None, dtype: torch.dtype) -> None:
+    tensors = some(dtype, 1)
+    found = multi_tensor.norms(tensors)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, torch.stack([t.double().norm() for t in tensors]).float())
+    assert apex is None or apex.calls == ([] if dtype == torch.bfloat16 else ["l2norm"])
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("a, b", [(1.0, 1.0), (0.1, 0.9)])
+def test_axpby(apex: AmpC | None, x_dtype: torch.dtype, a: float, b: float) -> None:
+    xs, ys = some(x_dtype, 1), some(torch.float32, 2)
+    expected = [a * x.float() + b * y for x, y in zip(xs, ys, strict=True)]
+    multi_tensor.axpby_(a, xs, b, ys)
+    for y, wanted in zip(ys, expected, strict=True):
+        torch.testing.assert_close(y, wanted)
+    assert apex is None or apex.calls == ([] if x_dtype == torch.bfloat16 else ["axpby"])
+
+
+def test_nothing_and_tensors_without_elements(apex: AmpC | None) -> None:
+    assert multi_tensor.norms([torch.zeros(0), torch.ones(4)]).tolist() == [0, 2]
+    multi_tensor.axpby_(1.0, [], 1.0, [])
+
+
+def test_env_tells_which(apex: AmpC | None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["env"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("multi-tensor"))
+    assert ("amp_C of NVIDIA apex" in line) == (apex is not None)
+    assert ("torch._foreach" in line) == (apex is None)
