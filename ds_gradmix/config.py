@@ -144,7 +144,8 @@ def _told(error: ValidationError, path: str, model: type[BaseModel]) -> Iterable
             schema = model.model_json_schema()["properties"][name]
             options = schema.get("anyOf", [schema])
             choices = [str(choice) for option in options for choice in option.get("enum", ())]
-            hint = _nearest(str(item["input"]), choices) or "change it, or remove it for the default"
+            near = _nearest(item["input"], choices) if isinstance(item["input"], str) else None
+            hint = near or "change it, or remove it for the default"
             yield _mistake(place, item["input"], allowed_values(model, name), hint)
         else:  # a rule of the model as a whole
             yield f"{place}: {item['msg'].removeprefix('Value error, ')}"

@@ -20,15 +20,17 @@ from ds_gradmix.layout import Piece, share_evenly
 from ds_gradmix.reduction import Reduction, Span, parameters_of
 from ds_gradmix.steps import Steps
 from ds_gradmix.transit import Wire
-from ds_gradmix.workers import Workers
+from ds_gradmix.workers import Team, Workers
 
 
 class SoloWorkers(Workers):
-    """Rank 0 of `size` workers, alone."""
+    """Rank 0 of `size`, of which `per_worker` make one worker, alone."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, per_worker: int = 1) -> None:
         self.num_ranks, self.rank, self.team = size, 0, None
         self.deciders = self
+        if per_worker > 1:
+            self.team = Team(SoloWorkers(per_worker), SoloWorkers(size // per_worker), per_worker)
 
     def all_to_all(self, out: Tensor, sent: Tensor, out_sizes: list[int], sent_sizes: list[int]) -> None:
         assert out.numel() == sum(out_sizes) and sent.numel() == sum(sent_sizes)
@@ -65,22 +67,29 @@ def reduce_bucket(
     size: int = 4,
     warm_up: bool = True,
     around: Any = None,
+    per_worker: int = 1,
 ) -> None:
     """One reduction of a bucket, within the context manager `around`; a first one plans and allocates."""
     pieces, start, homes = [], 0, [0] * size
     for parameter, (length, owner) in enumerate(zip(lengths, owners, strict=True)):
         pieces.append(Piece(start, length, owner, parameter, 0, homes[owner]))
         start, homes[owner] = start + length, homes[owner] + length
-    _reduce(block, spans_of(lengths), pieces, flat_N, size, 1 + warm_up, around, whole=False)
+    workers = SoloWorkers(size, per_worker)
+    _reduce(block, spans_of(lengths), pieces, flat_N, workers, 1 + warm_up, around, whole=False)
 
 
 def share_bucket(
-    block: dict[str, Any], lengths: list[int], flat_N: Tensor, size: int = 4, around: Any = None
+    block: dict[str, Any],
+    lengths: list[int],
+    flat_N: Tensor,
+    size: int = 4,
+    around: Any = None,
+    per_worker: int = 1,
 ) -> None:
     """The same where nobody owns the bucket, and every rank is to have all of the result."""
     spans = spans_of(lengths)
     pieces = share_evenly([(span.start, span.length) for span in spans], size, 0)
-    _reduce(block, spans, pieces, flat_N, size, 2, around, whole=True)
+    _reduce(block, spans, pieces, flat_N, SoloWorkers(size, per_worker), 2, around, whole=True)
 
 
 def _reduce(
@@ -88,12 +97,12 @@ def _reduce(
     spans: tuple[Span, ...],
     pieces: list[Piece],
     flat_N: Tensor,
-    size: int,
+    workers: SoloWorkers,
     times: int,
     around: Any,
     whole: bool,
 ) -> None:
-    rules, workers = parse_block(block), SoloWorkers(size)
+    rules = parse_block(block)
     owned = sum(piece.length for piece in pieces if piece.owner == 0)
     steps = Steps(rules, workers, workers, [owned], flat_N.device)
     parameters = parameters_of([str(span.parameter) for span in spans])

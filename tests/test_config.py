@@ -68,6 +68,16 @@ def test_all_mistakes_at_once() -> None:
     assert len(str(caught.value).splitlines()) == 4
 
 
+@pytest.mark.parametrize("worker", ["nodes", 0, -2, True, 2.0, None, [2]])
+def test_a_mistaken_worker_is_told_once(worker: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_block({"worker": worker})
+    assert len(str(caught.value).splitlines()) == 1
+    assert 'allowed: "rank" or "node" or integer, >= 1 (default "rank")' in str(caught.value)
+    assert str(caught.value).startswith("gradmix.worker: is ")
+    assert ('did you mean "node"?' in str(caught.value)) == (worker == "nodes")
+
+
 def test_names_in_any_case_and_defaults() -> None:
     block = parse_block({"mixing": {"type": "gaf", "params": {"threshold": 1}}, "scaling": {"type": "vrgd"}})
     assert type(block.mixing).__name__ == "GAF" and type(block.scaling).__name__ == "VRGD"

@@ -63,6 +63,8 @@ STOCK = {
     "experts ZeRO-0": Case(Layout(4, expert=2), ALL, experts=4),
     "experts ZeRO-1": Case(Layout(4, expert=2), ALL, experts=4, stage=1, accumulation=2),
     "experts ZeRO-2": Case(Layout(4, expert=2), ALL, experts=4, stage=2, accumulation=2),
+    "one worker ZeRO-0": Case(Layout(4), {**GAF, "worker": 4}),
+    "one worker ZeRO-1": Case(Layout(4), {**GAF, "worker": "node"}, stage=1, accumulation=2),
     "experts ZeRO-1, weighed": Case(Layout(4, expert=2), {"nonfinite": "drop"}, experts=4, stage=1),
 }
 
@@ -112,7 +114,7 @@ def test_one_decision_for_the_whole_model(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", STOCK)
-def test_experts_are_normalised_as_deepspeed_does(name: str) -> None:
+def test_what_nobody_is_left_out_of_equals_deepspeed(name: str) -> None:
     for rank, stock, one in zip(
         results()[name], results()[f"{name}, stock"], results()[f"{name}, one"], strict=True
     ):
@@ -164,6 +166,22 @@ REFUSED: dict[str, tuple[Case | None, str]] = {
     "experts, for the model": (
         Case(Layout(4, expert=2), MODEL, stage=1, experts=4),
         "experts are reduced over",
+    ),
+    "experts, two ranks a worker": (
+        Case(Layout(4, expert=2), {**GAF, "worker": 2}, stage=1, experts=4),
+        "gradmix.worker: 2 is not supported with experts",
+    ),
+    "three ranks a worker": (
+        Case(Layout(4), {**GAF, "worker": 3}, stage=1),
+        "gradmix.worker: 3, but a data-parallel group has 4 ranks",
+    ),
+    "three ranks a worker, ZeRO-0": (
+        Case(Layout(4), {**GAF, "worker": 3}),
+        "gradmix.worker: 3, but a data-parallel group has 4 ranks",
+    ),
+    "half a replica a worker": (
+        Case(Layout(1, sequence=4), {**GAF, "worker": 2}, stage=1),
+        "4 ranks share a replica by sequence parallelism",
     ),
     "ZeRO-3": (Case(Layout(4), GAF, stage=3), "zero_optimization.stage: 3"),
 }

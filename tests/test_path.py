@@ -30,19 +30,27 @@ EVERY_RANK = "every rank"  # nobody owns the bucket, and all need the result
 
 
 def reduce_as(
-    owners: str, block: dict[str, Any], lengths: list[int], flat: torch.Tensor, workers: int, around: Any
+    owners: str,
+    block: dict[str, Any],
+    lengths: list[int],
+    flat: torch.Tensor,
+    ranks: int,
+    around: Any,
+    per_worker: int = 1,
 ) -> None:
     if owners == EVERY_RANK:
-        share_bucket(block, lengths, flat, workers, around)
-    else:
-        reduce_bucket(block, lengths, [o % workers for o in OWNERS[owners]], flat, workers, around=around)
+        share_bucket(block, lengths, flat, ranks, around, per_worker)
+        return
+    owning = [owner % ranks for owner in OWNERS[owners]]
+    reduce_bucket(block, lengths, owning, flat, ranks, around=around, per_worker=per_worker)
 
 
 @pytest.mark.parametrize("owners", [*OWNERS, EVERY_RANK])
 @pytest.mark.parametrize("name", BLOCKS)
-def test_the_host_never_waits(name: str, owners: str) -> None:
+@pytest.mark.parametrize("per_worker", [1, 2])
+def test_the_host_never_waits(name: str, owners: str, per_worker: int) -> None:
     block = {**BLOCKS[name], "tile_bytes": 8192}
-    reduce_as(owners, block, [200] * 8, torch.randn(1600), 4, NoSynchronisation())
+    reduce_as(owners, block, [200] * 8, torch.randn(1600), 4, NoSynchronisation(), per_worker)
 
 
 def test_waiting_is_noticed() -> None:
@@ -54,15 +62,24 @@ TILE = 2**16
 
 
 @pytest.mark.parametrize("owners", [*OWNERS, EVERY_RANK])
-@pytest.mark.parametrize("workers, dtype", [(2, torch.bfloat16), (4, torch.float32), (8, torch.bfloat16)])
+@pytest.mark.parametrize(
+    "ranks, per_worker, dtype",
+    [
+        (2, 1, torch.bfloat16),
+        (4, 1, torch.float32),
+        (8, 1, torch.bfloat16),
+        (4, 2, torch.float32),
+        (8, 4, torch.bfloat16),
+    ],
+)
 @pytest.mark.parametrize("name", BLOCKS)
-def test_memory_is_bounded(name: str, workers: int, dtype: torch.dtype, owners: str) -> None:
+def test_memory_is_bounded(name: str, ranks: int, per_worker: int, dtype: torch.dtype, owners: str) -> None:
     block = {**BLOCKS[name], "tile_bytes": TILE}
     lengths = [500, 90_000, 7, 12_000, 18_000, 12_000, 3000, 4000]
     with torch.no_grad():
         flat = torch.randn(sum(lengths)).to(dtype)
         watch = PeakMemory()
-        reduce_as(owners, block, lengths, flat, workers, watch)
+        reduce_as(owners, block, lengths, flat, ranks, watch, per_worker)
     small = 32 * 1024  # W^2 and P numbers, and padding of a tile to whole blocks
     assert watch.peak_bytes <= 3 * TILE + small, watch.peak_bytes / TILE
     if "gradientmix" not in name or "vrgd" in name:
