@@ -21,7 +21,8 @@ def combine(
     `g = r * sum_i w_i g_i`, by the same functions as the distributed reduction; the stack is one bucket.
 
     Args:
-        grads_WN: gradients `[W, N]`, one worker a row, float16, bfloat16, float32 or float64; not modified.
+        grads_WN: gradients `[W, N]`, one worker a row (whatever the block's `worker`: means over ranks, if it
+            is larger than a rank), float16, bfloat16, float32 or float64; not modified.
         block: the block of ds_config.json, as a mapping or already parsed.
         step: optimizer step, which keys everything drawn at random.
         sizes: the lengths of the parameters along N, which add up to N; one parameter if None.
