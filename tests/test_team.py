@@ -64,7 +64,7 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_what_is_no_node(name: str) -> None:
     sets, where, words = WRONG[name]
-    with pytest.raises(ConfigError, match='gradmix.worker: "node"') as caught:
+    with pytest.raises(ConfigError, match=r'gradmix\.worker: "node"') as caught:
         team_size(sets, where, "node", 1)
     assert words in str(caught.value) and "allowed" in str(caught.value)
 
