@@ -16,14 +16,16 @@ stock's; and what a bucket's reduction itself allocates at its peak, in MiB and 
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
+import os
 import signal
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -98,14 +100,20 @@ def run(cases: list[Case], options: argparse.Namespace) -> list[list[dict[str, A
     hosts = network(num_hosts) if missing is None else nullcontext(loopback(num_hosts))
     with tempfile.TemporaryDirectory() as name, hosts as ranks:
         folder = Path(name)
-        (folder / "plan.json").write_text(json.dumps(plan))
-        worker = Path(__file__).with_name("exchange_worker.py")
-        argv = [sys.executable, str(worker), str(folder / "plan.json"), name]
-        run_ranks(ranks, argv, folder, options.timeout, options.ranks_per_host)
+        run_ranks(ranks, _worker(plan, folder), folder, options.timeout, options.ranks_per_host)
         measured = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(options.world)]
     if missing is not None:
         _share_counter(measured)
     return measured
+
+
+def _worker(plan: dict[str, Any], folder: Path) -> Callable[[], None]:
+    """What a rank does; imported once, before ranks are forked."""
+    os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    import exchange_worker
+
+    gc.freeze()  # what all ranks share: the collector would copy it page by page
+    return partial(exchange_worker.work, plan, folder)
 
 
 def _share_counter(measured: list[list[dict[str, Any]]]) -> None:

@@ -1,5 +1,4 @@
-"""One rank of `exchange.py`: `exchange_worker.py PLAN.json FOLDER` measures every case and writes
-FOLDER/rankN.json.
+"""One rank of `exchange.py`: measures every case and writes FOLDER/rankN.json.
 
 Bytes: the kernel's count of what this host's interface sent from before `engine.backward` to after it, which
 is the reduction and nothing else (weights are gathered in `step`). Before each reading every rank has passed
@@ -18,7 +17,6 @@ import gc
 import importlib
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import hosts
 import torch
 import torch.distributed as dist
 from cases import DEEPSPEED_DTYPE, NUM_LAYERS, RULES, WIDTH, Case
@@ -82,7 +81,7 @@ def sent_bytes(interface: str) -> int:
     """The interface's counter, at a moment when no rank has anything under way."""
     dist.barrier()
     time.sleep(SETTLE_S)
-    return int(Path(f"/sys/class/net/{interface}/statistics/tx_bytes").read_text())
+    return hosts.sent_bytes(interface)
 
 
 def measure_bytes(engine: Any, inputs: torch.Tensor, repeats: int) -> list[int]:
@@ -182,18 +181,14 @@ def measure(plan: dict[str, Any]) -> list[dict[str, dict[str, Any]]]:
     return results
 
 
-def main() -> None:
-    plan = json.loads(Path(sys.argv[1]).read_text())
-    sys.path.append(str(Path(__file__).parents[1]))  # ds_gradmix of this checkout, installed or not
+def work(plan: dict[str, Any], folder: Path) -> None:
+    """All of it, in the environment of a rank."""
     # Compiles for half a minute an operator that only inference uses, and only between ranks of one host.
     # (By name: as an attribute, `deepspeed.comm.torch` is PyTorch.)
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+    torch.set_num_threads(1)
     deepspeed.init_distributed(dist_backend="gloo", timeout=TIMEOUT, auto_mpi_discovery=False)
     results = measure(plan)
-    Path(sys.argv[2], f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
+    (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

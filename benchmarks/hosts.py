@@ -11,19 +11,24 @@ substitute: plain processes, and one counter for all of them.
 
 from __future__ import annotations
 
+import ctypes
+import multiprocessing
 import os
 import shutil
-import signal
 import socket
 import subprocess
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 INTERFACE = "eth0"
+_CLONE_NEWNET = 0x40000000
+_FORK = multiprocessing.get_context("fork")
 _serial = count()
 
 
@@ -38,6 +43,14 @@ class Host:
     def command(self, argv: Sequence[str]) -> list[str]:
         """`argv` as it runs on this host; `ip netns exec` becomes `argv`, so the pid stays."""
         return list(argv) if self.namespace is None else ["ip", "netns", "exec", self.namespace, *argv]
+
+    def enter(self) -> None:
+        """Moves this process's network there."""
+        if self.namespace is None:
+            return
+        with open(f"/run/netns/{self.namespace}") as namespace:
+            if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), _CLONE_NEWNET) != 0:
+                raise OSError(ctypes.get_errno(), f"cannot enter {self.namespace}")
 
 
 def why_no_namespaces() -> str | None:
@@ -80,6 +93,15 @@ def set_link(host: Host, state: str) -> None:
     _ip("-n", host.namespace, "link", "set", host.interface, state)
 
 
+def sent_bytes(interface: str) -> int:
+    """The kernel's count of what an interface of this process's network has sent."""
+    for line in Path("/proc/self/net/dev").read_text().splitlines():
+        name, _, counters = line.partition(":")
+        if name.strip() == interface:
+            return int(counters.split()[8])
+    raise ValueError(f"{interface}: no such interface here")
+
+
 def loopback(num_hosts: int) -> list[Host]:
     """The same number of hosts without root: all of them this machine's loopback interface."""
     return [Host(None, "lo", "127.0.0.1")] * num_hosts
@@ -95,43 +117,56 @@ def free_port(host: Host) -> int:
 
 
 def run_ranks(
-    hosts: Sequence[Host], argv: Sequence[str], logs: Path, timeout_s: float, ranks_per_host: int = 1
+    hosts: Sequence[Host],
+    function: Callable[[], object],
+    logs: Path,
+    timeout_s: float,
+    ranks_per_host: int = 1,
 ) -> None:
-    """Runs `argv` on every host with the environment of a distributed job, and waits for all of them.
+    """Calls `function` on every host in the environment of a distributed job, and waits for all of them.
 
-    Each rank's output goes to `logs/rankN.log`. If one fails, or `timeout_s` passes, the others are killed
-    and `RuntimeError` carries the end of the log of the rank that failed first.
+    Ranks are forked, so what this process has imported they need not import again. Each one's output goes to
+    `logs/rankN.log`. If one fails, or `timeout_s` passes, the others are killed and `RuntimeError` carries
+    the end of the log of the rank that failed first.
     """
-    port, ranks = free_port(hosts[0]), []
+    port = free_port(hosts[0])
+    sys.stdout.flush()
+    ranks = []
+    for rank in range(len(hosts) * ranks_per_host):
+        host = hosts[rank // ranks_per_host]
+        env, log = _rank_env(rank, hosts, ranks_per_host, port), logs / f"rank{rank}.log"
+        ranks.append(_FORK.Process(target=_be_rank, args=(host, env, log, function), daemon=True))
     try:
-        for rank in range(len(hosts) * ranks_per_host):
-            host = hosts[rank // ranks_per_host]
-            with (logs / f"rank{rank}.log").open("w") as log:
-                env = os.environ | _rank_env(rank, hosts, ranks_per_host, port)
-                ranks.append(
-                    subprocess.Popen(host.command(argv), env=env, stdout=log, stderr=subprocess.STDOUT)
-                )
+        for process in ranks:
+            process.start()
         _wait(ranks, logs, timeout_s)
     finally:
         for process in ranks:
-            if process.poll() is None:
-                process.send_signal(signal.SIGKILL)
-            process.wait()
+            process.kill()
+            process.join()
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]], logs: Path, timeout_s: float) -> None:
+def _be_rank(host: Host, env: dict[str, str], log: Path, function: Callable[[], object]) -> None:
+    with log.open("w") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    os.environ.update(env)
+    host.enter()
+    function()
+
+
+def _wait(ranks: Sequence[ForkProcess], logs: Path, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
-    while any(process.poll() is None for process in ranks):
-        failed = [rank for rank, process in enumerate(ranks) if process.poll() not in (None, 0)]
-        if failed or time.monotonic() > deadline:
+    while any(process.is_alive() for process in ranks):
+        if any(process.exitcode for process in ranks) or time.monotonic() > deadline:
             break
-        time.sleep(0.1)
+        time.sleep(0.05)
     for rank, process in enumerate(ranks):
-        if process.poll() != 0:
-            what = "did not end in time" if process.poll() is None else f"exited with {process.returncode}"
+        if process.exitcode != 0:
+            what = "did not end in time" if process.exitcode is None else f"exited with {process.exitcode}"
             end = (logs / f"rank{rank}.log").read_text(errors="replace")[-3000:]
             # A rank that still runs is only to blame if none has failed.
-            if process.poll() is not None or all(p.poll() in (None, 0) for p in ranks):
+            if process.exitcode is not None or not any(p.exitcode for p in ranks):
                 raise RuntimeError(f"rank {rank} {what}; its log ends:\n{end}")
 
 

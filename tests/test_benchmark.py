@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -25,6 +28,11 @@ CONNECT = (
     "connection = socket.create_connection((sys.argv[1], 5000), timeout=10)\n"
     "print(connection.recv(5).decode())\n"
 )
+
+
+def running(code: str) -> Callable[[], None]:
+    """For a rank: another Python, since this one is not made to be forked and go on."""
+    return partial(os.execv, sys.executable, [sys.executable, "-c", code])
 
 
 @pytest.fixture
@@ -79,20 +87,18 @@ def test_hosts_are_gone_after_an_exception(namespaces: ModuleType) -> None:
 def test_a_failing_rank_ends_the_others_and_is_named(hosts: ModuleType, tmp_path: Path) -> None:
     code = "import os, sys, time; sys.exit('no luck') if os.environ['RANK'] == '1' else time.sleep(60)"
     with pytest.raises(RuntimeError, match=r"rank 1 exited with 1; its log ends:\nno luck"):
-        hosts.run_ranks(hosts.loopback(2), [sys.executable, "-c", code], tmp_path, timeout_s=20)
+        hosts.run_ranks(hosts.loopback(2), running(code), tmp_path, timeout_s=20)
 
 
 @pytest.mark.timeout(30)
 def test_ranks_that_hang_are_ended(hosts: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="rank 0 did not end in time"):
-        hosts.run_ranks(
-            hosts.loopback(2), [sys.executable, "-c", "import time; time.sleep(60)"], tmp_path, timeout_s=1
-        )
+        hosts.run_ranks(hosts.loopback(2), running("import time; time.sleep(60)"), tmp_path, timeout_s=1)
 
 
 @pytest.mark.timeout(30)
 def test_each_rank_knows_its_place(hosts: ModuleType, tmp_path: Path) -> None:
-    hosts.run_ranks(hosts.loopback(2), [sys.executable, "-c", SAY_RANK], tmp_path, timeout_s=20)
+    hosts.run_ranks(hosts.loopback(2), running(SAY_RANK), tmp_path, timeout_s=20)
     assert [(tmp_path / f"rank{rank}.log").read_text() for rank in (0, 1)] == [
         "rank 0 of 2\n",
         "rank 1 of 2\n",
