@@ -74,6 +74,12 @@ def network(num_hosts: int) -> Iterator[list[Host]]:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, timeout=30)
 
 
+def set_link(host: Host, state: str) -> None:
+    """Takes the host off the network ("down"), so that nothing it sends arrives, or puts it back ("up")."""
+    assert host.namespace is not None
+    _ip("-n", host.namespace, "link", "set", host.interface, state)
+
+
 def loopback(num_hosts: int) -> list[Host]:
     """The same number of hosts without root: all of them this machine's loopback interface."""
     return [Host(None, "lo", "127.0.0.1")] * num_hosts
