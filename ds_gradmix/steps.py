@@ -53,8 +53,8 @@ class Steps:
         drops = self.numbers.get("dropped_workers", 0.0)
         if drops > 0 and self._model.is_first:
             logger.warning(
-                f"ds_gradmix: step {self.step + 1}: left a worker out of {drops:.0f} reduction(s), because its "
-                "gradient was not finite"
+                f"ds_gradmix: step {self.step + 1}: left a worker out of {drops:.0f} reduction(s), because "
+                "its gradient was not finite"
             )
         return self.numbers.get("skipped", 0.0) > 0
 

@@ -217,8 +217,8 @@ def _announce(engine: Any, config: Mapping[str, Any], block: Block | None) -> No
 
 
 def _report(engine: Any, numbers: Mapping[str, float]) -> None:
-    """What the rules decided in a step, to where DeepSpeed tells how it went: the log, every `steps_per_print`
-    steps, and TensorBoard and what else its monitor serves. The step and its samples are not yet counted.
+    """What the rules decided in a step, to where DeepSpeed tells how steps go: the log, at every multiple of
+    `steps_per_print`, and TensorBoard and what else its monitor serves. This step is not counted yet.
     """
     if not numbers or engine.global_rank != 0:
         return
