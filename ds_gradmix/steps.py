@@ -35,7 +35,7 @@ class Steps:
         *,
         alike: bool = True,
     ) -> None:
-        self.step = 0  # set by the engine's seam before each reduction
+        self.step = 0  # steps taken before it; set by the engine's seam before each reduction
         self.numbers: Mapping[str, float] = {}  # what was decided in the last step
         self.record = Record(device)
         self.smoothing: Smoothing | None = None
@@ -53,8 +53,8 @@ class Steps:
         drops = self.numbers.get("dropped_workers", 0.0)
         if drops > 0 and self._model.is_first:
             logger.warning(
-                f"ds_gradmix: step {self.step}: left a worker out of {drops:.0f} reduction(s), because its "
-                "gradient was not finite"
+                f"ds_gradmix: step {self.step + 1}: left a worker out of {drops:.0f} reduction(s), because "
+                "its gradient was not finite"
             )
         return self.numbers.get("skipped", 0.0) > 0
 

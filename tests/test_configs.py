@@ -9,6 +9,7 @@ import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 from transformers import AutoModelForCausalLM
 
+from ds_gradmix.cli import main
 from ds_gradmix.config import parse_block
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "launch"))
@@ -18,21 +19,30 @@ from settings import load_model_config
 ROOT = Path(__file__).resolve().parent.parent
 
 DS_CONFIGS = sorted((ROOT / "configs").glob("*.json"))
+MEGATRON = sorted((ROOT / "configs" / "megatron").glob("*.json"))
 MODELS = sorted((ROOT / "configs" / "models").glob("*.json"))
 
 PARAMETERS = {"llama-tiny": 1.9e6, "llama-1b": 1.1e9, "llama-7b": 6.7e9}
 
 
-@pytest.mark.parametrize("path", DS_CONFIGS, ids=lambda path: path.stem)
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT / "configs"))
+
+
+@pytest.mark.parametrize("path", [*DS_CONFIGS, *MEGATRON], ids=name)
 def test_deepspeed_takes_it(path: Path) -> None:
     config = DeepSpeedConfig(str(path))
     assert f"zero{config.zero_optimization_stage}" == path.stem.split("_")[-1]
     assert config.bfloat16_config.enabled
     assert config.gradient_clipping == 1.0
+    if path in MEGATRON:
+        assert config.optimizer_name is None, "Megatron brings its own"
+        assert main(["check", str(path)]) == 0
+        return
     assert config.optimizer_params["torch_adam"], "DeepSpeed's own Adam would have to be compiled first"
 
 
-@pytest.mark.parametrize("path", DS_CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*DS_CONFIGS, *MEGATRON], ids=name)
 def test_its_block_names_the_rules_that_its_name_does(path: Path) -> None:
     config = json.loads(path.read_text())
     block = parse_block(config["gradmix"])
@@ -47,10 +57,10 @@ def test_its_block_names_the_rules_that_its_name_does(path: Path) -> None:
     assert (block.scope == "model") == ("model" in path.stem)
 
 
-@pytest.mark.parametrize("path", DS_CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*DS_CONFIGS, *MEGATRON], ids=name)
 def test_only_the_rules_differ(path: Path) -> None:
     """So that two of them can be compared: same batch, optimizer, precision and clipping as the control."""
-    control = json.loads((ROOT / "configs" / "mean_zero2.json").read_text())
+    control = json.loads(next(path.parent.glob("mean_zero*.json")).read_text())
     config = json.loads(path.read_text())
     for values in (control, config):
         values.pop("gradmix", None)

@@ -12,6 +12,7 @@ import sentencepiece
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "launch"))
 
 import corpus
+import json_lines
 import prepare
 
 WORDS = ["def", "return", "class", "import", "self", "value", "for", "not", "in", "the", "of", "gradient"]
@@ -164,3 +165,16 @@ def test_standard_library_is_the_default_and_capped() -> None:
     assert 500_000 < total <= 1_000_000
     assert all(piece.path.suffix == ".py" for piece in pieces)
     assert not any("site-packages" in piece.name or "test" in piece.name.split("/") for piece in pieces)
+
+
+def test_json_lines_are_the_texts(
+    tmp_path: Path, texts: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text" / "binary").write_bytes(b"\xff\xfe")
+    target = tmp_path / "new" / "corpus.jsonl"
+    json_lines.main(["--out", str(target), "--corpus", str(tmp_path / "text")])
+    found = [json.loads(line) for line in target.read_text().splitlines()]
+    assert found == [{"text": texts[name]} for name in sorted(texts)]
+    assert "40 texts" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="neither a file nor a folder"):
+        json_lines.main(["--out", str(target), "--corpus", str(tmp_path / "missing")])

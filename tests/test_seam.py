@@ -143,18 +143,29 @@ def test_an_untested_deepspeed_is_warned_about() -> None:
     assert len(lines) == 1 and "is untested (tested: 0.1.0)" in lines[0]
 
 
-def monitored(folder: str) -> None:
+def monitored(folder: str) -> list[tuple[list[str], dict[str, float]]]:
+    """What was logged after the engine was built, and the last step's numbers."""
+    found = []
     for stage in (0, 2):
         monitor = {"enabled": True, "output_path": folder, "job_name": f"stage {stage}"}
-        case = Case(GAF, stage=stage, config={"csv_monitor": monitor}, steps=2)
-        train(build(case), case)
+        config = {"csv_monitor": monitor, "steps_per_print": 2}
+        case = Case(GAF, stage=stage, config=config, steps=2)
+        engine = build(case)
+        with log_lines() as lines:
+            told = train(engine, case)["stats"]
+        found.append((lines, told[-1]))
+    return found
 
 
-def test_monitors_are_told(tmp_path: Path) -> None:
-    run_ranks(2, monitored, str(tmp_path))
+def test_decisions_are_told_to_monitors_and_the_log(tmp_path: Path) -> None:
+    first, second = run_ranks(2, monitored, str(tmp_path))
     for stage in (0, 2):
         lines = (tmp_path / f"stage {stage}" / "Train_GradMix_kept_fraction.csv").read_text().splitlines()
         assert [line.split(",")[0] for line in lines] == ["step", "8", "16"]  # samples
+    for lines, numbers in first:
+        told = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+        assert lines == [f"ds_gradmix: step 2: {told}"] and "kept_fraction" in numbers
+    assert not any(lines for lines, _ in second)
 
 
 def test_rank_0_says_in_one_line_what_is_active() -> None:

@@ -106,7 +106,7 @@ def _choosing(original: Any) -> Any:
             gradmix_block=block,
             gradmix_place=find_place(self, getattr(self, _HOSTS), block.worker),
             gradmix_step=lambda: int(self.global_steps),
-            gradmix_report=functools.partial(_monitor, self),
+            gradmix_report=functools.partial(_report, self),
         )
         try:
             return original(self, optimizer)
@@ -139,7 +139,7 @@ def _attach(engine: Any, block: Block) -> None:
             f'"{KEY}": the engine was built without an optimizer; give it one, or remove the block'
         )
     place = find_place(engine, getattr(engine, _HOSTS), block.worker)
-    report = functools.partial(_monitor, engine)
+    report = functools.partial(_report, engine)
     AllreduceSeam(engine, block, place, lambda: int(engine.global_steps), report)
 
 
@@ -216,9 +216,17 @@ def _announce(engine: Any, config: Mapping[str, Any], block: Block | None) -> No
     logger.log(level, f"ds_gradmix: {told}")
 
 
-def _monitor(engine: Any, numbers: Mapping[str, float]) -> None:
-    """To TensorBoard and what else DeepSpeed's monitor serves; the step's samples are not yet counted."""
-    if engine.monitor.enabled and engine.global_rank == 0:
+def _report(engine: Any, numbers: Mapping[str, float]) -> None:
+    """What the rules decided in a step, to where DeepSpeed tells how steps go: the log, at every multiple of
+    `steps_per_print`, and TensorBoard and what else its monitor serves. This step is not counted yet.
+    """
+    if not numbers or engine.global_rank != 0:
+        return
+    step, every = engine.global_steps + 1, engine.steps_per_print()
+    if every and step % every == 0:
+        told = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+        logger.info(f"ds_gradmix: step {step}: {told}")
+    if engine.monitor.enabled:
         samples = engine.global_samples + engine.train_batch_size()
         events = [(f"Train/GradMix/{name}", value, samples) for name, value in numbers.items()]
         engine.monitor.write_events(events)
