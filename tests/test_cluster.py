@@ -66,6 +66,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     config = json.loads((ROOT / "configs" / "gaf_vrgd_pastgradient_zero2.json").read_text())
     config["train_micro_batch_size_per_gpu"] = 2
     config["gradmix"]["scaling"]["params"]["momentum"] = 0.9
+    config["gradmix"]["worker"] = 2  # a host
     assert config["gradmix"]["mixing"] == {"type": "GAF", "params": {"threshold": 1.0}}, "shuffled"
     (folder / "ds_config.json").write_text(json.dumps(config))
     return {
@@ -196,7 +197,7 @@ def test_a_host_loses_power_and_training_goes_on_to_the_same_weights(
 
     told = log.read_text()
     assert "node2: ssh exited with exit code 255" in told
-    assert told.count("ds_gradmix: active over 4 workers") == 2
+    assert told.count("ds_gradmix: active over 2 workers, each the mean of 2 replicas") == 2
     assert told.count(f"step {CHECKPOINT_EVERY}: checkpoint saved") == 1, "resumed, not begun again"
     environ = dict(line.split("=", 1) for line in variables.split("\0") if line)
     assert environ["GLOO_SOCKET_IFNAME"] == "eth0" and environ["MASTER_ADDR"] == nodes[0].host.address
@@ -287,7 +288,10 @@ def free_job() -> int:
 
 @pytest.mark.timeout(150)
 def test_batch_script_trains(inputs: dict[str, str], tmp_path: Path) -> None:
-    settings = {**inputs, "STEPS": "3", "RUN": f"{tmp_path}/run"}
+    config = json.loads(Path(inputs["CONFIG"]).read_text())
+    config["gradmix"]["worker"] = "rank"
+    (tmp_path / "ds_config.json").write_text(json.dumps(config))
+    settings = {**inputs, "CONFIG": f"{tmp_path}/ds_config.json", "STEPS": "3", "RUN": f"{tmp_path}/run"}
     done = batch_job(tmp_path / "slurm", SRUN, free_job(), **settings)
     assert done.returncode == 0, done.stderr
     assert "active over 2 workers" in done.stderr and "run: complete: 3 steps" in done.stdout
