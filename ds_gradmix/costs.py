@@ -15,7 +15,6 @@ from ds_gradmix.mixing import Mean
 from ds_gradmix.scale import (
     BUCKET,
     Cluster,
-    Costs,
     Job,
     all_reduce,
     costs,
@@ -97,9 +96,7 @@ def scale_table(
         tensors: that the parameters are made of.
     """
     job = job_of(config, block, parameters, tensors)
-    reductions = _reductions(config)
-    stock = _times(stock_costs(job, cluster), reductions)
-    ours = _times(costs(block, job, cluster), reductions)
+    stock, ours = stock_costs(job, cluster), costs(block, job, cluster)
     per_worker = "a rank" if cluster.ranks_per_worker == 1 else f"{cluster.ranks_per_worker} ranks"
     lines = [
         f"a step of {parameters:g} parameters on {cluster.ranks} data-parallel ranks, {cluster.on_node} on a "
@@ -110,8 +107,8 @@ def scale_table(
         _row("GB of memory per rank", stock.memory / 1e9, ours.memory / 1e9),
         _row("seconds, estimated", stock.seconds, ours.seconds),
     ]
-    if reductions > 1:
-        lines.append(f"  with ZeRO-2 in {reductions} reductions, one for each micro-step")
+    if job.reductions > 1:
+        lines.append(f"  with ZeRO-2 in {job.reductions} reductions, one for each micro-step")
     if exchanges(block, cluster):
         message = message_bytes(config, block, cluster, parameters)
         if message < _SMALL_MESSAGE:
@@ -128,7 +125,7 @@ def job_of(config: Mapping[str, Any], block: Block, parameters: float, tensors: 
     job = Job(parameters, _width(config), "all", min(_bucket(config), max(int(parameters), 1)), tensors)
     if _engine_without_owners(config) is None:
         job = replace(job, owners="even" if job.buckets == 1 else "one")
-    return replace(job, copies=extrapolation_copies(config, block))
+    return replace(job, copies=extrapolation_copies(config, block), reductions=_reductions(config))
 
 
 def message_bytes(config: Mapping[str, Any], block: Block, cluster: Cluster, parameters: float) -> float:
@@ -136,10 +133,6 @@ def message_bytes(config: Mapping[str, Any], block: Block, cluster: Cluster, par
     width = _width(config)
     columns = columns_per_tile(block, cluster.ranks, cluster.workers, 2 * width)
     return width * min(columns, min(_bucket(config), parameters) / cluster.ranks)
-
-
-def _times(cost: Costs, reductions: int) -> Costs:
-    return Costs(cost.sent * reductions, cost.leaving * reductions, cost.memory, cost.seconds * reductions)
 
 
 def _row(name: str, stock: float, ours: float) -> str:

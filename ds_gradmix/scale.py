@@ -61,7 +61,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Job:
-    """One reduction of all gradients.
+    """What is reduced in an optimizer step.
 
     Of a bucket all ranks may own even shares, or one, or a few, own all of it (ZeRO-1 and ZeRO-2), or every
     rank needs the result (ZeRO-0, BF16_Optimizer).
@@ -73,6 +73,7 @@ class Job:
     bucket: int = BUCKET  # elements
     tensors: int = 1000  # that P is made of
     copies: int = 0  # of the parameters, that extrapolation keeps
+    reductions: int = 1  # in an optimizer step
 
     @property
     def num_bytes(self) -> float:
@@ -93,7 +94,7 @@ class Hop(NamedTuple):
 
 
 class Costs(NamedTuple):
-    """Of one reduction, for a rank."""
+    """Of an optimizer step, for a rank."""
 
     sent: float  # bytes
     leaving: float  # bytes that leave a node, from all of its ranks
@@ -131,6 +132,12 @@ def to_everyone(num_bytes: float, cluster: Cluster) -> list[Hop]:
     return [hop for hop in (across, Hop(inside, inside if n > k else 0.0)) if hop.sent]
 
 
+def inside_workers(num_bytes: float, cluster: Cluster) -> list[Hop]:
+    """The mean of a worker's past gradients, on all of its ranks, by a ring: 2 (n-1)/n B."""
+    sent = 2 * (cluster.ranks_per_worker - 1) / cluster.ranks_per_worker * num_bytes
+    return [Hop(sent, sent if cluster.ranks_per_worker > cluster.on_node else 0.0)] if sent else []
+
+
 def _ring(sent: float, cluster: Cluster) -> float:
     """A ring through all ranks leaves each node by one link."""
     return sent if cluster.ranks > cluster.on_node else 0.0
@@ -139,12 +146,16 @@ def _ring(sent: float, cluster: Cluster) -> float:
 def stock_costs(job: Job, cluster: Cluster) -> Costs:
     """DeepSpeed's own averaging: an all-reduce of a copy of the bucket."""
     copied = min(job.bucket, job.parameters) * job.grad_bytes
-    return _costs([all_reduce(job.num_bytes, cluster)], copied, 2 * job.num_bytes, 0.0, cluster)
+    hops = [all_reduce(job.num_bytes, cluster)] * job.reductions
+    return _costs(hops, copied, 2 * job.num_bytes * job.reductions, 0.0, cluster)
 
 
 def costs(block: Block, job: Job, cluster: Cluster) -> Costs:
     """A block's."""
     hops = gradient_hops(block, job, cluster)
+    once = []
+    if block.extrapolation is not None and block.extrapolation.needs_gradient:
+        once = inside_workers(job.num_bytes, cluster)
     memory = job.copies * job.parameters * job.grad_bytes
     if not exchanges(block, cluster):
         memory += stock_costs(job, cluster).memory
@@ -152,7 +163,7 @@ def costs(block: Block, job: Job, cluster: Cluster) -> Costs:
         if cluster.workers > 1 and not (isinstance(block.mixing, Mean) and block.nonfinite == "propagate"):
             memory += block.tile_bytes
             touched += 16 * job.parameters
-        return _costs(hops, memory, touched, 0.0, cluster)
+        return _costs([*hops * job.reductions, *once], memory, touched * job.reductions, 0.0, cluster)
     memory += 3 * block.tile_bytes
     if job.owners == "all":
         memory += min(job.bucket, job.parameters) * job.grad_bytes
@@ -166,7 +177,9 @@ def costs(block: Block, job: Job, cluster: Cluster) -> Costs:
         rounds = 1 if block.scope == "model" else job.buckets
         seconds += rounds * KERNELS_PER_WORKER * w * cluster.launch_s
     hops += _decision_hops(block, job, cluster)
-    return _costs(hops, memory, _touched(block, job, cluster), seconds, cluster)
+    hops = [*hops * job.reductions, *once]
+    touched = _touched(block, job, cluster) * job.reductions
+    return _costs(hops, memory, touched, seconds * job.reductions, cluster)
 
 
 def exchanges(block: Block, cluster: Cluster) -> bool:

@@ -271,9 +271,11 @@ def gather_objects(value: object) -> list[Any]:
 
 def groups_of(sets: Iterable[Sequence[int]], backend: str | None = None) -> dist.ProcessGroup:
     """A new process group for every set of ranks, which all ranks give alike; the one this rank is in."""
+    from deepspeed.constants import default_pg_timeout  # what DEEPSPEED_TIMEOUT says
+
     mine: Any = None
     for ranks in sets:
-        group = dist.new_group(list(ranks), backend=backend)
+        group = dist.new_group(list(ranks), backend=backend, timeout=default_pg_timeout)
         if dist.get_rank() in ranks:
             mine = group
     assert isinstance(mine, dist.ProcessGroup)

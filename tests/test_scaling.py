@@ -18,7 +18,7 @@ import pytest
 import scaling_table
 
 from ds_gradmix.cli import main
-from ds_gradmix.scale import Cluster, all_reduce, to_combiners, to_everyone, to_owners
+from ds_gradmix.scale import Cluster, all_reduce, inside_workers, to_combiners, to_everyone, to_owners
 
 ROOT = Path(__file__).parent.parent
 Messages = Iterator[tuple[int, int, float]]  # from a rank, to a rank, elements
@@ -45,6 +45,9 @@ def counted(what: str, d: int, n: int) -> Messages:
             yield from ((a, b, 1 / n) for a, b in itertools.permutations(ranks, 2))
         for ranks in places:
             yield from ((a, b, 1 / d) for a, b in itertools.permutations(ranks, 2))
+    if what == "inside_workers":
+        for ranks in workers_of(d, n):
+            yield from ring(ranks, 2 * (n - 1) / n)
     if what == "to_owners":  # buckets of one owner each, each rank owning as many
         yield from ((a, b, 1 / d / d) for a, b in itertools.permutations(range(d), 2))
     if what == "to_everyone":
@@ -57,6 +60,7 @@ def counted(what: str, d: int, n: int) -> Messages:
 FORMULAS: dict[str, Any] = {
     "all_reduce": lambda cluster: [all_reduce(1.0, cluster)],
     "to_combiners": lambda cluster: to_combiners(1.0, cluster),
+    "inside_workers": lambda cluster: inside_workers(1.0, cluster),
     "to_owners": lambda cluster: [to_owners(1.0, cluster)],
     "to_everyone": lambda cluster: to_everyone(1.0, cluster),
 }
@@ -143,6 +147,22 @@ def test_its_command_runs() -> None:
     )
     assert run.returncode == 0, run.stderr
     assert all(name in run.stdout for name in LINES)
+
+
+def test_extrapolation_and_micro_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """2 reductions of 1e9 elements in bf16, 8 ranks on a node; then one mean of the past gradient."""
+    rule = {"type": "PastGradient", "params": {"lr": 0.1}}
+    block = {**scaling_table.GAF, "extrapolation": rule, "worker": 4}
+    config = {**scaling_table.CONFIG, "gradient_accumulation_steps": 2, "gradmix": block}
+    (tmp_path / "c.json").write_text(json.dumps(config))
+    assert main(["check", str(tmp_path / "c.json"), "--params", "1e9", "--dp", "8"]) == 0
+    out = capsys.readouterr().out
+    (sent,) = (line.split()[-3:] for line in out.splitlines() if "GB sent per rank" in line)
+    exchanged = 7 / 8 * 2 * (1 + 1 / 8)  # buckets of half the model go to owners
+    assert [float(number) for number in sent[:2]] == pytest.approx(
+        [2 * 2 * 7 / 8 * 2, 2 * exchanged + 2 * 3 / 4 * 2], rel=1e-3
+    )
+    assert "with ZeRO-2 in 2 reductions" in out and "two copies of the parameters" in out
 
 
 @pytest.mark.parametrize(
