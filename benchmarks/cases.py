@@ -99,7 +99,7 @@ class Case:
     def theory_bytes(self, rule: str) -> float:
         """What a host sends for one reduction of the whole model."""
         from ds_gradmix.config import parse_block
-        from ds_gradmix.scale import Cluster, Job, costs, stock_costs
+        from ds_gradmix.costs import Cluster, Job, block_costs, stock_costs
 
         definition = RULES[rule] or {}
         width = ELEMENT_BYTES[self.dtype]
@@ -108,7 +108,7 @@ class Case:
         cluster = Cluster(self.world, self.ranks_per_host, per_worker)
         if not definition:
             return stock_costs(job, cluster).leaving
-        return costs(parse_block(definition), job, cluster).leaving
+        return block_costs(parse_block(definition), job, cluster).leaving
 
     def bytes_bound(self, rule: str) -> float:
         """The most that `rule` may send, as a ratio to stock: theory, and room for headers."""

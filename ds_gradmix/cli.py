@@ -12,9 +12,9 @@ from typing import Any
 
 from ds_gradmix import multi_tensor
 from ds_gradmix.config import KEY, Block, ConfigError, misspelt_key, parse_block
-from ds_gradmix.costs import cost_table, scale_table
+from ds_gradmix.cost_tables import cost_table, scale_table
+from ds_gradmix.costs import Cluster, Job
 from ds_gradmix.engines.support import TESTED_DEEPSPEED, refused_settings
-from ds_gradmix.scale import Cluster, Job
 
 VERBS = ("check", "env")
 

@@ -1,197 +1,242 @@
-"""What a block costs with a ds_config, in words and numbers: what `ds_gradmix check` prints, by scale.py's
-formulas.
+"""What a step's reduction costs a rank at a given scale, from formulas: docs/scaling.md derives them.
+
+    P   parameters whose gradients a rank reduces: the model's, by its tensor- and pipeline-parallel ranks
+    b   bytes of an element as it travels, B = b P
+    D   data-parallel ranks, of which k are on a node, and n make one of W = D/n workers
+    S   decisions: one for a bucket, a parameter tensor, or the model
+
+Every collective is a hop: what a rank sends, and what of a node's ranks' leaves the node. Hops follow each
+other; each takes as long as the slower of its two networks. Bytes are held to the kernel's counters by
+tests/test_scaling.py. Times are estimates for the bandwidths given, without anything overlapped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
-from ds_gradmix.config import Block
-from ds_gradmix.engines.support import lookup
-from ds_gradmix.exchange import columns_per_tile
+from ds_gradmix.config import Block, ConfigError
 from ds_gradmix.mixing import Mean
-from ds_gradmix.scale import (
-    BUCKET,
-    Cluster,
-    Job,
-    all_reduce,
-    costs,
-    exchanges,
-    gradient_hops,
-    stock_costs,
-)
 
-_SMALL_MESSAGE = 64 * 2**10  # bytes; with smaller ones a network is far from its bandwidth
+BUCKET = 500_000_000  # elements of a bucket: DeepSpeed's default in ZeRO, and the size elsewhere
+KERNELS_PER_WORKER = 8  # of a sequential decision (GAF) on the rank that takes it
+_GRAM_COPIES = 5  # of W x W float64, while a decision is taken
 
 
-def sent_ratio(block: Block, ranks: int, owners: str) -> float:
-    """Bytes a rank sends for a bucket, as a multiple of what stock DeepSpeed's all-reduce sends.
+@dataclass(frozen=True)
+class Cluster:
+    """Ranks and what connects them; by default nodes of 8 H100 with a 400 Gbit/s adapter each."""
 
-    The size of workers does not matter: it decides how much of it leaves a node.
-    """
-    if ranks == 1:
-        return 1.0
-    cluster, job = Cluster(ranks), Job(1.0, 1, owners)  # type: ignore[arg-type]
-    return sum(hop.sent for hop in gradient_hops(block, job, cluster)) / all_reduce(1.0, cluster).sent
+    ranks: int  # D
+    ranks_per_node: int = 8  # of one data-parallel group
+    ranks_per_worker: int = 1  # n
+    node_bandwidth: float = 400e9  # bytes/s that a node sends
+    link_bandwidth: float = 450e9  # bytes/s that a rank sends inside a node
+    memory_bandwidth: float = 3.35e12  # bytes/s that a rank reads and writes
+    fp64_rate: float = 67e12  # operations/s of a rank's float64 matrix products
+    launch_s: float = 5e-6  # of a small kernel
 
-
-def cost_table(config: Mapping[str, Any], block: Block, sizes: Sequence[int]) -> str:
-    """The costs for several data-parallel sizes."""
-    lines = ["gradients sent per rank and reduction, relative to stock DeepSpeed:"]
-    kind = _engine_without_owners(config)
-    if kind is not None:
-        lines.append(f"    ranks  buckets of {kind}")
-        lines += [f"  {size:7d}  {sent_ratio(block, size, 'all'):{11 + len(kind)}.3f}" for size in sizes]
-    else:
-        lines.append("    ranks  even buckets  one owner a bucket")
-        for size in sizes:
-            even, uneven = (sent_ratio(block, size, owners) for owners in ("even", "one"))
-            lines.append(f"  {size:7d}  {even:12.3f}  {uneven:18.3f}")
-    bucket, width = _bucket(config), _width(config)
-    stock = f"stock: a copy of the bucket, at most {bucket * width / 2**20:g} MiB"
-    if kind == "ZeRO-0":
-        stock += " and a parameter"
-    if kind == "BF16_Optimizer":
-        stock = "stock: a copy in bf16 of all gradients of a parameter group"
-    if block.mixing.needs_gram or block.scaling is not None:
-        tiles = f"{3 * block.tile_bytes / 2**20:g} MiB, 3 tiles"
-        tiles += " besides stock's" if kind == "ZeRO-0" else ""
-        lines.append(f"extra memory per rank while a bucket is reduced: at most {tiles} ({stock})")
-        if kind is not None and block.mixing.needs_gram and block.scope == "model":
-            lines.append("  and 1.5 tiles for every bucket that waits for the decision on the model")
-        if block.mixing.needs_gram:
-            each = "every parameter of a bucket" if block.scope == "parameter" else "each decision"
-            lines.append(f"  and W x W float64 for {each}")
-    elif isinstance(block.mixing, Mean) and block.nonfinite == "propagate":
-        lines.append(f"extra memory per rank: none, this is stock DeepSpeed ({stock})")
-    else:
-        tile = block.tile_bytes / 2**20
-        lines.append(
-            f"extra memory per rank while a bucket is reduced: at most {tile:g} MiB besides stock's ({stock})"
-        )
-    if block.scaling is not None and block.scaling.smoothing > 0:
-        lines.append(
-            "  and for momentum 4 bytes per parameter / ranks throughout, as much again during reductions"
-        )
-    if block.extrapolation is not None:
-        lines.append(_extrapolation_line(config, block))
-    if block.mixing.needs_gram and block.scope == "bucket":
-        name = "reduce_bucket_size" if kind is None else "DeepSpeed's own bucket size"
-        lines.append(f"note: scope bucket makes {name} ({bucket:g} elements) part of the mathematics")
-    return "\n".join(lines)
-
-
-def scale_table(
-    config: Mapping[str, Any], block: Block, parameters: float, cluster: Cluster, tensors: int
-) -> str:
-    """The costs of an optimizer step at a given scale, beside stock's.
-
-    Args:
-        config: the ds_config.
-        block: its block.
-        parameters: whose gradients one data-parallel rank reduces.
-        cluster: its ranks; of `ranks_per_worker` as the block says.
-        tensors: that the parameters are made of.
-    """
-    job = job_of(config, block, parameters, tensors)
-    stock, ours = stock_costs(job, cluster), costs(block, job, cluster)
-    per_worker = "a rank" if cluster.ranks_per_worker == 1 else f"{cluster.ranks_per_worker} ranks"
-    lines = [
-        f"a step of {parameters:g} parameters on {cluster.ranks} data-parallel ranks, {cluster.on_node} on a "
-        f"node; a worker is {per_worker}:",
-        "                                     stock        block    ratio",
-        _row("GB sent per rank", stock.sent / 1e9, ours.sent / 1e9),
-        _row("GB leaving a node", stock.leaving / 1e9, ours.leaving / 1e9),
-        _row("GB of memory per rank", stock.memory / 1e9, ours.memory / 1e9),
-        _row("seconds, estimated", stock.seconds, ours.seconds),
-    ]
-    if job.reductions > 1:
-        lines.append(f"  with ZeRO-2 in {job.reductions} reductions, one for each micro-step")
-    if exchanges(block, cluster):
-        message = message_bytes(config, block, cluster, parameters)
-        if message < _SMALL_MESSAGE:
-            needed = block.tile_bytes * _SMALL_MESSAGE / message / 2**20
-            lines.append(
-                f"  note: workers exchange messages of {message / 2**10:.1f} KiB, and larger ones are "
-                f"faster: set tile_bytes to {needed:.0f} MiB for 64 KiB, or make workers larger"
+    def __post_init__(self) -> None:
+        n, k = self.ranks_per_worker, self.on_node
+        if self.ranks % n:
+            raise ConfigError(f"{self.ranks} data-parallel ranks are no whole number of workers of {n}")
+        if self.ranks % k or (n % k and k % n):
+            raise ConfigError(
+                f"{self.ranks} data-parallel ranks, {k} on a node, {n} a worker: allowed are whole nodes, "
+                "and workers that are whole nodes or divide them"
             )
-    return "\n".join(lines)
+
+    @property
+    def on_node(self) -> int:
+        """k."""
+        return min(self.ranks_per_node, self.ranks)
+
+    @property
+    def workers(self) -> int:
+        """W."""
+        return self.ranks // self.ranks_per_worker
 
 
-def job_of(config: Mapping[str, Any], block: Block, parameters: float, tensors: int) -> Job:
-    """What a ds_config has reduced."""
-    job = Job(parameters, _width(config), "all", min(_bucket(config), max(int(parameters), 1)), tensors)
-    if _engine_without_owners(config) is None:
-        job = replace(job, owners="even" if job.buckets == 1 else "one")
-    return replace(job, copies=extrapolation_copies(config, block), reductions=_reductions(config))
+@dataclass(frozen=True)
+class Job:
+    """What is reduced in an optimizer step.
+
+    Of a bucket all ranks may own even shares, or one, or a few, own all of it (ZeRO-1 and ZeRO-2), or every
+    rank needs the result (ZeRO-0, BF16_Optimizer).
+    """
+
+    parameters: float  # P
+    grad_bytes: int  # b
+    owners: Literal["even", "one", "all"]
+    bucket: int = BUCKET  # elements
+    tensors: int = 1000  # that P is made of
+    copies: int = 0  # of the parameters, that extrapolation keeps
+    reductions: int = 1  # in an optimizer step
+
+    @property
+    def num_bytes(self) -> float:
+        """B."""
+        return self.parameters * self.grad_bytes
+
+    @property
+    def buckets(self) -> int:
+        """How many, at most full."""
+        return math.ceil(self.parameters / self.bucket)
 
 
-def message_bytes(config: Mapping[str, Any], block: Block, cluster: Cluster, parameters: float) -> float:
-    """What a rank sends to one of another worker for a tile."""
-    width = _width(config)
-    columns = columns_per_tile(block, cluster.ranks, cluster.workers, 2 * width)
-    return width * min(columns, min(_bucket(config), parameters) / cluster.ranks)
+class Hop(NamedTuple):
+    """One collective over all gradients."""
+
+    sent: float  # bytes, by a rank
+    leaving: float  # bytes, by a node
 
 
-def _row(name: str, stock: float, ours: float) -> str:
-    ratio = f"{ours / stock:.3f}" if stock else "-"
-    return f"  {name:26s}{stock:13.4g}{ours:13.4g}{ratio:>9s}"
+class Costs(NamedTuple):
+    """Of an optimizer step, for a rank."""
+
+    sent: float  # bytes
+    leaving: float  # bytes that leave a node, from all of its ranks
+    memory: float  # bytes besides parameters, gradients and optimizer states
+    seconds: float
 
 
-def _bucket(config: Mapping[str, Any]) -> int:
-    """Elements."""
-    if _engine_without_owners(config) is not None:
-        return BUCKET
-    return int(lookup(config, "zero_optimization.reduce_bucket_size", BUCKET))
+def all_reduce(num_bytes: float, cluster: Cluster) -> Hop:
+    """A ring: 2 (D-1)/D B."""
+    sent = 2 * (cluster.ranks - 1) / cluster.ranks * num_bytes
+    return Hop(sent, _ring(sent, cluster))
 
 
-def _width(config: Mapping[str, Any]) -> int:
-    """Bytes of a gradient's element."""
-    return 2 if any(lookup(config, f"{name}.enabled", False) is True for name in ("bf16", "fp16")) else 4
+def to_combiners(num_bytes: float, cluster: Cluster) -> list[Hop]:
+    """Inside a worker (n-1)/n B, across workers (W-1)/W B/n."""
+    k, n, w = cluster.on_node, cluster.ranks_per_worker, cluster.workers
+    inside = Hop((n - 1) / n * num_bytes, k * max(n - k, 0) / n * num_bytes)
+    near = max(k // n, 1)  # workers on a rank's node, its own included
+    across = Hop((w - 1) / w * num_bytes / n, k * (w - near) / w * num_bytes / n)
+    return [hop for hop in (inside, across) if hop.sent]
 
 
-def _reductions(config: Mapping[str, Any]) -> int:
-    """Of all gradients, in a step."""
-    steps = lookup(config, "gradient_accumulation_steps", 1)
-    reduces_each = lookup(config, "zero_optimization.stage", 0) == 2
-    return int(steps) if reduces_each and isinstance(steps, int) else 1
+def to_owners(num_bytes: float, cluster: Cluster) -> Hop:
+    """Combined shares to the owners of a few pieces: (D-1)/D B/D."""
+    d, k = cluster.ranks, cluster.on_node
+    return Hop((d - 1) / d * num_bytes / d, k * (d - k) / d * num_bytes / d)
 
 
-def _engine_without_owners(config: Mapping[str, Any]) -> str | None:
-    """The kind of engine in which every rank needs the whole result, if the config makes one of these."""
-    stage = lookup(config, "zero_optimization.stage", 0)
-    if stage == 0:
-        return "ZeRO-0"
-    adds_up = lookup(config, "data_types.grad_accum_dtype", None)
-    offload = lookup(config, "zero_optimization.offload_optimizer.device", None)
-    in_float32 = adds_up in ("fp32", "float32", "float", "torch.float32")
-    if stage == 1 and lookup(config, "bf16.enabled", False) is True and in_float32 and offload != "cpu":
-        return "BF16_Optimizer"
-    return None
+def to_everyone(num_bytes: float, cluster: Cluster) -> list[Hop]:
+    """Combined shares to all ranks, by rings: across workers (W-1)/W B/n, then inside (n-1)/n B."""
+    d, k, n, w = cluster.ranks, cluster.on_node, cluster.ranks_per_worker, cluster.workers
+    share = (w - 1) / w * num_bytes / n
+    across = Hop(share, min(n, k) * share if d > k else 0.0)
+    inside = (n - 1) / n * num_bytes
+    return [hop for hop in (across, Hop(inside, inside if n > k else 0.0)) if hop.sent]
 
 
-def extrapolation_copies(config: Mapping[str, Any], block: Block) -> int:
-    """Copies of the parameters that a rank keeps."""
-    if block.extrapolation is None:
-        return 0
-    accumulates = lookup(config, "gradient_accumulation_steps", 1) not in (1, None)
-    adds_up = block.extrapolation.needs_gradient and lookup(config, "zero_optimization.stage", 0) == 2
-    return 2 if adds_up and accumulates else 1
+def inside_workers(num_bytes: float, cluster: Cluster) -> list[Hop]:
+    """The mean of a worker's past gradients, on all of its ranks, by a ring: 2 (n-1)/n B."""
+    sent = 2 * (cluster.ranks_per_worker - 1) / cluster.ranks_per_worker * num_bytes
+    return [Hop(sent, sent if cluster.ranks_per_worker > cluster.on_node else 0.0)] if sent else []
 
 
-def _extrapolation_line(config: Mapping[str, Any], block: Block) -> str:
-    rule, copies = block.extrapolation, extrapolation_copies(config, block)
-    assert rule is not None
-    words = "two copies" if copies == 2 else "one copy"
-    adds_up = rule.needs_gradient and lookup(config, "zero_optimization.stage", 0) == 2
-    if adds_up and "gradient_accumulation_steps" not in config and "train_batch_size" in config:
-        words += " (two if DeepSpeed comes to accumulate gradients)"
-    told = "no communication"
-    if rule.needs_gradient and block.worker not in ("rank", 1):
-        told = "once a step its gradient is averaged over the worker's ranks"
-    return (
-        f"extra memory per rank for {type(rule).__name__}: {words} of the parameters in their own dtype "
-        f"({copies * _width(config)} bytes a parameter); {told}"
-    )
+def _ring(sent: float, cluster: Cluster) -> float:
+    """A ring through all ranks leaves each node by one link."""
+    return sent if cluster.ranks > cluster.on_node else 0.0
+
+
+def stock_costs(job: Job, cluster: Cluster) -> Costs:
+    """DeepSpeed's own averaging: an all-reduce of a copy of the bucket."""
+    copied = min(job.bucket, job.parameters) * job.grad_bytes
+    hops = [all_reduce(job.num_bytes, cluster)] * job.reductions
+    return _costs(hops, copied, 2 * job.num_bytes * job.reductions, 0.0, cluster)
+
+
+def block_costs(block: Block, job: Job, cluster: Cluster) -> Costs:
+    """A block's."""
+    hops = gradient_hops(block, job, cluster)
+    once = []
+    if block.extrapolation is not None and block.extrapolation.needs_gradient:
+        once = inside_workers(job.num_bytes, cluster)
+    memory = job.copies * job.parameters * job.grad_bytes
+    if not exchanges(block, cluster):
+        memory += stock_costs(job, cluster).memory
+        touched = 2 * job.num_bytes
+        if cluster.workers > 1 and not (isinstance(block.mixing, Mean) and block.nonfinite == "propagate"):
+            memory += block.tile_bytes
+            touched += 16 * job.parameters
+        return _costs([*hops * job.reductions, *once], memory, touched * job.reductions, 0.0, cluster)
+    memory += 3 * block.tile_bytes
+    if job.owners == "all":
+        memory += min(job.bucket, job.parameters) * job.grad_bytes
+    if _smooths(block):
+        memory += 8 * job.parameters / cluster.ranks
+    seconds, w = 0.0, cluster.workers
+    if block.mixing.needs_gram:
+        together = math.ceil(_decisions(block, job) / job.buckets)
+        memory += _GRAM_COPIES * 8 * w * w * together
+        seconds += 2 * w * job.parameters / cluster.ranks_per_worker / cluster.fp64_rate
+        rounds = 1 if block.scope == "model" else job.buckets
+        seconds += rounds * KERNELS_PER_WORKER * w * cluster.launch_s
+    hops += _decision_hops(block, job, cluster)
+    hops = [*hops * job.reductions, *once]
+    touched = _touched(block, job, cluster) * job.reductions
+    return _costs(hops, memory, touched, seconds * job.reductions, cluster)
+
+
+def exchanges(block: Block, cluster: Cluster) -> bool:
+    """Whether gradients of all workers meet, or are weighed and summed by DeepSpeed."""
+    return cluster.workers > 1 and (block.mixing.needs_gram or block.scaling is not None)
+
+
+def gradient_hops(block: Block, job: Job, cluster: Cluster) -> list[Hop]:
+    """What happens to the gradients themselves."""
+    num_bytes = job.num_bytes
+    if not exchanges(block, cluster):
+        return [all_reduce(num_bytes, cluster)]
+    hops = to_combiners(num_bytes, cluster)
+    if job.owners == "all":
+        return hops + to_everyone(num_bytes, cluster)
+    if block.mixing.needs_gram and block.scope == "model":
+        hops = hops * 2  # the first time for the decision alone
+    if job.owners == "one":
+        hops.append(to_owners((2 if _smooths(block) else 1) * num_bytes, cluster))
+    return hops
+
+
+def _decision_hops(block: Block, job: Job, cluster: Cluster) -> Iterator[Hop]:
+    w = cluster.workers
+    if block.mixing.needs_gram:
+        told = 8.0 * _decisions(block, job) * (w * w + w + 2)
+        yield Hop(told, _ring(told, cluster))
+    if block.scaling is not None:
+        yield all_reduce(16.0 * job.tensors, cluster)
+
+
+def _decisions(block: Block, job: Job) -> int:
+    """S."""
+    return {"bucket": job.buckets, "parameter": job.tensors, "model": 1}[block.scope]
+
+
+def _smooths(block: Block) -> bool:
+    return block.scaling is not None and block.scaling.smoothing > 0
+
+
+def _touched(block: Block, job: Job, cluster: Cluster) -> float:
+    """Bytes that operations on gradients read and write: of the P that a rank sends, and of the P/n that it
+    combines.
+    """
+    b, n = job.grad_bytes, cluster.ranks_per_worker
+    sends = 2.0 * b + (b if n > 1 else 0)
+    combines = 16.0 + b if n > 1 else 0.0  # a worker's mean
+    if block.mixing.needs_gram:
+        combines += 16 + b + 4 * b  # products in float64; kept in the bucket, and read again
+    combines += 44 + b if block.scaling is not None else 8 + b
+    return job.parameters * (sends + combines / n)
+
+
+def _costs(hops: Iterable[Hop], memory: float, touched: float, seconds: float, cluster: Cluster) -> Costs:
+    hops = list(hops)
+    seconds += touched / cluster.memory_bandwidth
+    for hop in hops:
+        near = hop.sent - hop.leaving / cluster.on_node
+        seconds += max(hop.leaving / cluster.node_bandwidth, near / cluster.link_bandwidth)
+    return Costs(sum(hop.sent for hop in hops), sum(hop.leaving for hop in hops), memory, seconds)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ds_gradmix.config import parse_block
-from ds_gradmix.costs import job_of
-from ds_gradmix.scale import Cluster, Costs, costs, stock_costs
+from ds_gradmix.cost_tables import job_of
+from ds_gradmix.costs import Cluster, Costs, block_costs, stock_costs
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "scaling.md"
 BEGIN, END = "<!-- table: written by tests/scaling_table.py -->\n", "<!-- end of table -->"
@@ -45,7 +45,7 @@ def rows() -> Iterator[Row]:
                 block = parse_block(definition)
                 cluster = Cluster(ranks, RANKS_PER_NODE, RANKS_PER_NODE if block.worker == "node" else 1)
                 job = job_of(CONFIG, block, parameters, 1000)
-                found = costs(block, job, cluster) if definition else stock_costs(job, cluster)
+                found = block_costs(block, job, cluster) if definition else stock_costs(job, cluster)
                 yield Row(size, ranks, rule, found)
 
 

@@ -12,7 +12,7 @@ from reference import gaf_weights, philox, vrgd
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ds_gradmix import combine, scale
+from ds_gradmix import combine, costs
 from ds_gradmix.mixing import GAF, GradientMix, Moment
 
 SIZES = [7, 0, 64, 1, 200, 128, 3]
@@ -77,7 +77,7 @@ def test_gaf_decides_with_few_launches() -> None:
         with Launches() as launches:
             GAF().decide(gram, torch.ones(workers, dtype=torch.bool), Moment(1, 2))
         counts.append(launches.count)
-    assert (counts[1] - counts[0]) / 8 == scale.KERNELS_PER_WORKER
+    assert (counts[1] - counts[0]) / 8 == costs.KERNELS_PER_WORKER
 
 
 def test_gaf_by_parameter() -> None:
