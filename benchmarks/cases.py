@@ -20,7 +20,6 @@ ENGINES: dict[str, dict[str, Any]] = {
 }
 WITHOUT_OWNERS = {"ZeRO-0": ("fp32",), "BF16_Optimizer": ("bf16",)}  # and the dtypes to try
 EVERY_RANK = "every rank"
-OWNERS = {"even": "even", "one owner": "one", EVERY_RANK: "all"}
 DEEPSPEED_DTYPE = {"bf16": {"bf16": {"enabled": True}}}
 
 _GAF = {"mixing": {"type": "GAF", "params": {"threshold": 1.0}}}
@@ -44,6 +43,7 @@ TEAM_RULES: dict[str, dict[str, Any]] = {
     f"{name}, worker node": {**(RULES[name] or {}), "worker": "node"}
     for name in ("GradientMix", "GAF", "VRGD", "VRGD momentum 0.9", "GAF scope model")
 }
+TEAM_RULES["GAF, worker 4"] = {**_GAF, "worker": 4}
 RULES |= TEAM_RULES
 QUICK_RULES = {"ZeRO-2": ("GAF", "GAF+VRGD"), "ZeRO-0": ("GAF scope model",)}
 WITHOUT_EXCHANGE = ("stock", "Mean", "GradientMix", "GradientMix, worker node")
@@ -99,12 +99,16 @@ class Case:
     def theory_bytes(self, rule: str) -> float:
         """What a host sends for one reduction of the whole model."""
         from ds_gradmix.config import parse_block
-        from ds_gradmix.costs import Cluster, Job, block_costs, stock_costs
+        from ds_gradmix.costs import Cluster, Job, Owners, block_costs, stock_costs
 
         definition = RULES[rule] or {}
         width = ELEMENT_BYTES[self.dtype]
-        job = Job(NUM_ELEMENTS, width, OWNERS[self.owners], self.bucket_elements, NUM_LAYERS)  # type: ignore[arg-type]
-        per_worker = self.ranks_per_host if definition.get("worker") == "node" else 1
+        owners: Owners = "even" if self.owners == "even" else "one"
+        if self.owners == EVERY_RANK:
+            owners = "nobody: ZeRO-0" if self.engine == "ZeRO-0" else "nobody: BF16_Optimizer"
+        job = Job(NUM_ELEMENTS, width, owners, width, self.bucket_elements, NUM_LAYERS)
+        worker = definition.get("worker", 1)
+        per_worker = self.ranks_per_host if worker == "node" else worker
         cluster = Cluster(self.world, self.ranks_per_host, per_worker)
         if not definition:
             return stock_costs(job, cluster).leaving

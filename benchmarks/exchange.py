@@ -1,7 +1,7 @@
 """Costs of the gradient exchange against stock DeepSpeed, measured in one run: bytes, step time, memory.
 
     python benchmarks/exchange.py [--quick] [--world 4] [--engine ZeRO-2] [--dtype fp32] [--json FILE]
-    python benchmarks/exchange.py --ranks-per-host 2 --only-bytes
+    python benchmarks/exchange.py --ranks-per-host 2 [--only-bytes] [--rate 500mbit]
 
 A host is a network namespace with one interface (`hosts.py`; needs root and `ip`), by default for each rank;
 without, all ranks share the loopback interface, whose counter sums over them. `cases.py` has the cases, the
@@ -46,6 +46,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", action="append", choices=("fp32", "bf16"), help="default: both")
     parser.add_argument("--rule", action="append", choices=list(RULES), help="default: all of them")
     parser.add_argument("--ranks-per-host", type=int, choices=(1, 2, 4), default=1)
+    parser.add_argument("--rate", help="the most a host sends, as tc reads it (500mbit); default: no limit")
     parser.add_argument("--only-bytes", action="store_true", help="measure neither time nor memory")
     parser.add_argument("--tile-mib", type=float, default=1.0, help="tile_bytes when measuring memory")
     parser.add_argument("--rounds", type=int, help="pairs of steps to time per rule")
@@ -97,7 +98,7 @@ def run(cases: list[Case], options: argparse.Namespace) -> list[list[dict[str, A
             f"No network namespaces ({missing}): counting on the loopback interface, for all ranks together."
         )
     num_hosts = options.world // options.ranks_per_host
-    hosts = network(num_hosts) if missing is None else nullcontext(loopback(num_hosts))
+    hosts = network(num_hosts, options.rate) if missing is None else nullcontext(loopback(num_hosts))
     with tempfile.TemporaryDirectory() as name, hosts as ranks:
         folder = Path(name)
         run_ranks(ranks, _worker(plan, folder), folder, options.timeout, options.ranks_per_host)

@@ -67,8 +67,11 @@ def why_no_namespaces() -> str | None:
 
 
 @contextmanager
-def network(num_hosts: int) -> Iterator[list[Host]]:
-    """Hosts 10.77.0.1, 10.77.0.2, … on one bridge, gone after the block however it ends; needs root."""
+def network(num_hosts: int, rate: str | None = None) -> Iterator[list[Host]]:
+    """Hosts 10.77.0.1, 10.77.0.2, … on one bridge, gone after the block however it ends; needs root.
+
+    With a rate (`"500mbit"`, as `tc` reads it) no host sends faster than that.
+    """
     prefix = f"gradmix{os.getpid()}-{next(_serial)}"
     switch, names = f"{prefix}-switch", [f"{prefix}-host{i}" for i in range(num_hosts)]
     made: list[str] = []
@@ -81,6 +84,8 @@ def network(num_hosts: int) -> Iterator[list[Host]]:
         hosts = [Host(name, INTERFACE, f"10.77.{i // 250}.{i % 250 + 1}") for i, name in enumerate(names)]
         for i, host in enumerate(hosts):
             _plug_in(host, switch, f"port{i}")
+            if rate is not None:
+                _limit(host, rate)
         yield hosts
     finally:
         for name in reversed(made):
@@ -195,6 +200,12 @@ def _plug_in(host: Host, switch: str, port: str) -> None:
     _ip("-n", host.namespace, "address", "add", f"{host.address}/16", "dev", INTERFACE)
     for interface in ("lo", INTERFACE):
         _ip("-n", host.namespace, "link", "set", interface, "up")
+
+
+def _limit(host: Host, rate: str) -> None:
+    bucket = ["tbf", "rate", rate, "burst", "256kb", "latency", "100ms"]
+    command = host.command(["tc", "qdisc", "add", "dev", host.interface, "root", *bucket])
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=30)
 
 
 def _ip(*arguments: str) -> None:

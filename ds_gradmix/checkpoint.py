@@ -75,7 +75,7 @@ def _load_lookahead(block: Block, lookahead: LookAhead | None, saved: dict[str, 
         return f"it was made with extrapolation {saved['extrapolation']}, not {extrapolation}"
     if lookahead is None or lookahead.load_state_dict(saved["lookahead"]):
         return None
-    return "its past gradients are of another partitioning"
+    return "its past gradients are of another partitioning, or of workers of another size"
 
 
 def _afresh(why: str) -> str:

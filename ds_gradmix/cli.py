@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,13 +29,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     check.add_argument("config", type=Path, metavar="CONFIG.json")
     check.add_argument(
-        "--dp", "--workers", type=int, nargs="+", default=[4, 8, 64, 512], help="data-parallel sizes"
+        "--dp", "--workers", type=int, nargs="+", help="data-parallel sizes (default: 4, 8, 64, 512 workers)"
     )
     check.add_argument(
         "--params", type=float, help="bytes, memory and time for so many parameters a data-parallel rank"
     )
     check.add_argument(
-        "--ranks-per-node", type=int, default=Cluster.ranks_per_node, help="of one data-parallel group"
+        "--ranks-per-node", type=int, help="of one data-parallel group (default: 8, or what divides it)"
     )
     check.add_argument("--tensors", type=int, default=Job.tensors, help="that the parameters are made of")
     for name in ("node", "link", "memory"):
@@ -45,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.verb == "env":
         return _env()
     numbers = ("params", "ranks_per_node", "tensors", "node_bandwidth", "link_bandwidth", "memory_bandwidth")
-    for name, value in [("dp", min(options.dp)), *((name, getattr(options, name)) for name in numbers)]:
+    given = [("dp", size) for size in options.dp or ()] + [(name, getattr(options, name)) for name in numbers]
+    for name, value in given:
         if value is not None and not 0 < value < float("inf"):
             parser.error(f"--{name.replace('_', '-')}: {value}; allowed are numbers above 0")
     return _check(options)
@@ -56,9 +58,9 @@ def _check(options: argparse.Namespace) -> int:
     try:
         config = _read(path)
         block = _block_of(config)
-        tables = [cost_table(config, block, options.dp)]
-        for size in options.dp if options.params else ():
-            cluster = _cluster(options, block, size)
+        clusters = _clusters(options, block)
+        tables = [cost_table(config, block, clusters)]
+        for cluster in clusters if options.params else ():
             tables.append(scale_table(config, block, options.params, cluster, options.tensors))
     except ConfigError as error:
         for line in str(error).splitlines():
@@ -69,12 +71,21 @@ def _check(options: argparse.Namespace) -> int:
     return 0
 
 
-def _cluster(options: argparse.Namespace, block: Block, size: int) -> Cluster:
-    """Some of a node's ranks, if there are no more."""
-    on_node = min(options.ranks_per_node, size)
-    per_worker = {"rank": 1, "node": on_node}[block.worker] if isinstance(block.worker, str) else block.worker
-    bandwidths = (options.node_bandwidth, options.link_bandwidth, options.memory_bandwidth)
-    return Cluster(size, on_node, per_worker, *(value * 1e9 for value in bandwidths))
+def _clusters(options: argparse.Namespace, block: Block) -> list[Cluster]:
+    """One for each data-parallel size."""
+    names = ("node_bandwidth", "link_bandwidth", "memory_bandwidth")
+    bandwidths = [getattr(options, name) * 1e9 for name in names]
+    most = options.ranks_per_node or Cluster.ranks_per_node
+    usual = {"rank": 1, "node": most}[block.worker] if isinstance(block.worker, str) else block.worker
+    found = []
+    for size in options.dp or [usual * workers for workers in (4, 8, 64, 512)]:
+        # Some of a node's ranks, if there are no more; and nodes that are full, if nobody says how large.
+        on_node = min(most, size) if options.ranks_per_node else math.gcd(most, size)
+        per_worker = on_node if block.worker == "node" else usual
+        if not options.ranks_per_node and per_worker % on_node and on_node % per_worker:
+            on_node = math.gcd(on_node, per_worker)
+        found.append(Cluster(size, on_node, per_worker, *bandwidths))
+    return found
 
 
 def _read(path: Path) -> Mapping[str, Any]:

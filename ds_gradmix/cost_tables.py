@@ -4,7 +4,7 @@ formulas.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from ds_gradmix.costs import (
     BUCKET,
     Cluster,
     Job,
+    Owners,
     all_reduce,
     block_costs,
     exchanges,
@@ -26,31 +27,42 @@ from ds_gradmix.mixing import Mean
 _SMALL_MESSAGE = 64 * 2**10  # bytes; with smaller ones a network is far from its bandwidth
 
 
-def sent_ratio(block: Block, ranks: int, owners: str) -> float:
-    """Bytes a rank sends for a bucket, as a multiple of what stock DeepSpeed's all-reduce sends.
-
-    The size of workers does not matter: it decides how much of it leaves a node.
-    """
-    if ranks == 1:
-        return 1.0
-    cluster, job = Cluster(ranks), Job(1.0, 1, owners)  # type: ignore[arg-type]
-    return sum(hop.sent for hop in gradient_hops(block, job, cluster)) / all_reduce(1.0, cluster).sent
-
-
-def cost_table(config: Mapping[str, Any], block: Block, sizes: Sequence[int]) -> str:
+def cost_table(config: Mapping[str, Any], block: Block, clusters: Sequence[Cluster]) -> str:
     """The costs for several data-parallel sizes."""
     lines = ["gradients sent per rank and reduction, relative to stock DeepSpeed:"]
     kind = _engine_without_owners(config)
-    if kind is not None:
-        lines.append(f"    ranks  buckets of {kind}")
-        lines += [f"  {size:7d}  {sent_ratio(block, size, 'all'):{11 + len(kind)}.3f}" for size in sizes]
-    else:
-        lines.append("    ranks  even buckets  one owner a bucket")
-        for size in sizes:
-            even, uneven = (sent_ratio(block, size, owners) for owners in ("even", "one"))
-            lines.append(f"  {size:7d}  {even:12.3f}  {uneven:18.3f}")
-    bucket, width = _bucket(config), _width(config)
-    stock = f"stock: a copy of the bucket, at most {bucket * width / 2**20:g} MiB"
+    columns = ["even buckets", "one owner a bucket"] if kind is None else [f"buckets of {kind}"]
+    lines.append("    ranks  " + "  ".join(columns))
+    for cluster in clusters:
+        ratios = [_sent_ratio(config, block, cluster, owners) for owners in _owners(kind)]
+        cells = (f"{ratio:{len(column)}.3f}" for ratio, column in zip(ratios, columns, strict=True))
+        lines.append(f"  {cluster.ranks:7d}  " + "  ".join(cells))
+    bucket = _bucket(config)
+    lines += _memory_lines(config, block, kind)
+    if block.extrapolation is not None:
+        lines.append(_extrapolation_line(config, block))
+    if block.mixing.needs_gram and block.scope == "bucket":
+        name = "reduce_bucket_size" if kind is None else "DeepSpeed's own bucket size"
+        lines.append(f"note: scope bucket makes {name} ({bucket:g} elements) part of the mathematics")
+    return "\n".join(lines)
+
+
+def _owners(kind: str | None) -> list[Owners]:
+    """The ways in which a bucket may be owned."""
+    if kind is None:
+        return ["even", "one"]
+    return ["nobody: ZeRO-0" if kind == "ZeRO-0" else "nobody: BF16_Optimizer"]
+
+
+def _sent_ratio(config: Mapping[str, Any], block: Block, cluster: Cluster, owners: Owners) -> float:
+    job = Job(1.0, _sent_width(config), owners, _stock_width(config))
+    stock = all_reduce(job.stock_bytes, cluster).sent
+    return sum(hop.sent for hop in gradient_hops(block, job, cluster)) / stock if stock else 1.0
+
+
+def _memory_lines(config: Mapping[str, Any], block: Block, kind: str | None) -> list[str]:
+    bucket, lines = _bucket(config), []
+    stock = f"stock: a copy of the bucket, at most {bucket * _stock_width(config) / 2**20:g} MiB"
     if kind == "ZeRO-0":
         stock += " and a parameter"
     if kind == "BF16_Optimizer":
@@ -75,12 +87,7 @@ def cost_table(config: Mapping[str, Any], block: Block, sizes: Sequence[int]) ->
         lines.append(
             "  and for momentum 4 bytes per parameter / ranks throughout, as much again during reductions"
         )
-    if block.extrapolation is not None:
-        lines.append(_extrapolation_line(config, block))
-    if block.mixing.needs_gram and block.scope == "bucket":
-        name = "reduce_bucket_size" if kind is None else "DeepSpeed's own bucket size"
-        lines.append(f"note: scope bucket makes {name} ({bucket:g} elements) part of the mathematics")
-    return "\n".join(lines)
+    return lines
 
 
 def scale_table(
@@ -110,29 +117,41 @@ def scale_table(
     if job.reductions > 1:
         lines.append(f"  with ZeRO-2 in {job.reductions} reductions, one for each micro-step")
     if exchanges(block, cluster):
-        message = message_bytes(config, block, cluster, parameters)
-        if message < _SMALL_MESSAGE:
-            needed = block.tile_bytes * _SMALL_MESSAGE / message / 2**20
-            lines.append(
-                f"  note: workers exchange messages of {message / 2**10:.1f} KiB, and larger ones are "
-                f"faster: set tile_bytes to {needed:.0f} MiB for 64 KiB, or make workers larger"
-            )
+        lines += _message_note(config, block, job, cluster)
     return "\n".join(lines)
+
+
+def _message_note(config: Mapping[str, Any], block: Block, job: Job, cluster: Cluster) -> Iterator[str]:
+    """Whether what a rank sends to one of another worker at a time is too small for a network to be fast."""
+    width = job.grad_bytes
+    columns = columns_per_tile(block, cluster.ranks, cluster.workers, 2 * width)
+    share = min(job.bucket, job.parameters) / cluster.ranks
+    message = width * min(columns, share)
+    if message >= _SMALL_MESSAGE:
+        return
+    told = f"  note: workers exchange messages of {message / 2**10:.1f} KiB, and larger ones are faster: "
+    advice = []
+    if width * share < _SMALL_MESSAGE and not job.to_all and job.buckets > 1:
+        advice.append(f"reduce_bucket_size {_SMALL_MESSAGE * cluster.ranks // width}")
+    if width * columns < _SMALL_MESSAGE:
+        advice.append(f"tile_bytes {block.tile_bytes * _SMALL_MESSAGE / (width * columns) / 2**20:.0f} MiB")
+    yield told + " and ".join([*advice, ""][:2]).removesuffix(" and ") + " for 64 KiB, or larger workers"
 
 
 def job_of(config: Mapping[str, Any], block: Block, parameters: float, tensors: int) -> Job:
     """What a ds_config has reduced."""
-    job = Job(parameters, _width(config), "all", min(_bucket(config), max(int(parameters), 1)), tensors)
-    if _engine_without_owners(config) is None:
-        job = replace(job, owners="even" if job.buckets == 1 else "one")
-    return replace(job, copies=extrapolation_copies(config, block), reductions=_reductions(config))
-
-
-def message_bytes(config: Mapping[str, Any], block: Block, cluster: Cluster, parameters: float) -> float:
-    """What a rank sends to one of another worker for a tile."""
-    width = _width(config)
-    columns = columns_per_tile(block, cluster.ranks, cluster.workers, 2 * width)
-    return width * min(columns, min(_bucket(config), parameters) / cluster.ranks)
+    kind = _engine_without_owners(config)
+    job = Job(
+        parameters,
+        _sent_width(config),
+        _owners(kind)[-1],
+        _stock_width(config),
+        min(_bucket(config), max(int(parameters), 1)),
+        tensors,
+        extrapolation_copies(config, block),
+        _reductions(config),
+    )
+    return replace(job, owners="even") if kind is None and job.buckets == 1 else job
 
 
 def _row(name: str, stock: float, ours: float) -> str:
@@ -150,6 +169,18 @@ def _bucket(config: Mapping[str, Any]) -> int:
 def _width(config: Mapping[str, Any]) -> int:
     """Bytes of a gradient's element."""
     return 2 if any(lookup(config, f"{name}.enabled", False) is True for name in ("bf16", "fp16")) else 4
+
+
+def _stock_width(config: Mapping[str, Any]) -> int:
+    """The same as DeepSpeed sends it."""
+    return {"fp32": 4, "fp16": 2, "bf16": 2, "bfp16": 2}.get(
+        lookup(config, "communication_data_type", None), _width(config)
+    )
+
+
+def _sent_width(config: Mapping[str, Any]) -> int:
+    """The same as an exchange sends it, which gains nothing from what is widened before it is sent."""
+    return min(_width(config), _stock_width(config))
 
 
 def _reductions(config: Mapping[str, Any]) -> int:

@@ -21,8 +21,11 @@ from ds_gradmix.config import Block, ConfigError
 from ds_gradmix.mixing import Mean
 
 BUCKET = 500_000_000  # elements of a bucket: DeepSpeed's default in ZeRO, and the size elsewhere
-KERNELS_PER_WORKER = 8  # of a sequential decision (GAF) on the rank that takes it
+KERNELS_PER_WORKER = 9  # of a sequential decision (GAF) on the rank that takes it
 _GRAM_COPIES = 5  # of W x W float64, while a decision is taken
+
+
+Owners = Literal["even", "one", "nobody: ZeRO-0", "nobody: BF16_Optimizer"]
 
 
 @dataclass(frozen=True)
@@ -63,13 +66,14 @@ class Cluster:
 class Job:
     """What is reduced in an optimizer step.
 
-    Of a bucket all ranks may own even shares, or one, or a few, own all of it (ZeRO-1 and ZeRO-2), or every
-    rank needs the result (ZeRO-0, BF16_Optimizer).
+    With ZeRO-1 and ZeRO-2 all ranks own even shares of a bucket, or one, or a few, own all of it. With ZeRO-0
+    and BF16_Optimizer nobody does: every rank needs the result.
     """
 
     parameters: float  # P
     grad_bytes: int  # b
-    owners: Literal["even", "one", "all"]
+    owners: Owners
+    stock_bytes: int  # what b is without a block
     bucket: int = BUCKET  # elements
     tensors: int = 1000  # that P is made of
     copies: int = 0  # of the parameters, that extrapolation keeps
@@ -79,6 +83,17 @@ class Job:
     def num_bytes(self) -> float:
         """B."""
         return self.parameters * self.grad_bytes
+
+    @property
+    def to_all(self) -> bool:
+        """Whether every rank needs the result."""
+        return self.owners.startswith("nobody")
+
+    @property
+    def copied_bytes(self) -> float:
+        """What DeepSpeed copies gradients into before it reduces them."""
+        whole = self.owners == "nobody: BF16_Optimizer"  # all gradients of a parameter group
+        return (self.parameters if whole else min(self.bucket, self.parameters)) * self.stock_bytes
 
     @property
     def buckets(self) -> int:
@@ -145,9 +160,9 @@ def _ring(sent: float, cluster: Cluster) -> float:
 
 def stock_costs(job: Job, cluster: Cluster) -> Costs:
     """DeepSpeed's own averaging: an all-reduce of a copy of the bucket."""
-    copied = min(job.bucket, job.parameters) * job.grad_bytes
-    hops = [all_reduce(job.num_bytes, cluster)] * job.reductions
-    return _costs(hops, copied, 2 * job.num_bytes * job.reductions, 0.0, cluster)
+    num_bytes = job.parameters * job.stock_bytes
+    hops = [all_reduce(num_bytes, cluster)] * job.reductions
+    return _costs(hops, job.copied_bytes, 2 * num_bytes * job.reductions, 0.0, cluster)
 
 
 def block_costs(block: Block, job: Job, cluster: Cluster) -> Costs:
@@ -158,15 +173,17 @@ def block_costs(block: Block, job: Job, cluster: Cluster) -> Costs:
         once = inside_workers(job.num_bytes, cluster)
     memory = job.copies * job.parameters * job.grad_bytes
     if not exchanges(block, cluster):
-        memory += stock_costs(job, cluster).memory
+        memory += job.copied_bytes
         touched = 2 * job.num_bytes
         if cluster.workers > 1 and not (isinstance(block.mixing, Mean) and block.nonfinite == "propagate"):
             memory += block.tile_bytes
             touched += 16 * job.parameters
         return _costs([*hops * job.reductions, *once], memory, touched * job.reductions, 0.0, cluster)
     memory += 3 * block.tile_bytes
-    if job.owners == "all":
-        memory += min(job.bucket, job.parameters) * job.grad_bytes
+    if job.owners == "nobody: ZeRO-0":
+        memory += job.copied_bytes
+    if job.to_all and block.mixing.needs_gram and block.scope == "model":
+        memory += 1.5 * block.tile_bytes * job.buckets  # that wait for the decision
     if _smooths(block):
         memory += 8 * job.parameters / cluster.ranks
     seconds, w = 0.0, cluster.workers
@@ -191,9 +208,9 @@ def gradient_hops(block: Block, job: Job, cluster: Cluster) -> list[Hop]:
     """What happens to the gradients themselves."""
     num_bytes = job.num_bytes
     if not exchanges(block, cluster):
-        return [all_reduce(num_bytes, cluster)]
+        return [all_reduce(job.parameters * job.stock_bytes, cluster)]
     hops = to_combiners(num_bytes, cluster)
-    if job.owners == "all":
+    if job.to_all:
         return hops + to_everyone(num_bytes, cluster)
     if block.mixing.needs_gram and block.scope == "model":
         hops = hops * 2  # the first time for the decision alone

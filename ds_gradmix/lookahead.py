@@ -275,20 +275,34 @@ class LookAhead:
 
     # --- checkpoints ---
 
+    @property
+    def _num_replicas(self) -> int:
+        """Whose mean the gradient is."""
+        return 1 if self._team is None else self._team.num_replicas
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs; the parameters hold theta afterwards."""
         self.leave()
         buffers = self._kept if self.rule.needs_gradient and self.state is not State.EMPTY else []
-        return {"state": self.state.value, "gradient_scale": self._gradient_scale, "buffers": buffers}
+        return {
+            "state": self.state.value,
+            "gradient_scale": self._gradient_scale,
+            "replicas": self._num_replicas,
+            "buffers": buffers,
+        }
 
     def load_state_dict(self, saved: dict[str, Any]) -> bool:
-        """Take over a checkpoint's state; False, and no offset for one step, if it is of other sizes."""
+        """Take over a checkpoint's state; False, and no offset for one step, if it is of other sizes, or of
+        workers of another size.
+        """
         self._begin(State.EMPTY)
         self._partial = self._collecting = False
         buffers = saved["buffers"]
         if not self.rule.needs_gradient or not buffers:
             return True
         if [kept.numel() for kept in self._kept] != [buffer.numel() for buffer in buffers]:
+            return False
+        if saved.get("replicas", 1) != self._num_replicas:
             return False
         for kept, buffer in zip(self._kept, buffers, strict=True):
             kept.copy_(buffer)

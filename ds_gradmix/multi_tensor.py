@@ -32,7 +32,9 @@ def amp_c() -> tuple[Any, str]:
 def describe() -> str:
     """Which kernels serve, in words."""
     module, why_not = amp_c()
-    return f"torch._foreach ({why_not})" if module is None else "amp_C of NVIDIA apex on CUDA"
+    if module is None:
+        return f"torch._foreach ({why_not})"
+    return "amp_C of NVIDIA apex for float32 and float16 on CUDA, torch._foreach for the rest"
 
 
 def norms(tensors: Sequence[Tensor]) -> Tensor:
@@ -47,7 +49,7 @@ def axpby_(a: float, xs: Sequence[Tensor], b: float, ys: Sequence[Tensor]) -> No
     """`y <- a x + b y` for each pair, in place; x may be of another dtype."""
     if not ys:
         return
-    module = _kernels([*xs, *ys])
+    module = _kernels(xs, ys)
     if module is not None:
         module.multi_tensor_axpby(_CHUNK, _flag(ys), [list(xs), list(ys), list(ys)], a, b, -1)
         return
@@ -56,10 +58,16 @@ def axpby_(a: float, xs: Sequence[Tensor], b: float, ys: Sequence[Tensor]) -> No
     torch._foreach_add_(list(ys), [x.to(y.dtype) for x, y in zip(xs, ys, strict=True)], alpha=a)
 
 
-def _kernels(tensors: Sequence[Tensor]) -> Any:
-    """amp_C, if it is there and takes these tensors."""
-    fits = all(_is_cuda(t) and t.dtype in _DTYPES and t.is_contiguous() and t.numel() for t in tensors)
-    return amp_c()[0] if tensors and fits else None
+def _kernels(*lists: Sequence[Tensor]) -> Any:
+    """amp_C, if it is there and takes these lists: it looks at the dtype of a list's first tensor alone, and
+    counts elements in 32 bits.
+    """
+    for tensors in lists:
+        if len({t.dtype for t in tensors}) != 1 or tensors[0].dtype not in _DTYPES:
+            return None
+        if not all(_is_cuda(t) and t.is_contiguous() and 0 < t.numel() < 2**31 for t in tensors):
+            return None
+    return amp_c()[0]
 
 
 def _is_cuda(tensor: Tensor) -> bool:

@@ -159,9 +159,7 @@ class Workers(Circle):
             own = sizes[self.rank % n :: n]
             parts = received[: n * sum(own)]
             self.team.inside.all_to_all(parts, sent, [sum(own)] * n, by_place)
-            # A reduce-scatter whose sum is in float32 whatever travels.
-            total = parts.view(n, -1).sum(0, dtype=torch.float32).div_(self.replicas_per_worker)
-            mean = sent[: sum(own)].copy_(total)
+            mean = sent[: sum(own)].copy_(_sum(parts.view(n, -1)).div_(self.replicas_per_worker))
             self.team.across.all_to_all(received[: self.size * columns], mean, [columns] * self.size, own)
         return received[: self.size * columns].view(self.size, columns)
 
@@ -180,6 +178,16 @@ class Workers(Circle):
             self.sum(values)
         else:
             self.deciders.sum_alike(values)
+
+
+def _sum(values_RC: Tensor) -> Tensor:
+    """`[C]`, in float32 whatever travels, and without a copy of all rows in it, as a CPU would make."""
+    if values_RC.device.type != "cpu" or values_RC.dtype == torch.float32:
+        return values_RC.sum(0, dtype=torch.float32)
+    total_C = values_RC[0].float()
+    for row_C in values_RC[1:]:
+        total_C += row_C
+    return total_C
 
 
 class Copies:

@@ -1,4 +1,4 @@
-"""The table in docs/scaling.md, from the formulas. `python tests/scaling_table.py` writes it."""
+"""The tables in docs/scaling.md, from the formulas. `python tests/scaling_table.py` writes them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,30 @@ BEGIN, END = "<!-- table: written by tests/scaling_table.py -->\n", "<!-- end of
 CONFIG: dict[str, Any] = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}
 GAF = {"mixing": {"type": "GAF"}}
 VRGD = {"scaling": {"type": "VRGD", "params": {"momentum": 0.9}}}
+PAST = {"extrapolation": {"type": "PastGradient", "params": {"lr": 0.1}}}
 BLOCKS: dict[str, dict[str, Any]] = {
     "stock, Mean": {},
+    "GradientMix": {"mixing": {"type": "GradientMix"}},
     "GAF": GAF,
+    "GAF, scope parameter": {**GAF, "scope": "parameter"},
+    "GAF, scope model, ZeRO-1": {**GAF, "scope": "model"},
+    "VRGD": {"scaling": {"type": "VRGD"}},
+    "GAF, VRGD": {**GAF, "scaling": {"type": "VRGD"}},
+    "VRGD with momentum": VRGD,
+    "GAF, PastGradient": {**GAF, **PAST},
     "GAF, worker node": {**GAF, "worker": "node"},
+    "GAF, scope parameter, worker node": {**GAF, "scope": "parameter", "worker": "node"},
+    "GAF, scope model, ZeRO-1, worker node": {**GAF, "scope": "model", "worker": "node"},
+    "VRGD, worker node": {"scaling": {"type": "VRGD"}, "worker": "node"},
     "GAF, VRGD with momentum, worker node": {**GAF, **VRGD, "worker": "node"},
+    "GAF, PastGradient, worker node": {**GAF, **PAST, "worker": "node"},
+    "GAF, worker 2": {**GAF, "worker": 2},
+    "GAF, worker 32": {**GAF, "worker": 32},
 }
+AT_ALL_SIZES = ("stock, Mean", "GAF", "GAF, worker node", "GAF, VRGD with momentum, worker node")
 SIZES = {"7B": 7e9, "70B": 70e9, "1T": 1e12}
 RANKS = (64, 512, 4096)
+IN_DETAIL = ("70B", 512)
 RANKS_PER_NODE = 8
 
 
@@ -38,20 +54,37 @@ class Row(NamedTuple):
         return "| " + " | ".join([self.size, str(self.ranks), self.rule, *numbers]) + " |"
 
 
+def config_of(rule: str) -> dict[str, Any]:
+    """The ds_config of a row."""
+    stage = 1 if "ZeRO-1" in rule else 2
+    return {**CONFIG, "zero_optimization": {"stage": stage}, "gradmix": BLOCKS[rule]}
+
+
+def row_of(size: str, ranks: int, rule: str) -> Row:
+    block = parse_block(BLOCKS[rule])
+    per_worker = {"rank": 1, "node": RANKS_PER_NODE}.get(str(block.worker), block.worker)
+    cluster = Cluster(ranks, RANKS_PER_NODE, int(per_worker))
+    job = job_of(config_of(rule), block, SIZES[size], 1000)
+    return Row(
+        size, ranks, rule, block_costs(block, job, cluster) if BLOCKS[rule] else stock_costs(job, cluster)
+    )
+
+
 def rows() -> Iterator[Row]:
-    for size, parameters in SIZES.items():
+    """First every rule at one size, then a few at all sizes."""
+    for rule in BLOCKS:
+        yield row_of(*IN_DETAIL, rule)
+    for size in SIZES:
         for ranks in RANKS:
-            for rule, definition in BLOCKS.items():
-                block = parse_block(definition)
-                cluster = Cluster(ranks, RANKS_PER_NODE, RANKS_PER_NODE if block.worker == "node" else 1)
-                job = job_of(CONFIG, block, parameters, 1000)
-                found = block_costs(block, job, cluster) if definition else stock_costs(job, cluster)
-                yield Row(size, ranks, rule, found)
+            for rule in AT_ALL_SIZES:
+                yield row_of(size, ranks, rule)
 
 
 def table() -> str:
     head = "| parameters | ranks | block | GB sent per rank | GB leaving a node | GB of memory | seconds |"
-    return "\n".join([head, "|---" * 7 + "|", *map(str, rows())]) + "\n"
+    head += "\n" + "|---" * 7 + "|"
+    every = list(map(str, rows()))
+    return "\n".join([head, *every[: len(BLOCKS)], "", head, *every[len(BLOCKS) :]]) + "\n"
 
 
 def written(text: str) -> str:

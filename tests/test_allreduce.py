@@ -437,6 +437,10 @@ def _checkpoints_of(name: str, folder: Path) -> None:
         with log_lines() as lines:
             engine.load_checkpoint(str(folder), **options)
         assert equal(steps(engine, case, first, 4), whole) and not lines, (name, options, lines)
+    with log_lines() as lines:
+        build(case_of(name, {**ALL, "worker": 2})).load_checkpoint(str(folder), tag="first")
+    told = [line for line in lines if "active over" not in line]
+    assert len(told) == (rank() == 0) and all("of workers of another size" in line for line in told), lines
     other = build(momentum)
     for options in ({"load_module_only": True}, {"load_optimizer_states": False}):
         for resumed, kind, warned in ((engine, case, 1), (other, momentum, 0)):

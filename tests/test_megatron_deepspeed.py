@@ -54,6 +54,7 @@ for end in ("bin", "idx"):
 import argparse, json
 import deepspeed
 import torch
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # which would have to be compiled
 parser = argparse.ArgumentParser(allow_abbrev=False)
 for name in ("--train-iters", "--micro-batch-size", "--local_rank"):
     parser.add_argument(name, type=int)
@@ -90,7 +91,9 @@ def commands() -> str:
 
 def environment(bin_folder: Path, **extra: str) -> dict[str, str]:
     path = os.pathsep.join([str(bin_folder), str(Path(sys.executable).parent), os.environ["PATH"]])
-    kept = {key: value for key, value in os.environ.items() if key not in ("TP", "PP", "CONFIG", "SAVE")}
+    kept = {
+        key: value for key, value in os.environ.items() if key not in ("TP", "PP", "DP", "CONFIG", "SAVE")
+    }
     return {**kept, "PATH": path, "PYTHONPATH": str(ROOT), "PORT": str(free_port()), **extra}
 
 
@@ -169,6 +172,12 @@ def test_decisions_are_logged_as_the_document_shows(tmp_path: Path, stand_in: Pa
     assert all(line.endswith(f"ZeRO-1: {parse_block(CONFIG['gradmix']).describe()}") for line in active)
 
 
+def test_as_many_ranks_as_tp_pp_dp(tmp_path: Path, stand_in: Path) -> None:
+    for values, ranks in (({"TP": "2", "PP": "2", "DP": "3"}, 12), ({"PP": "0", "DP": "2"}, 2), ({}, 8)):
+        done = run_script(tmp_path, DRY_RUN="1", GLOBAL_BATCH="96", **values)
+        assert done.stdout.startswith(f"deepspeed --num_accelerators {ranks} "), done.stderr
+
+
 def test_several_nodes(tmp_path: Path, stand_in: Path) -> None:
     (tmp_path / "hosts").write_text("# two nodes\na slots=8\nb slots=8\n")
     done = run_script(
@@ -192,6 +201,8 @@ MISTAKES = {
     'PP is "-1"': {"PP": "-1"},
     "8 ranks cannot be divided into replicas of TP x PP = 3 x 1": {"TP": "3"},
     "8 ranks cannot be divided into replicas of TP x PP = 4 x 4": {"TP": "4", "PP": "4"},
+    'DP is "0"': {"DP": "0"},
+    "8 ranks are 4 replicas of TP x PP = 2 x 1; DP is 2": {"TP": "2", "DP": "2", "GPUS": "8"},
     "multiple of MICRO_BATCH x workers = 4 x 8": {"GLOBAL_BATCH": "48"},
     "tokenizer.model could not be read": {"CONFIG": "tokenizer.model"},
 }

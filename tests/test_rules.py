@@ -55,6 +55,15 @@ def test_gaf_weights(workers: int, merge: str, threshold: float) -> None:
         np.testing.assert_allclose(combined.numpy(), expected @ grads.numpy(), atol=1e-12)
 
 
+@pytest.mark.parametrize("merge", ["mean", "midpoint"])
+def test_gaf_with_threshold_2_keeps_everybody_also_when_gradients_cancel(merge: str) -> None:
+    for seed in range(40):
+        u, v, w = gaussian(3, seed=seed, shared=0.0)
+        stack = torch.stack([u, v, -(u + v), w, torch.zeros(N, dtype=torch.float64)])
+        _, info = combine(stack, block("GAF", threshold=2.0, merge=merge, order="rank"))
+        assert (info["weights"] > 0).all()
+
+
 class Launches(TorchDispatchMode):
     """Counts operations that would be kernels on a GPU."""
 

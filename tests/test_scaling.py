@@ -79,9 +79,9 @@ def test_formulas_count_every_message(what: str, d: int, k: int, n: int) -> None
 
 
 MEASURED = {  # the benchmark's options, and which rules must be among what it measured
-    "2 ranks": ("--world 2", ["VRGD momentum 0.9", "GAF scope model"]),
+    "2 ranks": ("--world 2", ["VRGD momentum 0.9", "GAF scope parameter"]),
     "4 ranks on 2 hosts": ("--world 4 --ranks-per-host 2 --engine ZeRO-0", ["GAF", "GAF, worker node"]),
-    "8 ranks": ("--world 8", ["GAF"]),
+    "8 ranks on 4 hosts": ("--world 8 --ranks-per-host 2", ["GAF", "GAF, worker 4"]),
 }
 
 
@@ -117,9 +117,8 @@ def test_check_prints_the_table(ranks: int, tmp_path: Path, capsys: pytest.Captu
     for row in scaling_table.rows():
         if row.ranks != ranks:
             continue
-        config = {**scaling_table.CONFIG, "gradmix": scaling_table.BLOCKS[row.rule]}
         path = tmp_path / "ds_config.json"
-        path.write_text(json.dumps(config))
+        path.write_text(json.dumps(scaling_table.config_of(row.rule)))
         parameters = str(scaling_table.SIZES[row.size])
         assert (
             main(["check", str(path), "--params", parameters, "--dp", str(ranks), "--ranks-per-node", "8"])
@@ -146,7 +145,13 @@ def test_its_command_runs() -> None:
         timeout=60,
     )
     assert run.returncode == 0, run.stderr
-    assert all(name in run.stdout for name in LINES)
+    printed = [
+        line.split()[-2]
+        for line in run.stdout.splitlines()
+        if line.startswith(tuple("  " + x for x in LINES))
+    ]
+    detail = scaling_table.row_of(*scaling_table.IN_DETAIL, "GAF, VRGD")
+    assert str(detail).strip("| ").split(" | ")[3:] == printed, "the row of configs/gaf_vrgd_zero2.json"
 
 
 def test_extrapolation_and_micro_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,6 +168,73 @@ def test_extrapolation_and_micro_steps(tmp_path: Path, capsys: pytest.CaptureFix
         [2 * 2 * 7 / 8 * 2, 2 * exchanged + 2 * 3 / 4 * 2], rel=1e-3
     )
     assert "with ZeRO-2 in 2 reductions" in out and "two copies of the parameters" in out
+
+
+def checked(folder: Path, block: dict[str, Any], *options: str, **config: Any) -> list[str]:
+    (folder / "c.json").write_text(json.dumps({"gradmix": block, **scaling_table.CONFIG, **config}))
+    path = Path(sys.executable).parent / "ds_gradmix"
+    run = subprocess.run(
+        [path, "check", folder / "c.json", *options], capture_output=True, text=True, timeout=60
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout.splitlines()
+
+
+def numbers_of(lines: list[str], name: str) -> list[float]:
+    """Of stock, and of the block."""
+    (line,) = (line for line in lines if name in line)
+    return [float(number) for number in line.split()[-3:-1]]
+
+
+def test_check_at_any_size(tmp_path: Path) -> None:
+    for options, sizes in {
+        ("--dp", "6", "12", "100"): [6, 12, 100],
+        ("--dp", "12", "--ranks-per-node", "4"): [12],
+        (): [32, 64, 512, 4096],
+    }.items():
+        lines = checked(tmp_path, {**scaling_table.GAF, **({} if options else {"worker": 8})}, *options)
+        at = lines.index(next(line for line in lines if line.split()[:1] == ["ranks"]))
+        assert [int(line.split()[0]) for line in lines[at + 1 : at + 1 + len(sizes)]] == sizes
+    lines = checked(tmp_path, {**scaling_table.GAF, "worker": 8}, "--dp", "8")
+    assert ["8", "1.000", "1.000"] in [line.split() for line in lines], "one worker is stock"
+
+
+def test_check_where_nobody_owns_a_bucket(tmp_path: Path) -> None:
+    """BF16_Optimizer copies all gradients in bf16; scope model keeps 1.5 tiles of every bucket."""
+    config = {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}
+    options = ("--params", "7e9", "--dp", "64")
+    assert numbers_of(checked(tmp_path, scaling_table.GAF, *options, **config), "GB of memory") == [
+        14,
+        0.1008,
+    ]
+    model = {**scaling_table.GAF, "scope": "model"}
+    tiles = (3 + 1.5 * 14) * 2**25 + 5 * 8 * 64**2
+    assert numbers_of(checked(tmp_path, model, *options, **config), "GB of memory")[1] == pytest.approx(
+        tiles / 1e9, rel=1e-3
+    )
+    zero = {"zero_optimization": {"stage": 0}}
+    assert numbers_of(checked(tmp_path, scaling_table.GAF, *options, **zero), "GB of memory") == [1, 1.101]
+
+
+def test_check_of_wider_communication(tmp_path: Path) -> None:
+    """What DeepSpeed widens before it sends, the exchange does not."""
+    options = ("--params", "7e9", "--dp", "64")
+    narrow = numbers_of(checked(tmp_path, scaling_table.GAF, *options), "GB sent")
+    wide = numbers_of(
+        checked(tmp_path, scaling_table.GAF, *options, communication_data_type="fp32"), "GB sent"
+    )
+    assert wide == [pytest.approx(2 * narrow[0], rel=1e-3), narrow[1]]
+
+
+def test_advice_for_small_messages(tmp_path: Path) -> None:
+    options = ("--params", "70e9", "--dp", "4096")
+    assert any(
+        "tile_bytes 513 MiB for 64 KiB" in line for line in checked(tmp_path, scaling_table.GAF, *options)
+    )
+    small = {"stage": 2, "reduce_bucket_size": 50_000_000}
+    block = {**scaling_table.GAF, "tile_bytes": 2**30}
+    lines = checked(tmp_path, block, *options, zero_optimization=small)
+    assert any(f"reduce_bucket_size {2**15 * 4096} for 64 KiB" in line for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -207,7 +207,7 @@ def _announce(engine: Any, config: Mapping[str, Any], block: Block | None) -> No
         told += f'; "{wrong}" is ignored (misspelt?)'
     if block.worker == "node" and seam.place.workers.replicas_per_worker == 1:
         level = logging.WARNING
-        told += "; every node has one rank of a data-parallel group: a worker is a rank"
+        told += "; by LOCAL_RANK every node has one rank of a data-parallel group: a worker is a rank"
     if size == 1:
         told += "; with one worker every rule of mixing and scaling is the identity"
     elif block.scaling is not None and size < block.scaling.min_workers:

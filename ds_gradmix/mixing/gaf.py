@@ -10,7 +10,6 @@ from ds_gradmix.mixing.rule import Decision, GramMixing, Moment, generator
 from ds_gradmix.segments import to_device
 
 _ROUNDING = 1e-6  # two equal float32 gradients may come out this far from cosine 1
-_TINY = 1e-300  # a zero gradient has a length, so that its cosine with everything is 0
 _ORDER_STREAM = 1  # independent of what a KnownMixing would draw at the same moment
 
 
@@ -42,59 +41,58 @@ class GAF(GramMixing):
         these few numbers costs a launch, so there are as few as can be: `cos(a, g_i)` is compared as
         `<a, g_i/|g_i|> >= (1 - threshold) |a|`, and what does not depend on `a` is computed before.
         """
-        num_segments, num_workers, _ = gram_SWW.shape
+        order = self._order(gram_SWW.shape[1], moment)
+        bias_W = _bias(order, present_W, gram_SWW.dtype)
         squares_SW = gram_SWW.diagonal(dim1=1, dim2=2)
         norms_SW = squares_SW.clamp(min=0).sqrt()
         rows_SWW = torch.where(norms_SW[:, None] > 0, gram_SWW / norms_SW[:, None], 0.0)  # <g_i, g_j/|g_j|>
         twice_SW = 2 * norms_SW
-        order = self._order(num_workers, moment)
-        bias_W = self._bias(order, present_W, gram_SWW.dtype)
         share_SW = torch.zeros_like(norms_SW)  # coefficients of a in the g_i
         dots_SW = torch.zeros_like(norms_SW)  # <a, g_i/|g_i|>
         square_S = torch.zeros_like(norms_SW[:, 0])  # <a, a>
+        endless_S = torch.full_like(square_S, 1e300)  # in place of no <a, a>: every cosine with a is 0
         for i in order:
-            length_S = square_S.clamp(min=_TINY).sqrt()
+            length_S = torch.where(square_S > 0, square_S, endless_S).sqrt()
             limit_S = torch.add(bias_W[i], length_S, alpha=1.0 - self.threshold - _ROUNDING)
             kept_S = share_SW[:, i].copy_(dots_SW[:, i] >= limit_S)
-            if self.merge == "midpoint":
-                # a <- (a + g_i)/2, but a <- g_1: half of g_i on top of half of a
-                half_S = kept_S * torch.where(bias_W[i].isneginf(), 1.0, 0.5)
-                rest_S = torch.where(bias_W[i].isneginf(), 0.0, 1.0 - half_S)
-                share_SW[:, i] = 0
-                share_SW *= rest_S[:, None]
+            if self.merge == "midpoint":  # a <- (a + g_i)/2, but a <- g_1
+                is_first = bias_W[i].isneginf()
+                half_S = kept_S * torch.where(is_first, 1.0, 0.5)
+                rest_S = torch.where(is_first, 0.0, 1.0 - half_S)
+                share_SW = share_SW * rest_S[:, None]
                 share_SW[:, i] = half_S
-                square_S = (rest_S**2 * square_S) + (
-                    half_S * (rest_S * twice_SW[:, i] * dots_SW[:, i] + half_S * squares_SW[:, i])
-                )
+                grown_S = rest_S * twice_SW[:, i] * dots_SW[:, i] + half_S * squares_SW[:, i]
+                square_S = rest_S**2 * square_S + half_S * grown_S
                 dots_SW = rest_S[:, None] * dots_SW + half_S[:, None] * rows_SWW[:, i]
             else:
                 grown_S = torch.addcmul(squares_SW[:, i], twice_SW[:, i], dots_SW[:, i])
                 square_S = torch.addcmul(square_S, kept_S, grown_S)
                 dots_SW.addcmul_(kept_S[:, None], rows_SWW[:, i])
-        count_S = (share_SW != 0).sum(1)
+        return self._decision(share_SW, present_W)
+
+    def _decision(self, share_SW: Tensor, present_W: Tensor) -> Decision:
         # With one worker left by `nonfinite: drop` there is nobody who could disagree.
-        agreed_S = count_S > present_W.sum().clamp(max=2) - 1
+        agreed_S = (share_SW != 0).sum(1) > present_W.sum().clamp(max=2) - 1
         weights_SW = share_SW / share_SW.sum(1, keepdim=True).clamp(min=0.5)
         if self.on_disagreement == "mean":
             mean_W = present_W.to(weights_SW.dtype) / present_W.sum().clamp(min=1)
-            return Decision(
-                torch.where(agreed_S[:, None], weights_SW, mean_W), present_W.any().expand(num_segments)
-            )
+            weights_SW = torch.where(agreed_S[:, None], weights_SW, mean_W)
+            return Decision(weights_SW, present_W.any().expand(len(weights_SW)))
         return Decision(weights_SW * agreed_S[:, None], agreed_S & present_W.any())
-
-    @staticmethod
-    def _bias(order: list[int], present_W: Tensor, dtype: torch.dtype) -> Tensor:
-        """What is added to a worker's limit: minus infinity for the first one, which is kept, plus infinity
-        for those that are not there, and nothing for the others.
-        """
-        place_W = torch.empty(len(order), dtype=torch.int64)
-        place_W[order] = torch.arange(len(order))
-        there_W = present_W[to_device(torch.tensor(order), present_W.device)]
-        first_W = (there_W & (there_W.cumsum(0) == 1))[to_device(place_W, present_W.device)]
-        infinity = torch.full_like(present_W, float("inf"), dtype=dtype)
-        return torch.where(first_W, -infinity, torch.where(present_W, 0.0, infinity))
 
     def _order(self, num_workers: int, moment: Moment) -> list[int]:
         if self.order == "rank":
             return list(range(num_workers))
         return [int(i) for i in generator(moment, _ORDER_STREAM).permutation(num_workers)]
+
+
+def _bias(order: list[int], present_W: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to a worker's limit: minus infinity for the first one, which is kept, plus infinity for
+    those that are not there, and nothing for the others.
+    """
+    place_W = torch.empty(len(order), dtype=torch.int64)
+    place_W[order] = torch.arange(len(order))
+    there_W = present_W[to_device(torch.tensor(order), present_W.device)]
+    first_W = (there_W & (there_W.cumsum(0) == 1))[to_device(place_W, present_W.device)]
+    infinity = torch.full_like(present_W, float("inf"), dtype=dtype)
+    return torch.where(first_W, -infinity, torch.where(present_W, 0.0, infinity))

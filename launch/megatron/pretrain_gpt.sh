@@ -9,11 +9,12 @@ set -euo pipefail
 : "${SAVE:=runs/megatron/gpt}" # checkpoints, on a file system all nodes see; the same command again resumes
 : "${CONFIG:=$(dirname "$0")/../../configs/megatron/gaf_zero1.json}" # batch sizes and steps_per_print are set here
 
-: "${GPUS:=8}"            # ranks on this node
+: "${GPUS:=}"             # ranks on this node; empty: TP x PP x DP, or 8
 : "${HOSTFILE:=}"         # several nodes: DeepSpeed's hostfile, whose slots then count instead of GPUS
 : "${PORT:=29500}"
 : "${TP:=1}"              # tensor parallel ranks
 : "${PP:=1}"              # pipeline stages; 0 is training without DeepSpeed's pipeline, which ZeRO-2 needs
+: "${DP:=}"               # data-parallel replicas; empty: as many as there are ranks for
 
 : "${LAYERS:=24}"
 : "${HIDDEN:=2048}"
@@ -40,24 +41,28 @@ die() {
 for name in MEGATRON DATA TOKENIZER; do
     [ -n "${!name}" ] || die "$name is not set: edit the top of $0, or give it by the environment"
 done
-for name in GPUS TP LAYERS HIDDEN HEADS SEQUENCE MICRO_BATCH GLOBAL_BATCH STEPS LOG_EVERY SAVE_EVERY EVAL_EVERY; do
+for name in TP LAYERS HIDDEN HEADS SEQUENCE MICRO_BATCH GLOBAL_BATCH STEPS LOG_EVERY SAVE_EVERY EVAL_EVERY; do
     [[ ${!name} =~ ^[1-9][0-9]*$ ]] || die "$name is \"${!name}\": it must be a whole number, 1 or more"
 done
 [[ $PP =~ ^(0|[1-9][0-9]*)$ ]] || die "PP is \"$PP\": it must be a whole number, 0 or more"
+for name in GPUS DP; do
+    [[ ${!name} =~ ^([1-9][0-9]*)?$ ]] || die "$name is \"${!name}\": it must be a whole number, 1 or more, or empty"
+done
 for file in "$MEGATRON/pretrain_gpt.py" "$DATA.bin" "$DATA.idx" "$TOKENIZER" "$CONFIG" ${HOSTFILE:+"$HOSTFILE"}; do
     [ -f "$file" ] || die "$file does not exist"
 done
 
-ranks=$GPUS
-nodes=(--num_accelerators "$GPUS")
+stages=$((PP > 1 ? PP : 1))
+ranks=${GPUS:-$((DP ? TP * stages * DP : 8))}
+nodes=(--num_accelerators "$ranks")
 if [ -n "$HOSTFILE" ]; then
     ranks=$(sed -nE 's/^[^#[:space:]]+[[:space:]]+slots=([0-9]+).*/\1/p' "$HOSTFILE" | awk '{n += $1} END {print n + 0}')
     nodes=(--hostfile "$HOSTFILE")
 fi
-stages=$((PP > 1 ? PP : 1))
 workers=$((ranks / (TP * stages)))
 ((workers > 0 && ranks == workers * TP * stages)) ||
     die "$ranks ranks cannot be divided into replicas of TP x PP = $TP x $stages"
+[ "$workers" -eq "${DP:-$workers}" ] || die "$ranks ranks are $workers replicas of TP x PP = $TP x $stages; DP is $DP"
 [ $((GLOBAL_BATCH % (MICRO_BATCH * workers))) -eq 0 ] ||
     die "GLOBAL_BATCH is $GLOBAL_BATCH: it must be a multiple of MICRO_BATCH x workers = $MICRO_BATCH x $workers"
 
