@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import re
-import runpy
 import shlex
 import signal
 import socket
@@ -21,13 +20,11 @@ import numpy as np
 import pytest
 import torch
 from cluster import ROOT, Node, cluster, why_no_cluster
-from deepspeed.accelerator import set_accelerator
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 from deepspeed.launcher import runner
+from pretraining import undisturbed
 from ranks import run_ranks
-
-import ds_gradmix
 
 sys.path.insert(0, str(ROOT / "launch"))
 
@@ -104,16 +101,6 @@ def on_nodes(nodes: list[Node], folder: Path, **settings: str) -> dict[str, str]
         GRACE_S="2",
         **settings,
     )
-
-
-def undisturbed(arguments: list[str]) -> None:
-    """pretrain.py on this rank of `run_ranks`."""
-    set_accelerator(CPU_Accelerator())  # also on a machine with GPUs, as the nodes
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    ds_gradmix.enable()
-    sys.argv = ["pretrain.py", *arguments]
-    sys.path.insert(0, str(ROOT / "launch"))
-    runpy.run_path(str(ROOT / "launch" / "pretrain.py"), run_name="__main__")
 
 
 def arguments_of(settings: Mapping[str, str], run: Path) -> list[str]:

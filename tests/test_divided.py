@@ -22,7 +22,11 @@ LAYERWISE = {
     **MODEL,
     "extrapolation": {"type": "PastGradient", "params": {"lr": 0.02, "layerwise": True}},
 }
-TEAMS = {"PastGradient": PAST, "VRGD": VRGD, "GradientMix": BLOCKS["mixing"]["GradientMix"][0]}
+TEAMS = {  # two ranks a worker, at these stages
+    "PastGradient": (PAST, (0, 1, 2)),
+    "VRGD": (VRGD, (0, 2)),
+    "GradientMix": (BLOCKS["mixing"]["GradientMix"][0], (1,)),
+}
 TOLERANCE = 1e-5
 
 
@@ -41,8 +45,8 @@ def _replayed() -> dict[str, Case]:
         layout = Layout(4, expert=size)
         cases[f"experts over {size} ZeRO-1"] = Case(layout, GAF, stage=1, experts=4, steps=4)
         cases[f"experts over {size} ZeRO-2"] = Case(layout, PAST, stage=2, experts=4, steps=4)
-    for name, block in TEAMS.items():
-        for stage in (0, 1, 2):
+    for name, (block, stages) in TEAMS.items():
+        for stage in stages:
             steps, accumulation = 2 if "scaling" in block else 4, 2 if stage == 1 else 1
             pairs = Case(
                 Layout(4), {**block, "worker": 2}, stage=stage, accumulation=accumulation, steps=steps

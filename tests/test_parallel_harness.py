@@ -33,25 +33,19 @@ def _cases() -> dict[str, Case]:
         ),
         "experts ZeRO-1": Case(Layout(4, expert=4), experts=4, stage=1, accumulation=2),
         "experts ZeRO-2": Case(Layout(4, expert=2), experts=4, stage=2, accumulation=2),
-        "experts ZeRO-1 bf16 fp32 sums": Case(
-            Layout(4, expert=2), experts=4, stage=1, dtype="bf16", fp32_sums=True
-        ),
     }
     for kind in ("autotp", "megatron"):
         if kind == "autotp" or importlib.util.find_spec("megatron"):
             layout = replace(tensor, kind=kind)
-            cases[f"{kind} ZeRO-1 bf16"] = Case(layout, stage=1, dtype="bf16", accumulation=2)
             cases[f"{kind} ZeRO-2"] = Case(layout, stage=2, tied=True, config=CLIPPED)
     for kind in ("mpu", "state"):
         layout = Layout(2, sequence=2, kind=kind)
-        cases[f"sequence by {kind} ZeRO-1 bf16"] = Case(layout, stage=1, dtype="bf16", tied=True)
         cases[f"sequence by {kind} ZeRO-2"] = Case(layout, stage=2, accumulation=2, config=CLIPPED)
     return cases
 
 
 CASES = _cases()
 EIGHT = {
-    "pipe and tensor ZeRO-1": Case(Layout(2, tensor=2, pipe=2), stage=1, accumulation=2, tied=True),
     "pipe and tensor ZeRO-1 bf16 fp32 sums": Case(
         Layout(2, tensor=2, pipe=2), stage=1, dtype="bf16", fp32_sums=True, accumulation=2, tied=True
     ),

@@ -17,7 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "launch"))
 import checkpoint
 import metrics
 import prepare
+from pretraining import undisturbed
 from quickstart import environment, free_port
+from ranks import run_ranks
 from schedule import cosine_with_warmup
 from settings import check, parse_args
 from tokens import TrainingWindows, validation_batches
@@ -235,8 +237,7 @@ def test_killed_and_resumed_training_equals_uninterrupted_training(
 ) -> None:
     options = {**inputs, "--checkpoint-every": "4", "--validate-every": "5", "--validation-windows": "8"}
     plain, broken = tmp_path / "plain", tmp_path / "broken"
-    status, output = train(LAUNCH / "pretrain.py", {**options, "--out": str(plain)})
-    assert status == 0, output
+    run_ranks(2, undisturbed, as_arguments({**options, "--out": str(plain)}))
     assert [path.name for path in sorted((plain / "checkpoint").glob("global_step*"))] == [
         "global_step12",
         "global_step8",

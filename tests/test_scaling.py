@@ -10,7 +10,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -170,14 +170,19 @@ def test_extrapolation_and_micro_steps(tmp_path: Path, capsys: pytest.CaptureFix
     assert "with ZeRO-2 in 2 reductions" in out and "two copies of the parameters" in out
 
 
-def checked(folder: Path, block: dict[str, Any], *options: str, **config: Any) -> list[str]:
-    (folder / "c.json").write_text(json.dumps({"gradmix": block, **scaling_table.CONFIG, **config}))
-    path = Path(sys.executable).parent / "ds_gradmix"
-    run = subprocess.run(
-        [path, "check", folder / "c.json", *options], capture_output=True, text=True, timeout=60
-    )
-    assert run.returncode == 0, run.stderr
-    return run.stdout.splitlines()
+Checked = Callable[..., list[str]]
+
+
+@pytest.fixture
+def checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Checked:
+    """Lines that `ds_gradmix check` prints for a block, with options of its own and keys of ds_config."""
+
+    def check(block: dict[str, Any], *options: str, **config: Any) -> list[str]:
+        (tmp_path / "c.json").write_text(json.dumps({"gradmix": block, **scaling_table.CONFIG, **config}))
+        assert main(["check", str(tmp_path / "c.json"), *options]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    return check
 
 
 def numbers_of(lines: list[str], name: str) -> list[float]:
@@ -186,54 +191,50 @@ def numbers_of(lines: list[str], name: str) -> list[float]:
     return [float(number) for number in line.split()[-3:-1]]
 
 
-def test_check_at_any_size(tmp_path: Path) -> None:
+def test_check_at_any_size(checked: Checked) -> None:
     for options, sizes in {
         ("--dp", "6", "12", "100"): [6, 12, 100],
         ("--dp", "12", "--ranks-per-node", "4"): [12],
         (): [32, 64, 512, 4096],
     }.items():
-        lines = checked(tmp_path, {**scaling_table.GAF, **({} if options else {"worker": 8})}, *options)
+        lines = checked({**scaling_table.GAF, **({} if options else {"worker": 8})}, *options)
         at = lines.index(next(line for line in lines if line.split()[:1] == ["ranks"]))
         assert [int(line.split()[0]) for line in lines[at + 1 : at + 1 + len(sizes)]] == sizes
-    lines = checked(tmp_path, {**scaling_table.GAF, "worker": 8}, "--dp", "8")
+    lines = checked({**scaling_table.GAF, "worker": 8}, "--dp", "8")
     assert ["8", "1.000", "1.000"] in [line.split() for line in lines], "one worker is stock"
 
 
-def test_check_where_nobody_owns_a_bucket(tmp_path: Path) -> None:
+def test_check_where_nobody_owns_a_bucket(checked: Checked) -> None:
     """BF16_Optimizer copies all gradients in bf16; scope model keeps 1.5 tiles of every bucket."""
     config = {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}
     options = ("--params", "7e9", "--dp", "64")
-    assert numbers_of(checked(tmp_path, scaling_table.GAF, *options, **config), "GB of memory") == [
+    assert numbers_of(checked(scaling_table.GAF, *options, **config), "GB of memory") == [
         14,
         0.1008,
     ]
     model = {**scaling_table.GAF, "scope": "model"}
     tiles = (3 + 1.5 * 14) * 2**25 + 5 * 8 * 64**2
-    assert numbers_of(checked(tmp_path, model, *options, **config), "GB of memory")[1] == pytest.approx(
+    assert numbers_of(checked(model, *options, **config), "GB of memory")[1] == pytest.approx(
         tiles / 1e9, rel=1e-3
     )
     zero = {"zero_optimization": {"stage": 0}}
-    assert numbers_of(checked(tmp_path, scaling_table.GAF, *options, **zero), "GB of memory") == [1, 1.101]
+    assert numbers_of(checked(scaling_table.GAF, *options, **zero), "GB of memory") == [1, 1.101]
 
 
-def test_check_of_wider_communication(tmp_path: Path) -> None:
+def test_check_of_wider_communication(checked: Checked) -> None:
     """What DeepSpeed widens before it sends, the exchange does not."""
     options = ("--params", "7e9", "--dp", "64")
-    narrow = numbers_of(checked(tmp_path, scaling_table.GAF, *options), "GB sent")
-    wide = numbers_of(
-        checked(tmp_path, scaling_table.GAF, *options, communication_data_type="fp32"), "GB sent"
-    )
+    narrow = numbers_of(checked(scaling_table.GAF, *options), "GB sent")
+    wide = numbers_of(checked(scaling_table.GAF, *options, communication_data_type="fp32"), "GB sent")
     assert wide == [pytest.approx(2 * narrow[0], rel=1e-3), narrow[1]]
 
 
-def test_advice_for_small_messages(tmp_path: Path) -> None:
+def test_advice_for_small_messages(checked: Checked) -> None:
     options = ("--params", "70e9", "--dp", "4096")
-    assert any(
-        "tile_bytes 513 MiB for 64 KiB" in line for line in checked(tmp_path, scaling_table.GAF, *options)
-    )
+    assert any("tile_bytes 513 MiB for 64 KiB" in line for line in checked(scaling_table.GAF, *options))
     small = {"stage": 2, "reduce_bucket_size": 50_000_000}
     block = {**scaling_table.GAF, "tile_bytes": 2**30}
-    lines = checked(tmp_path, block, *options, zero_optimization=small)
+    lines = checked(block, *options, zero_optimization=small)
     assert any(f"reduce_bucket_size {2**15 * 4096} for 64 KiB" in line for line in lines)
 
 
