@@ -117,11 +117,11 @@ def scale_table(
     if job.reductions > 1:
         lines.append(f"  with ZeRO-2 in {job.reductions} reductions, one for each micro-step")
     if exchanges(block, cluster):
-        lines += _message_note(config, block, job, cluster)
+        lines += _message_note(block, job, cluster)
     return "\n".join(lines)
 
 
-def _message_note(config: Mapping[str, Any], block: Block, job: Job, cluster: Cluster) -> Iterator[str]:
+def _message_note(block: Block, job: Job, cluster: Cluster) -> Iterator[str]:
     """Whether what a rank sends to one of another worker at a time is too small for a network to be fast."""
     width = job.grad_bytes
     columns = columns_per_tile(block, cluster.ranks, cluster.workers, 2 * width)
@@ -129,13 +129,15 @@ def _message_note(config: Mapping[str, Any], block: Block, job: Job, cluster: Cl
     message = width * min(columns, share)
     if message >= _SMALL_MESSAGE:
         return
-    told = f"  note: workers exchange messages of {message / 2**10:.1f} KiB, and larger ones are faster: "
     advice = []
     if width * share < _SMALL_MESSAGE and not job.to_all and job.buckets > 1:
         advice.append(f"reduce_bucket_size {_SMALL_MESSAGE * cluster.ranks // width}")
     if width * columns < _SMALL_MESSAGE:
         advice.append(f"tile_bytes {block.tile_bytes * _SMALL_MESSAGE / (width * columns) / 2**20:.0f} MiB")
-    yield told + " and ".join([*advice, ""][:2]).removesuffix(" and ") + " for 64 KiB, or larger workers"
+    ways = (
+        f"set {' and '.join(advice)} for 64 KiB, or make workers larger" if advice else "make workers larger"
+    )
+    yield f"  note: workers exchange messages of {message / 2**10:.1f} KiB, and larger ones are faster: {ways}"
 
 
 def job_of(config: Mapping[str, Any], block: Block, parameters: float, tensors: int) -> Job:

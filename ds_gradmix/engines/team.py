@@ -33,6 +33,8 @@ def find_team(data: dist.ProcessGroup | None, worker: str | int, ranks_per_repli
     Raises:
         ConfigError: on all ranks, if some group cannot be divided into such workers.
     """
+    if worker in ("rank", 1) and ranks_per_replica == 1:
+        return None
     local_rank = os.environ.get("LOCAL_RANK")
     seat = Seat(socket.gethostname(), None if local_rank is None else int(local_rank))
     told = gather_objects((dist.get_process_group_ranks(data), seat))
