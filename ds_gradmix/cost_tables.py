@@ -137,7 +137,8 @@ def _message_note(block: Block, job: Job, cluster: Cluster) -> Iterator[str]:
     ways = (
         f"set {' and '.join(advice)} for 64 KiB, or make workers larger" if advice else "make workers larger"
     )
-    yield f"  note: workers exchange messages of {message / 2**10:.1f} KiB, and larger ones are faster: {ways}"
+    size = f"{message / 2**10:.1f} KiB"
+    yield f"  note: workers exchange messages of {size}, and larger ones are faster: {ways}"
 
 
 def job_of(config: Mapping[str, Any], block: Block, parameters: float, tensors: int) -> Job:
