@@ -277,17 +277,25 @@ def gather_objects(value: object) -> list[Any]:
     return gathered
 
 
+_GROUPS: dict[tuple[Any, ...], dist.ProcessGroup] = {}
+
+
 def groups_of(sets: Iterable[Sequence[int]], backend: str | None = None) -> dist.ProcessGroup:
-    """A new process group for every set of ranks, which all ranks give alike; the one this rank is in."""
+    """A process group for every set of ranks, which all ranks give alike; the one this rank is in.
+
+    Engines share them: a group has threads, and on a GPU memory, of its own, which torch frees at the end.
+    """
     from deepspeed.constants import default_pg_timeout  # what DEEPSPEED_TIMEOUT says
 
-    mine: Any = None
-    for ranks in sets:
-        group = dist.new_group(list(ranks), backend=backend, timeout=default_pg_timeout)
-        if dist.get_rank() in ranks:
-            mine = group
-    assert isinstance(mine, dist.ProcessGroup)
-    return mine
+    key = (dist.group.WORLD, backend, tuple(map(tuple, sets)))
+    if key not in _GROUPS:
+        for old in [old for old in _GROUPS if old[0] is not key[0]]:  # of a world that is gone
+            del _GROUPS[old]
+        for ranks in key[2]:
+            group = dist.new_group(list(ranks), backend=backend, timeout=default_pg_timeout)
+            if dist.get_rank() in ranks:
+                _GROUPS[key] = group
+    return _GROUPS[key]
 
 
 def fingerprint_of(described: Sequence[str]) -> int:

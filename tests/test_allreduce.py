@@ -408,6 +408,15 @@ def differing() -> None:
         steps(engine, case)
 
 
+def engines_share_groups() -> None:
+    """A second engine makes no process group that the first one has made."""
+    numbers = []
+    for worker in ("rank", 2, 2, "rank"):
+        build(case_of("ZeRO-0", {**GAF, "worker": worker}))
+        numbers.append(len(torch.distributed.distributed_c10d._world.pg_map))
+    assert numbers[1:] == [numbers[1]] * 3, numbers
+
+
 def checkpoints() -> None:
     """Each rank's state in the checkpoint's folder, by tag or not; what is not there is warned about."""
     folders = [Path(tempfile.mkdtemp()) if rank() == 0 else Path()]
@@ -480,6 +489,7 @@ CHECKS: dict[str, Callable[[], None]] = {
         at_once,
         differing,
         checkpoints,
+        engines_share_groups,
     )
 }
 

@@ -17,7 +17,6 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.constants import default_pg_timeout
 from deepspeed.runtime import engine as engine_module
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -76,7 +75,7 @@ def _building(original: Any) -> Any:
         if block is not None:
             model = kwargs.get("model", args[1] if len(args) > 1 else None)
             mpu = kwargs.get("mpu", args[6] if len(args) > 6 else None)
-            everyone = Hosts(dist.new_group(backend="gloo", timeout=default_pg_timeout))
+            everyone = Hosts(groups_of([range(dist.get_world_size())], "gloo"))
             _check_alike(model, mpu, config, block, everyone)
             object.__setattr__(self, _BLOCK, block)  # before Module.__init__ there is no other way
             object.__setattr__(self, _HOSTS, everyone)
