@@ -25,7 +25,8 @@ def combine(
             is larger than a rank), float16, bfloat16, float32 or float64; not modified.
         block: the block of ds_config.json, as a mapping or already parsed.
         step: optimizer step, which keys everything drawn at random.
-        sizes: the lengths of the parameters along N, which add up to N; one parameter if None.
+        sizes: the lengths of the parameters along N, which add up to N; one parameter if None. Draws by
+            parameter (GradientMix) go by position here, and in training by the order of all names, sorted.
 
     Returns:
         The combined gradient `[N]`, in the dtype of `grads_WN`, and a dictionary: `weights`, float64 `[W]`,

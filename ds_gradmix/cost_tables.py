@@ -159,7 +159,7 @@ def job_of(config: Mapping[str, Any], block: Block, parameters: float, tensors: 
 
 def _row(name: str, stock: float, ours: float) -> str:
     ratio = f"{ours / stock:.3f}" if stock else "-"
-    return f"  {name:26s}{stock:13.4g}{ours:13.4g}{ratio:>9s}"
+    return f"  {name:25s} {stock:12.4g} {ours:12.4g} {ratio:>8s}"
 
 
 def _bucket(config: Mapping[str, Any]) -> int:

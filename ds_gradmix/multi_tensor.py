@@ -25,7 +25,7 @@ def amp_c() -> tuple[Any, str]:
         return importlib.import_module("amp_C"), ""
     except ModuleNotFoundError:
         return None, "NVIDIA apex is not installed"
-    except ImportError as error:  # built for another torch
+    except Exception as error:  # built for another torch, or another CUDA: it is optional
         return None, f"amp_C: {error}"
 
 

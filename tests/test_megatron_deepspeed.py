@@ -193,7 +193,18 @@ def test_several_nodes(tmp_path: Path, stand_in: Path) -> None:
     assert "--num_accelerators" not in done.stdout and " --use-flash-attn-v2 " in done.stdout
 
 
+def test_zero_2_only_without_pipeline(tmp_path: Path, stand_in: Path) -> None:
+    (tmp_path / "two.json").write_text(json.dumps({**CONFIG, "zero_optimization": {"stage": 2}}))
+    values = {"CONFIG": f"{tmp_path}/two.json", "DRY_RUN": "1"}
+    refused, done = run_script(tmp_path, **values), run_script(tmp_path, PP="0", **values)
+    assert (
+        refused.returncode == 2 and "ZeRO stage 2, and DeepSpeed's pipeline takes 0 and 1" in refused.stderr
+    )
+    assert "--zero-stage 2 --bf16" in done.stdout and not (tmp_path / "save").exists()
+
+
 MISTAKES = {
+    "tokenizer.model has no line like": {"HOSTFILE": "tokenizer.model"},
     "MEGATRON is not set": {"MEGATRON": ""},
     "elsewhere.bin does not exist": {"DATA": "elsewhere"},
     "hosts does not exist": {"HOSTFILE": "hosts"},

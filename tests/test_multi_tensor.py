@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -93,6 +94,14 @@ def test_more_elements_than_32_bits_count(apex: AmpC | None) -> None:
 def test_nothing_and_tensors_without_elements(apex: AmpC | None) -> None:
     assert multi_tensor.norms([torch.zeros(0), torch.ones(4)]).tolist() == [0, 2]
     multi_tensor.axpby_(1.0, [], 1.0, [])
+
+
+def test_what_breaks_on_import_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "amp_C.py").write_text("raise RuntimeError('built for another CUDA')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    multi_tensor.amp_c.cache_clear()
+    assert multi_tensor.describe() == "torch._foreach (amp_C: built for another CUDA)"
+    multi_tensor.amp_c.cache_clear()
 
 
 def test_env_tells_which(apex: AmpC | None, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,3 +1,4 @@
+# shellcheck shell=bash disable=SC2034
 # What is trained, and where; the scripts beside this file read it. What the environment has already, wins.
 : "${HOSTFILE:=launch/cluster/hostfile}"
 : "${CONFIG:=configs/gaf_vrgd_zero2.json}"

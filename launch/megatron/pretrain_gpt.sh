@@ -57,6 +57,7 @@ ranks=${GPUS:-$((DP ? TP * stages * DP : 8))}
 nodes=(--num_accelerators "$ranks")
 if [ -n "$HOSTFILE" ]; then
     ranks=$(sed -nE 's/^[^#[:space:]]+[[:space:]]+slots=([0-9]+).*/\1/p' "$HOSTFILE" | awk '{n += $1} END {print n + 0}')
+    [ "$ranks" -gt 0 ] || die "$HOSTFILE has no line like \"node1 slots=8\""
     nodes=(--hostfile "$HOSTFILE")
 fi
 workers=$((ranks / (TP * stages)))
@@ -67,12 +68,16 @@ workers=$((ranks / (TP * stages)))
     die "GLOBAL_BATCH is $GLOBAL_BATCH: it must be a multiple of MICRO_BATCH x workers = $MICRO_BATCH x $workers"
 
 # Megatron takes batch sizes, precision and ZeRO stage from its options, DeepSpeed from its config: made to agree.
-mkdir -p "$SAVE"
-agreed=$(python3 - "$CONFIG" "$SAVE/ds_config.json" "$GLOBAL_BATCH" "$MICRO_BATCH" "$LOG_EVERY" <<'PYTHON'
+written=/dev/null
+[ -n "$DRY_RUN" ] || { mkdir -p "$SAVE" && written=$SAVE/ds_config.json; }
+agreed=$(python3 - "$CONFIG" "$written" "$GLOBAL_BATCH" "$MICRO_BATCH" "$LOG_EVERY" <<'PYTHON'
 import json, sys
 
 source, target = sys.argv[1:3]
-config = json.load(open(source))
+try:
+    config = json.load(open(source))
+except ValueError as error:
+    sys.exit(f"{source}: {error}")
 config.pop("gradient_accumulation_steps", None)
 for key, value in zip(("train_batch_size", "train_micro_batch_size_per_gpu", "steps_per_print"), sys.argv[3:]):
     config[key] = int(value)
@@ -81,6 +86,8 @@ dtypes = [f"--{dtype}" for dtype in ("bf16", "fp16") if config.get(dtype, {}).ge
 print("--zero-stage", config.get("zero_optimization", {}).get("stage", 0), *dtypes)
 PYTHON
 ) || die "$CONFIG could not be read"
+[[ $PP -eq 0 || $agreed != "--zero-stage "[23]* ]] ||
+    die "$CONFIG has ZeRO stage ${agreed:13:1}, and DeepSpeed's pipeline takes 0 and 1 only: set PP to 0, or the stage to 1"
 
 options=(
     --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$stages"
