@@ -99,13 +99,11 @@ class Case:
     def theory_bytes(self, rule: str) -> float:
         """What a host sends for one reduction of the whole model."""
         from ds_gradmix.config import parse_block
-        from ds_gradmix.costs import Cluster, Job, Owners, block_costs, stock_costs
+        from ds_gradmix.costs import Cluster, Job, block_costs, stock_costs
 
         definition = RULES[rule] or {}
         width = ELEMENT_BYTES[self.dtype]
-        owners: Owners = "even" if self.owners == "even" else "one"
-        if self.owners == EVERY_RANK:
-            owners = "nobody: ZeRO-0" if self.engine == "ZeRO-0" else "nobody: BF16_Optimizer"
+        owners: Any = {"even": "even", "one owner": "one", EVERY_RANK: self.engine}[self.owners]
         job = Job(NUM_ELEMENTS, width, owners, width, self.bucket_elements, NUM_LAYERS)
         worker = definition.get("worker", 1)
         per_worker = self.ranks_per_host if worker == "node" else worker

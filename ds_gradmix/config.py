@@ -51,6 +51,16 @@ class Block(BaseModel):
         32 * 2**20, ge=4096, description="the exchange takes at most 3 of these as extra memory"
     )
 
+    @property
+    def exchanges(self) -> bool:
+        """Whether workers' gradients meet; if not, they are weighed and summed by DeepSpeed."""
+        return self.mixing.needs_gram or self.scaling is not None
+
+    @property
+    def decides_for_model(self) -> bool:
+        """Whether one decision needs all gradients of the step."""
+        return self.mixing.needs_gram and self.scope == "model"
+
     def describe(self) -> str:
         """One line: the rules with their numbers, and the rest where it is not the default."""
         parts = [f"mixing {self.mixing!r}"]

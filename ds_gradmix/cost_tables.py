@@ -14,6 +14,7 @@ from ds_gradmix.costs import (
     Cluster,
     Job,
     Owners,
+    WithoutOwners,
     all_reduce,
     block_costs,
     exchanges,
@@ -22,7 +23,7 @@ from ds_gradmix.costs import (
 )
 from ds_gradmix.engines.support import lookup
 from ds_gradmix.exchange import columns_per_tile
-from ds_gradmix.mixing import Mean
+from ds_gradmix.reduction import is_stock
 
 _SMALL_MESSAGE = 64 * 2**10  # bytes; with smaller ones a network is far from its bandwidth
 
@@ -33,8 +34,11 @@ def cost_table(config: Mapping[str, Any], block: Block, clusters: Sequence[Clust
     kind = _engine_without_owners(config)
     columns = ["even buckets", "one owner a bucket"] if kind is None else [f"buckets of {kind}"]
     lines.append("    ranks  " + "  ".join(columns))
+    widths = {"grad_bytes": _sent_width(config), "stock_bytes": _stock_width(config)}
+    ways: list[Owners] = ["even", "one"] if kind is None else [kind]
+    jobs = [Job(1.0, owners=owners, **widths) for owners in ways]
     for cluster in clusters:
-        ratios = [_sent_ratio(config, block, cluster, owners) for owners in _owners(kind)]
+        ratios = [_sent_ratio(block, job, cluster) for job in jobs]
         cells = (f"{ratio:{len(column)}.3f}" for ratio, column in zip(ratios, columns, strict=True))
         lines.append(f"  {cluster.ranks:7d}  " + "  ".join(cells))
     bucket = _bucket(config)
@@ -47,15 +51,7 @@ def cost_table(config: Mapping[str, Any], block: Block, clusters: Sequence[Clust
     return "\n".join(lines)
 
 
-def _owners(kind: str | None) -> list[Owners]:
-    """The ways in which a bucket may be owned."""
-    if kind is None:
-        return ["even", "one"]
-    return ["nobody: ZeRO-0" if kind == "ZeRO-0" else "nobody: BF16_Optimizer"]
-
-
-def _sent_ratio(config: Mapping[str, Any], block: Block, cluster: Cluster, owners: Owners) -> float:
-    job = Job(1.0, _sent_width(config), owners, _stock_width(config))
+def _sent_ratio(block: Block, job: Job, cluster: Cluster) -> float:
     stock = all_reduce(job.stock_bytes, cluster).sent
     return sum(hop.sent for hop in gradient_hops(block, job, cluster)) / stock if stock else 1.0
 
@@ -67,16 +63,16 @@ def _memory_lines(config: Mapping[str, Any], block: Block, kind: str | None) -> 
         stock += " and a parameter"
     if kind == "BF16_Optimizer":
         stock = "stock: a copy in bf16 of all gradients of a parameter group"
-    if block.mixing.needs_gram or block.scaling is not None:
+    if block.exchanges:
         tiles = f"{3 * block.tile_bytes / 2**20:g} MiB, 3 tiles"
         tiles += " besides stock's" if kind == "ZeRO-0" else ""
         lines.append(f"extra memory per rank while a bucket is reduced: at most {tiles} ({stock})")
-        if kind is not None and block.mixing.needs_gram and block.scope == "model":
+        if kind is not None and block.decides_for_model:
             lines.append("  and 1.5 tiles for every bucket that waits for the decision on the model")
         if block.mixing.needs_gram:
             each = "every parameter of a bucket" if block.scope == "parameter" else "each decision"
             lines.append(f"  and W x W float64 for {each}")
-    elif isinstance(block.mixing, Mean) and block.nonfinite == "propagate":
+    elif is_stock(block, 2):  # with more workers than one
         lines.append(f"extra memory per rank: none, this is stock DeepSpeed ({stock})")
     else:
         tile = block.tile_bytes / 2**20
@@ -147,7 +143,7 @@ def job_of(config: Mapping[str, Any], block: Block, parameters: float, tensors: 
     job = Job(
         parameters,
         _sent_width(config),
-        _owners(kind)[-1],
+        kind or "one",
         _stock_width(config),
         min(_bucket(config), max(int(parameters), 1)),
         tensors,
@@ -193,7 +189,7 @@ def _reductions(config: Mapping[str, Any]) -> int:
     return int(steps) if reduces_each and isinstance(steps, int) else 1
 
 
-def _engine_without_owners(config: Mapping[str, Any]) -> str | None:
+def _engine_without_owners(config: Mapping[str, Any]) -> WithoutOwners | None:
     """The kind of engine in which every rank needs the whole result, if the config makes one of these."""
     stage = lookup(config, "zero_optimization.stage", 0)
     if stage == 0:

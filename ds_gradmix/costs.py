@@ -18,14 +18,15 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from ds_gradmix.config import Block, ConfigError
-from ds_gradmix.mixing import Mean
+from ds_gradmix.reduction import is_stock
 
 BUCKET = 500_000_000  # elements of a bucket: DeepSpeed's default in ZeRO, and the size elsewhere
 KERNELS_PER_WORKER = 9  # of a sequential decision (GAF) on the rank that takes it
 _GRAM_COPIES = 5  # of W x W float64, while a decision is taken
 
 
-Owners = Literal["even", "one", "nobody: ZeRO-0", "nobody: BF16_Optimizer"]
+WithoutOwners = Literal["ZeRO-0", "BF16_Optimizer"]
+Owners = Literal["even", "one"] | WithoutOwners
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,12 @@ class Job:
     @property
     def to_all(self) -> bool:
         """Whether every rank needs the result."""
-        return self.owners.startswith("nobody")
+        return self.owners not in ("even", "one")
 
     @property
     def copied_bytes(self) -> float:
         """What DeepSpeed copies gradients into before it reduces them."""
-        whole = self.owners == "nobody: BF16_Optimizer"  # all gradients of a parameter group
+        whole = self.owners == "BF16_Optimizer"  # all gradients of a parameter group
         return (self.parameters if whole else min(self.bucket, self.parameters)) * self.stock_bytes
 
     @property
@@ -175,14 +176,14 @@ def block_costs(block: Block, job: Job, cluster: Cluster) -> Costs:
     if not exchanges(block, cluster):
         memory += job.copied_bytes
         touched = 2 * job.num_bytes
-        if cluster.workers > 1 and not (isinstance(block.mixing, Mean) and block.nonfinite == "propagate"):
+        if not is_stock(block, cluster.workers):
             memory += block.tile_bytes
             touched += 16 * job.parameters
         return _costs([*hops * job.reductions, *once], memory, touched * job.reductions, 0.0, cluster)
     memory += 3 * block.tile_bytes
-    if job.owners == "nobody: ZeRO-0":
+    if job.owners == "ZeRO-0":
         memory += job.copied_bytes
-    if job.to_all and block.mixing.needs_gram and block.scope == "model":
+    if job.to_all and block.decides_for_model:
         memory += 1.5 * block.tile_bytes * job.buckets  # that wait for the decision
     if _smooths(block):
         memory += 8 * job.parameters / cluster.ranks
@@ -201,7 +202,7 @@ def block_costs(block: Block, job: Job, cluster: Cluster) -> Costs:
 
 def exchanges(block: Block, cluster: Cluster) -> bool:
     """Whether gradients of all workers meet, or are weighed and summed by DeepSpeed."""
-    return cluster.workers > 1 and (block.mixing.needs_gram or block.scaling is not None)
+    return cluster.workers > 1 and block.exchanges
 
 
 def gradient_hops(block: Block, job: Job, cluster: Cluster) -> list[Hop]:
@@ -212,7 +213,7 @@ def gradient_hops(block: Block, job: Job, cluster: Cluster) -> list[Hop]:
     hops = to_combiners(num_bytes, cluster)
     if job.to_all:
         return hops + to_everyone(num_bytes, cluster)
-    if block.mixing.needs_gram and block.scope == "model":
+    if block.decides_for_model:
         hops = hops * 2  # the first time for the decision alone
     if job.owners == "one":
         hops.append(to_owners((2 if _smooths(block) else 1) * num_bytes, cluster))

@@ -48,7 +48,7 @@ class Tile:
     regions: list[list[Piece]]  # of every rank, those of the tile
     rank: int
     direct: bool
-    order: list[int]  # the ranks as their regions are sent
+    order: Sequence[int]  # the ranks as their regions are sent
 
     @cached_property
     def sizes(self) -> list[int]:
@@ -137,7 +137,7 @@ def plan_tiles(pieces: Sequence[Piece], order: Sequence[int], rank: int, columns
     num_full = min(-(-max(sizes) // columns) - 1, min(sizes) // columns)
     edges = [k * columns for k in range(num_full + 1)] + [max(sizes)]
     cuts = [_cut(region, edges) for region in regions]
-    return [Tile([cut[k] for cut in cuts], rank, direct, list(order)) for k in range(num_full + 1)]
+    return [Tile([cut[k] for cut in cuts], rank, direct, order) for k in range(num_full + 1)]
 
 
 def _regions(pieces: Sequence[Piece], num_ranks: int, columns: int) -> tuple[list[list[Piece]], bool]:

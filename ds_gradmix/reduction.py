@@ -97,7 +97,7 @@ class Reduction:
     @property
     def exchanges(self) -> bool:
         """Whether buckets are exchanged; if not, they are weighed and summed by DeepSpeed."""
-        return self.block.mixing.needs_gram or self.block.scaling is not None
+        return self.block.exchanges
 
     @property
     def moment(self) -> Moment:
@@ -202,8 +202,7 @@ class Reduction:
     @property
     def awaits_the_model(self) -> bool:
         """Whether the buckets to come need a decision for the whole model, which is not yet made."""
-        needs = self.block.mixing.needs_gram and self.block.scope == "model"
-        return needs and self._for_model is None
+        return self.block.decides_for_model and self._for_model is None
 
     def decide_for_model(
         self,

@@ -64,8 +64,7 @@ class Smoothing:
         factors_C = factors_C.float()
         parts = list(factors_C.split([piece.length for piece in pieces]))
         torch._foreach_add_([self._pending[p.group].narrow(0, p.home, p.length) for p in pieces], parts)
-        means_C = torch.cat([self._means[p.group].narrow(0, p.home, p.length) for p in pieces])
-        smoothed_C = means_C
+        smoothed_C = torch.cat([self._means[p.group].narrow(0, p.home, p.length) for p in pieces])
         multi_tensor.axpby_(1 - self.decay, [factors_C], self.decay, [smoothed_C])
         counts = {self.steps - self._begun[p.group] + 1 for p in pieces}
         if len(counts) == 1:

@@ -59,11 +59,9 @@ class Circle:
             self.sum_at_first(values)
             self.from_first(values)
 
-    def all_to_all(
-        self, out: Tensor, sent: Tensor, out_sizes: Sequence[int], sent_sizes: Sequence[int]
-    ) -> None:
+    def all_to_all(self, out: Tensor, sent: Tensor, out_sizes: list[int], sent_sizes: list[int]) -> None:
         """Give `sent_sizes[j]` elements to rank j, take `out_sizes[j]` from it."""
-        dist.all_to_all_single(out, sent, list(out_sizes), list(sent_sizes), group=self.group)
+        dist.all_to_all_single(out, sent, out_sizes, sent_sizes, group=self.group)
 
     def all_gather(self, out: Tensor, sent: Tensor) -> None:
         """Every rank's `sent`, one after the other, all of one size."""
@@ -142,7 +140,7 @@ class Workers(Circle):
         received = self.size * sizes[self.rank]
         return received if n == 1 else max(received, n * sum(sizes[self.rank % n :: n]))
 
-    def exchange(self, sent: Tensor, sizes: Sequence[int], received: Tensor) -> Tensor:
+    def exchange(self, sent: Tensor, sizes: list[int], received: Tensor) -> Tensor:
         """Every worker's gradient for this rank's region, `[W, C]`.
 
         Args:

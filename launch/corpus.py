@@ -1,5 +1,6 @@
 """Which text files are the corpus, and which of them are held out for validation."""
 
+import argparse
 import hashlib
 import os
 import sysconfig
@@ -85,3 +86,19 @@ def split(pieces: Sequence[Piece], validation_fraction: float) -> tuple[list[Pie
     num_held_out = sum(name_hash(piece.name) < validation_fraction for piece in ordered)
     num_held_out = min(max(num_held_out, 1), len(ordered) - 1)
     return ordered[num_held_out:], ordered[:num_held_out]
+
+
+def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that say which text to take."""
+    parser.add_argument(
+        "--corpus",
+        type=Path,
+        nargs="+",
+        help="text files or folders (default: this Python's own standard-library sources)",
+    )
+    parser.add_argument("--max-mb", type=float, default=16, help="cap on the default corpus (default: 16)")
+
+
+def chosen_pieces(args: argparse.Namespace) -> list[Piece]:
+    """The text that these options name."""
+    return corpus_pieces(args.corpus) if args.corpus else standard_library_pieces(int(args.max_mb * 1e6))

@@ -6,24 +6,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from corpus import corpus_pieces, standard_library_pieces
+from corpus import add_corpus_arguments, chosen_pieces
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl")
-    parser.add_argument(
-        "--corpus",
-        type=Path,
-        nargs="+",
-        help="text files or folders (default: this Python's own standard-library sources)",
-    )
-    parser.add_argument("--max-mb", type=float, default=16, help="cap on the default corpus (default: 16)")
+    add_corpus_arguments(parser)
     args = parser.parse_args(argv)
     try:
-        pieces = (
-            corpus_pieces(args.corpus) if args.corpus else standard_library_pieces(int(args.max_mb * 1e6))
-        )
+        pieces = chosen_pieces(args)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         num_texts = 0
         with args.out.open("w") as file:

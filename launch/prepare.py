@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import sentencepiece
-from corpus import Piece, corpus_pieces, split, standard_library_pieces
+from corpus import Piece, add_corpus_arguments, chosen_pieces, split
 
 FORMAT = 1  # a folder in another format is prepared anew
 CHUNK_CHARS = 1 << 17  # what one call of the encoder gets; cut after a line, where no token can span
@@ -26,15 +26,9 @@ TOKENIZER_CHARS = 4_000_000  # the tokenizer learns from this much text; more ch
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Turn text files into token files for launch/pretrain.py.")
     parser.add_argument("--out", type=Path, required=True, help="folder for the token files")
-    parser.add_argument(
-        "--corpus",
-        type=Path,
-        nargs="+",
-        help="text files or folders (default: this Python's own standard-library sources)",
-    )
+    add_corpus_arguments(parser)
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--validation-fraction", type=float, default=0.04, help="share of files held out")
-    parser.add_argument("--max-mb", type=float, default=16, help="cap on the default corpus (default: 16)")
     args = parser.parse_args(argv)
     if not 0 < args.validation_fraction < 1:
         parser.error(f"--validation-fraction {args.validation_fraction} is not between 0 and 1")
@@ -52,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def prepare(args: argparse.Namespace) -> None:
-    pieces = corpus_pieces(args.corpus) if args.corpus else standard_library_pieces(int(args.max_mb * 1e6))
+    pieces = chosen_pieces(args)
     train_pieces, validation_pieces = split(pieces, args.validation_fraction)
     source = source_signature([*train_pieces, *validation_pieces], args.vocab_size, len(train_pieces))
     meta_path = args.out / "meta.json"

@@ -154,19 +154,16 @@ def test_its_command_runs() -> None:
     assert str(detail).strip("| ").split(" | ")[3:] == printed, "the row of configs/gaf_vrgd_zero2.json"
 
 
-def test_extrapolation_and_micro_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_extrapolation_and_micro_steps(checked: Checked) -> None:
     """2 reductions of 1e9 elements in bf16, 8 ranks on a node; then one mean of the past gradient."""
     rule = {"type": "PastGradient", "params": {"lr": 0.1}}
     block = {**scaling_table.GAF, "extrapolation": rule, "worker": 4}
-    config = {**scaling_table.CONFIG, "gradient_accumulation_steps": 2, "gradmix": block}
-    (tmp_path / "c.json").write_text(json.dumps(config))
-    assert main(["check", str(tmp_path / "c.json"), "--params", "1e9", "--dp", "8"]) == 0
-    out = capsys.readouterr().out
-    (sent,) = (line.split()[-3:] for line in out.splitlines() if "GB sent per rank" in line)
+    lines = checked(block, "--params", "1e9", "--dp", "8", gradient_accumulation_steps=2)
     exchanged = 7 / 8 * 2 * (1 + 1 / 8)  # buckets of half the model go to owners
-    assert [float(number) for number in sent[:2]] == pytest.approx(
+    assert numbers_of(lines, "GB sent per rank") == pytest.approx(
         [2 * 2 * 7 / 8 * 2, 2 * exchanged + 2 * 3 / 4 * 2], rel=1e-3
     )
+    out = "\n".join(lines)
     assert "with ZeRO-2 in 2 reductions" in out and "two copies of the parameters" in out
 
 

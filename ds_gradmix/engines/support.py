@@ -106,14 +106,13 @@ def refused_settings(config: Mapping[str, Any], block: Block) -> Iterator[str]:
 
 def _refused_combinations(config: Mapping[str, Any], block: Block) -> Iterator[str]:
     stage = lookup(config, "zero_optimization.stage", 0)
-    whole_model = block.mixing.needs_gram and block.scope == "model"
-    if whole_model and stage == 2:
+    if block.decides_for_model and stage == 2:
         yield (
             'gradmix.scope: "model" needs every gradient before the first reduction, and ZeRO-2 '
             "(zero_optimization.stage: 2) exists to have thrown them away by then: set stage to 1, or scope "
             'to "bucket" or "parameter"'
         )
-    if whole_model and lookup(config, "zero_optimization.overlap_comm", False) is True:
+    if block.decides_for_model and lookup(config, "zero_optimization.overlap_comm", False) is True:
         yield (
             'gradmix.scope: "model" leaves nothing to overlap with backward: set '
             'zero_optimization.overlap_comm to false, or scope to "bucket" or "parameter"'
@@ -164,7 +163,7 @@ def refused_engine(engine: str, dtype: str, parallelism: frozenset[str]) -> str 
 
 def refused_model_scope(block: Block, parallelism: frozenset[str]) -> str | None:
     """Why the scope `"model"` is refused with a kind of parallelism, or None."""
-    if block.scope == "model" and block.mixing.needs_gram and "experts" in parallelism:
+    if block.decides_for_model and "experts" in parallelism:
         return (
             'gradmix.scope: "model" is one decision for all workers, and experts are reduced over other '
             'workers than the rest: set it to "bucket" or "parameter"'

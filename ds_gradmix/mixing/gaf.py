@@ -90,9 +90,8 @@ def _bias(order: list[int], present_W: Tensor, dtype: torch.dtype) -> Tensor:
     """What is added to a worker's limit: minus infinity for the first one, which is kept, plus infinity for
     those that are not there, and nothing for the others.
     """
-    place_W = torch.empty(len(order), dtype=torch.int64)
-    place_W[order] = torch.arange(len(order))
-    there_W = present_W[to_device(torch.tensor(order), present_W.device)]
-    first_W = (there_W & (there_W.cumsum(0) == 1))[to_device(place_W, present_W.device)]
+    place_W = to_device(torch.tensor(order).argsort(), present_W.device)
+    place_W = torch.where(present_W, place_W, len(order))
+    first_W = present_W & (place_W == place_W.min())
     infinity = torch.full_like(present_W, float("inf"), dtype=dtype)
     return torch.where(first_W, -infinity, torch.where(present_W, 0.0, infinity))
