@@ -99,7 +99,7 @@ class Case:
     def theory_bytes(self, rule: str) -> float:
         """What a host sends for one reduction of the whole model."""
         from ds_gradmix.config import parse_block
-        from ds_gradmix.costs import Cluster, Job, block_costs, stock_costs
+        from ds_gradmix.costs.model import Cluster, Job, block_costs, stock_costs
 
         definition = RULES[rule] or {}
         width = ELEMENT_BYTES[self.dtype]

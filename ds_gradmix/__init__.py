@@ -23,7 +23,7 @@ def enable() -> None:
     `python -m ds_gradmix script.py` calls this before the script. An engine without a block stays DeepSpeed's
     own, and says so in one line.
     """
-    from ds_gradmix.engines.hook import enable as enable_hook  # DeepSpeed takes seconds to import
+    from ds_gradmix.engines.install import enable as enable_hook  # DeepSpeed takes seconds to import
 
     enable_hook()
 
@@ -51,7 +51,7 @@ def stats(engine: Any) -> dict[str, float]:
         often one was left out of a reduction (`nonfinite: "drop"`), and `skipped`, 1 if the step was skipped.
         The same on every rank.
     """
-    from ds_gradmix.engines.hook import seam_of
+    from ds_gradmix.engines.install import seam_of
 
     seam = seam_of(engine)
     return {} if seam is None else dict(seam.numbers)

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ds_gradmix import multi_tensor
-from ds_gradmix.config import KEY, Block, ConfigError, misspelt_key, parse_block
-from ds_gradmix.cost_tables import cost_table, scale_table
-from ds_gradmix.costs import Cluster, Job
-from ds_gradmix.engines.support import TESTED_DEEPSPEED, refused_settings
+from ds_gradmix.config import KEY, ConfigError, GradmixConfig, misspelt_key, parse_block
+from ds_gradmix.costs.model import Cluster, Workload
+from ds_gradmix.costs.report import cost_table, scale_table
+from ds_gradmix.engines.compatibility import TESTED_DEEPSPEED, refused_settings
+from ds_gradmix.ops import multi_tensor
 
 VERBS = ("check", "env")
 
@@ -37,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check.add_argument(
         "--ranks-per-node", type=int, help="of one data-parallel group (default: 8, or what divides it)"
     )
-    check.add_argument("--tensors", type=int, default=Job.tensors, help="that the parameters are made of")
+    check.add_argument(
+        "--tensors", type=int, default=Workload.tensors, help="that the parameters are made of"
+    )
     for name in ("node", "link", "memory"):
         default = getattr(Cluster, f"{name}_bandwidth") / 1e9
         check.add_argument(f"--{name}-bandwidth", type=float, default=default, metavar="GB/S")
@@ -71,7 +73,7 @@ def _check(options: argparse.Namespace) -> int:
     return 0
 
 
-def _clusters(options: argparse.Namespace, block: Block) -> list[Cluster]:
+def _clusters(options: argparse.Namespace, block: GradmixConfig) -> list[Cluster]:
     """One for each data-parallel size."""
     names = ("node_bandwidth", "link_bandwidth", "memory_bandwidth")
     bandwidths = [getattr(options, name) * 1e9 for name in names]
@@ -112,7 +114,7 @@ def _read(path: Path) -> Mapping[str, Any]:
     return config
 
 
-def _block_of(config: Mapping[str, Any]) -> Block:
+def _block_of(config: Mapping[str, Any]) -> GradmixConfig:
     if KEY not in config:
         wrong = misspelt_key(config)
         hint = (
@@ -130,7 +132,7 @@ def _block_of(config: Mapping[str, Any]) -> Block:
     return block
 
 
-def resolved(block: Block) -> dict[str, Any]:
+def resolved(block: GradmixConfig) -> dict[str, Any]:
     """The block as ds_config.json would have it, with every default written out."""
     out: dict[str, Any] = {}
     for name in type(block).model_fields:

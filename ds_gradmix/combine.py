@@ -6,15 +6,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_gradmix.config import Block, parse_block
-from ds_gradmix.decision import Verdict, gram_verdict, known_verdict
-from ds_gradmix.mixing import GramMixing, KnownMixing, Moment
-from ds_gradmix.scaling import Scaling
-from ds_gradmix.segments import Segments, weighted_sum
+from ds_gradmix.config import GradmixConfig, parse_block
+from ds_gradmix.ops.segments import Segments
+from ds_gradmix.rules import GradientFreeMixing, GramianMixing, MixingDecision, RngKey
+from ds_gradmix.rules.apply import (
+    decide_from_gram,
+    decide_without_gradients,
+    layer_sums,
+    mix,
+    scaling_factors,
+    scaling_statistics,
+)
 
 
 def combine(
-    grads_WN: Tensor, block: Block | Mapping[str, Any], step: int = 0, sizes: Sequence[int] | None = None
+    grads_WN: Tensor,
+    block: GradmixConfig | Mapping[str, Any],
+    step: int = 0,
+    sizes: Sequence[int] | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """Apply a gradmix block to a stack of W workers' gradients, in one process.
 
@@ -39,7 +48,7 @@ def combine(
         ValueError: for a mistake in the block, a tensor that is not `[W, N]`, or sizes that do not add up to
             N.
     """
-    rules = block if isinstance(block, Block) else parse_block(block)
+    rules = block if isinstance(block, GradmixConfig) else parse_block(block)
     lengths = _check(grads_WN, sizes)
     num_workers = grads_WN.shape[0]
     ids = list(range(len(lengths)))
@@ -51,40 +60,37 @@ def combine(
         grads_WN = torch.where(present_W[:, None], grads_WN, 0)
     by_parameter = rules.mixing.by_parameter or (rules.mixing.needs_gram and rules.scope == "parameter")
     segments = parameters if by_parameter else whole
-    moment = Moment(rules.seed, step)
-    if num_workers == 1:
-        one = torch.ones(segments.num_segments, 1, dtype=torch.float64, device=grads_WN.device) * present_W
-        verdict = Verdict(one, one[:, 0], one[:, 0])
-    elif isinstance(rules.mixing, GramMixing):
-        verdict = gram_verdict(rules.mixing, moment, segments.gram(grads_WN), present_W)
-    else:
-        assert isinstance(rules.mixing, KnownMixing)
-        weights = rules.mixing.weights(moment, num_workers, segments.num_segments)
-        verdict = known_verdict(torch.from_numpy(weights), present_W)
+    decision = _decide(rules, grads_WN, segments, present_W, RngKey(rules.seed, step))
     precise = torch.float64 if grads_WN.dtype == torch.float64 else torch.float32
-    weights_WN = segments.expand(verdict.weights_SW.t().to(precise))
-    grads = grads_WN.to(precise, copy=True)
+    weights_WS = decision.weights_SW.t().to(precise)
     info: dict[str, Any] = {
-        "weights": verdict.weights_SW if by_parameter else verdict.weights_SW[0],
-        "skipped": not bool(verdict.agreed_S.any()),
+        "weights": decision.weights_SW if by_parameter else decision.weights_SW[0],
+        "skipped": not bool(decision.agreed_S.any()),
     }
     if rules.scaling is None or num_workers == 1:
-        combined_N = weighted_sum(grads, weights_WN)
+        combined_N = mix(grads_WN, weights_WS, segments)
         if rules.scaling is not None:
             info["factors"] = torch.ones_like(combined_N)
     else:
-        combined_N, info["factors"] = _scaled(rules.scaling, grads, weights_WN, parameters)
+        statistics_KN = scaling_statistics(rules.scaling, grads_WN, weights_WS, segments)
+        sums_2P = layer_sums(rules.scaling, statistics_KN, parameters)
+        info["factors"] = scaling_factors(rules.scaling, statistics_KN, sums_2P, parameters)
+        combined_N = info["factors"] * statistics_KN[0]
     return combined_N.to(grads_WN.dtype), info
 
 
-def _scaled(
-    rule: Scaling, grads_WN: Tensor, weights_WN: Tensor, parameters: Segments
-) -> tuple[Tensor, Tensor]:
-    signal = rule.signal(grads_WN, weights_WN)
-    layer_sum_P, count_P = (parameters.sum(terms_N) for terms_N in signal.layer_terms())
-    layer_mean_P = (layer_sum_P / count_P.clamp(min=1)).to(grads_WN.dtype)
-    factors_N = rule.factors(signal, parameters.expand(layer_mean_P[None])[0])
-    return factors_N * signal.mean_C, factors_N
+def _decide(
+    rules: GradmixConfig, grads_WN: Tensor, segments: Segments, present_W: Tensor, key: RngKey
+) -> MixingDecision:
+    num_workers = grads_WN.shape[0]
+    if num_workers == 1:
+        one_S1 = torch.ones(segments.num_segments, 1, dtype=torch.float64, device=grads_WN.device)
+        return MixingDecision(one_S1 * present_W, present_W.expand(segments.num_segments))
+    if isinstance(rules.mixing, GramianMixing):
+        return decide_from_gram(rules.mixing, segments.gram(grads_WN), present_W, key)
+    assert isinstance(rules.mixing, GradientFreeMixing)
+    weights = rules.mixing.weights(key, num_workers, segments.num_segments)
+    return decide_without_gradients(torch.from_numpy(weights), present_W)
 
 
 def _check(grads_WN: Tensor, sizes: Sequence[int] | None) -> list[int]:

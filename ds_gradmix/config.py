@@ -19,10 +19,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ds_gradmix import extrapolation, mixing, scaling
-from ds_gradmix.extrapolation import Extrapolation
-from ds_gradmix.mixing import Mixing
-from ds_gradmix.scaling import Scaling
+from ds_gradmix import rules
+from ds_gradmix.rules import Extrapolation, Mixing, Scaling
 
 KEY = "gradmix"
 
@@ -31,12 +29,12 @@ class ConfigError(ValueError):
     """A mistake in the configuration, told so that its reader can mend it: path, value, what is allowed."""
 
 
-class Block(BaseModel):
+class GradmixConfig(BaseModel):
     """A validated gradmix block; frozen, so one instance may serve every bucket."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    mixing: Mixing = Field(default_factory=mixing.Mean, description="who counts")
+    mixing: Mixing = Field(default_factory=rules.Mean, description="who counts")
     scaling: Scaling | None = Field(None, description="how much each coordinate counts; null for off")
     extrapolation: Extrapolation | None = Field(None, description="where each worker looks; null for off")
     scope: Literal["bucket", "parameter", "model"] = Field(
@@ -73,13 +71,13 @@ class Block(BaseModel):
 
 
 SLOTS: dict[str, Sequence[type[BaseModel]]] = {
-    "mixing": mixing.RULES,
-    "scaling": scaling.RULES,
-    "extrapolation": extrapolation.RULES,
+    "mixing": rules.MIXING,
+    "scaling": rules.SCALING,
+    "extrapolation": rules.EXTRAPOLATION,
 }
 
 
-def parse_block(block: object, path: str = KEY) -> Block:
+def parse_block(block: object, path: str = KEY) -> GradmixConfig:
     """Validate a block.
 
     Args:
@@ -89,32 +87,32 @@ def parse_block(block: object, path: str = KEY) -> Block:
     Raises:
         ConfigError: for all mistakes at once: unknown keys and rules, wrong types, values out of range.
     """
-    if isinstance(block, Block):
+    if isinstance(block, GradmixConfig):
         return block
     if not isinstance(block, Mapping):
         raise ConfigError(_mistake(path, block, "an object", "see the README for its keys"))
     mistakes: list[str] = []
     values = {str(key): value for key, value in block.items()}
-    for slot, rules in SLOTS.items():
+    for slot, known in SLOTS.items():
         if values.get(slot) is not None:
-            values[slot] = _parse_slot(f"{path}.{slot}", values[slot], rules, mistakes)
+            values[slot] = _parse_slot(f"{path}.{slot}", values[slot], known, mistakes)
     if "mixing" in values and values["mixing"] is None:
         del values["mixing"]  # null is the default, in every slot
     try:
-        parsed = Block.model_validate(values)
+        parsed = GradmixConfig.model_validate(values)
     except ValidationError as error:
-        mistakes += _told(error, path, Block)
+        mistakes += _told(error, path, GradmixConfig)
     if mistakes:
         raise ConfigError("\n".join(mistakes))
     return parsed
 
 
 def _parse_slot(
-    path: str, slot: object, rules: Sequence[type[BaseModel]], mistakes: list[str]
+    path: str, slot: object, known: Sequence[type[BaseModel]], mistakes: list[str]
 ) -> BaseModel | None:
     """The slot's rule, or None with what is wrong appended to `mistakes`."""
-    names = {rule.__name__.lower(): rule for rule in rules}
-    allowed = ", ".join(f'"{rule.__name__}"' for rule in rules)
+    names = {rule.__name__.lower(): rule for rule in known}
+    allowed = ", ".join(f'"{rule.__name__}"' for rule in known)
     if not isinstance(slot, Mapping):
         mistakes.append(
             _mistake(path, slot, 'an object {"type": ..., "params": {...}}', f"types are {allowed}")
@@ -127,7 +125,7 @@ def _parse_slot(
     kind = slot.get("type")
     rule = names.get(kind.lower()) if isinstance(kind, str) else None
     if rule is None:
-        hint = _nearest(str(kind), [rule.__name__ for rule in rules]) or "name one of these"
+        hint = _nearest(str(kind), [rule.__name__ for rule in known]) or "name one of these"
         mistakes.append(_mistake(f"{path}.type", kind, allowed, hint, missing="type" not in slot))
         return None
     params = slot.get("params")

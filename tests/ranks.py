@@ -19,7 +19,7 @@ from typing import Any
 _CONTEXT = multiprocessing.get_context("forkserver")
 _MUON = "deepspeed.runtime.zero.muon.muon_optimizer"  # the first engine imports it, and it torch's compiler
 _MODELS = "transformers.models.llama"
-_CONTEXT.set_forkserver_preload(["torch", "deepspeed", "ds_gradmix.engines.hook", _MUON, _MODELS])
+_CONTEXT.set_forkserver_preload(["torch", "deepspeed", "ds_gradmix.engines.install", _MUON, _MODELS])
 
 
 class RankError(Exception):

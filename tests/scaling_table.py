@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ds_gradmix.config import parse_block
-from ds_gradmix.cost_tables import job_of
-from ds_gradmix.costs import Cluster, Costs, block_costs, stock_costs
+from ds_gradmix.costs.model import Cluster, Costs, block_costs, stock_costs
+from ds_gradmix.costs.report import job_of
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "scaling.md"
 BEGIN, END = "<!-- table: written by tests/scaling_table.py -->\n", "<!-- end of table -->"

@@ -15,22 +15,22 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ds_gradmix.comm.workers import WorkerGroup, WorkerLevels
 from ds_gradmix.config import parse_block
-from ds_gradmix.layout import Piece, share_evenly
-from ds_gradmix.reduction import Reduction, Span, parameters_of
-from ds_gradmix.steps import Steps
-from ds_gradmix.transit import Wire
-from ds_gradmix.workers import Team, Workers
+from ds_gradmix.exchange.plan import Piece, share_evenly
+from ds_gradmix.exchange.reducer import ParamSpan, Reduction, parameters_of
+from ds_gradmix.exchange.steps import Steps
+from ds_gradmix.exchange.tiled_buffer import CommDtypes
 
 
-class SoloWorkers(Workers):
+class SoloWorkers(WorkerGroup):
     """Rank 0 of `size`, of which `per_worker` make one worker, alone."""
 
     def __init__(self, size: int, per_worker: int = 1) -> None:
         self.num_ranks, self.rank, self.team = size, 0, None
-        self.deciders = self
+        self.decision_group = self
         if per_worker > 1:
-            self.team = Team(SoloWorkers(per_worker), SoloWorkers(size // per_worker), per_worker)
+            self.team = WorkerLevels(SoloWorkers(per_worker), SoloWorkers(size // per_worker), per_worker)
 
     def all_to_all(self, out: Tensor, sent: Tensor, out_sizes: list[int], sent_sizes: list[int]) -> None:
         assert out.numel() == sum(out_sizes) and sent.numel() == sum(sent_sizes)
@@ -40,10 +40,10 @@ class SoloWorkers(Workers):
             part.copy_(sent[: part.numel()] if sent.numel() >= part.numel() else torch.ones_like(part))
             begin += size
 
-    def sum_at_first(self, values: Tensor) -> None:
+    def reduce_to_first(self, values: Tensor) -> None:
         pass
 
-    def from_first(self, values: Tensor) -> None:
+    def broadcast_from_first(self, values: Tensor) -> None:
         pass
 
     def sum(self, values: Tensor) -> None:
@@ -53,10 +53,10 @@ class SoloWorkers(Workers):
         out.view(self.num_ranks, -1).copy_(sent)
 
 
-def spans_of(lengths: list[int]) -> tuple[Span, ...]:
+def spans_of(lengths: list[int]) -> tuple[ParamSpan, ...]:
     """Gradients that lie one after the other in a bucket."""
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
-    return tuple(Span(i, start, n) for i, (start, n) in enumerate(zip(starts, lengths, strict=True)))
+    return tuple(ParamSpan(i, start, n) for i, (start, n) in enumerate(zip(starts, lengths, strict=True)))
 
 
 def reduce_bucket(
@@ -94,7 +94,7 @@ def share_bucket(
 
 def _reduce(
     block: dict[str, Any],
-    spans: tuple[Span, ...],
+    spans: tuple[ParamSpan, ...],
     pieces: list[Piece],
     flat_N: Tensor,
     workers: SoloWorkers,
@@ -110,7 +110,7 @@ def _reduce(
     for final in [False] * (times - 1) + [True]:
         with around if final else nullcontext():
             if reduction.exchanges:
-                wire = Wire(flat_N.dtype, flat_N.dtype)
+                wire = CommDtypes(flat_N.dtype, flat_N.dtype)
                 reduction.exchange(flat_N, spans, lambda: pieces, wire, whole=whole)
             else:
                 reduction.weigh(flat_N, spans)

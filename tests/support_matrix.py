@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ds_gradmix.config import SLOTS
-from ds_gradmix.engines.support import DTYPES, ENGINES, PARALLELISM, refused_engine
+from ds_gradmix.engines.compatibility import DTYPES, ENGINES, PARALLELISM, refused_engine
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- support matrix: written by tests/support_matrix.py -->\n", "<!-- end of support matrix -->"

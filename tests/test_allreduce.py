@@ -392,7 +392,7 @@ def at_once() -> None:
 
 def differing() -> None:
     """Ranks that are not at the same point, or train different parameters: a message, not a hang."""
-    from ds_gradmix.workers import MismatchError
+    from ds_gradmix.comm.consistency import MismatchError
 
     for name in KINDS:
         case = case_of(name, ALL)
@@ -518,10 +518,10 @@ def test_on_two_ranks(name: str) -> None:
 
 def test_momentum_of_a_bucket_that_appears_later() -> None:
     """A layer was frozen, say: its bucket is another one, whose mean has no history to be corrected for."""
-    from ds_gradmix.layout import Piece
-    from ds_gradmix.smoothing import Smoothing
+    from ds_gradmix.exchange.factor_momentum import FactorMomentum
+    from ds_gradmix.exchange.plan import Piece
 
-    smoothing = Smoothing(0.9, 0.1, [], torch.device("cpu"))
+    smoothing = FactorMomentum(0.9, 0.1, [], torch.device("cpu"))
     for group, steps in ((0, 3), (1, 2)):
         smoothing.reserve(group, 4)
         piece = Piece(0, 4, 0, 0, group, 0)

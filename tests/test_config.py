@@ -10,7 +10,7 @@ import pytest
 
 from ds_gradmix.cli import main
 from ds_gradmix.config import ConfigError, misspelt_key, parse_block
-from ds_gradmix.engines.support import REFUSALS, refused_settings
+from ds_gradmix.engines.compatibility import REFUSALS, refused_settings
 
 MISTAKES: list[tuple[Any, list[str]]] = [
     (5, ["gradmix: is 5", "an object"]),

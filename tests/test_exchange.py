@@ -15,13 +15,13 @@ from ranks import run_ranks
 from solo import spans_of
 
 from ds_gradmix import combine
+from ds_gradmix.comm.workers import WorkerGroup
 from ds_gradmix.config import parse_block
-from ds_gradmix.engines.team import find_team
-from ds_gradmix.layout import Piece, share_evenly
-from ds_gradmix.reduction import Reduction, Span, parameters_of
-from ds_gradmix.steps import Steps
-from ds_gradmix.transit import Wire
-from ds_gradmix.workers import Workers
+from ds_gradmix.engines.worker_size import find_team
+from ds_gradmix.exchange.plan import Piece, share_evenly
+from ds_gradmix.exchange.reducer import ParamSpan, Reduction, parameters_of
+from ds_gradmix.exchange.steps import Steps
+from ds_gradmix.exchange.tiled_buffer import CommDtypes
 
 GAF = {"mixing": {"type": "GAF", "params": {"threshold": 0.97}}}
 VRGD = {"scaling": {"type": "VRGD"}}
@@ -80,17 +80,17 @@ def gradients(name: str, workers: int, dtype: torch.dtype) -> torch.Tensor:
     return (stack * 3e-3).to(dtype)
 
 
-def spans_around(lengths: list[int], left_out: int | None) -> tuple[Span, ...]:
+def spans_around(lengths: list[int], left_out: int | None) -> tuple[ParamSpan, ...]:
     """Gradients of a bucket, but for one, whose place stays a gap between the others."""
     kept = [span for span in spans_of(lengths) if span.parameter != left_out]
     return tuple(span._replace(parameter=i) for i, span in enumerate(kept))
 
 
 def exchange_one(
-    workers: Workers,
+    workers: WorkerGroup,
     block: dict[str, Any],
     flat_N: torch.Tensor,
-    spans: tuple[Span, ...],
+    spans: tuple[ParamSpan, ...],
     pieces: list[Piece],
     whole: bool,
 ) -> tuple[bool, dict[str, float]]:
@@ -98,7 +98,7 @@ def exchange_one(
     steps = Steps(rules, workers, workers, [flat_N.numel()], device)
     steps.step = 3
     reduction = Reduction(rules, workers, steps, parameters_of([f"p{s.parameter}" for s in spans]), device)
-    reduction.exchange(flat_N, spans, lambda: pieces, Wire(flat_N.dtype, flat_N.dtype), whole=whole)
+    reduction.exchange(flat_N, spans, lambda: pieces, CommDtypes(flat_N.dtype, flat_N.dtype), whole=whole)
     return steps.finish(), dict(steps.numbers)
 
 
@@ -106,7 +106,7 @@ def exchange_everything(crew: str) -> dict[Any, Any]:
     """On a rank: what it gets for the slices it owns; and the whole bucket, if every rank is to get it."""
     rank, (num_ranks, ranks_per_worker) = torch.distributed.get_rank(), CREWS[crew]
     dtypes = [dtype for own, dtype in RUNS if own == crew]
-    workers = Workers(None, find_team(torch.distributed.group.WORLD, ranks_per_worker, 1))
+    workers = WorkerGroup(None, find_team(torch.distributed.group.WORLD, ranks_per_worker, 1))
     out: dict[Any, Any] = {}
     for block_name, name, dtype_name, tile_bytes in product(BLOCKS, BUCKETS, dtypes, TILES):
         block, lengths = {**BLOCKS[block_name], "tile_bytes": tile_bytes}, BUCKETS[name][0]

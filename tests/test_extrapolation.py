@@ -17,8 +17,8 @@ from test_zero import BOTH, ONE_OWNER, TINY, relative
 from training import LR, Case, Model, build, loss_of, replay, run_cases, train, weights_of
 
 from ds_gradmix.config import ConfigError, parse_block
-from ds_gradmix.extrapolation import Noise, PastGradient
-from ds_gradmix.extrapolation.rounding import round_stochastically
+from ds_gradmix.ops.rounding import round_stochastically
+from ds_gradmix.rules import Noise, PastGradient
 
 
 def past(**params: Any) -> dict[str, Any]:

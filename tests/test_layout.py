@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from ds_gradmix.layout import Piece, plan_tiles
+from ds_gradmix.exchange.plan import Piece, plan_tiles
 
 
 def bucket(lengths_and_owners: list[tuple[int, int]]) -> list[Piece]:

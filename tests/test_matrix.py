@@ -15,7 +15,7 @@ from ranks import run_ranks
 from replay_parallel import replay
 from support_matrix import SUPPORTED, Cell
 
-from ds_gradmix.engines.support import ENGINES, PARALLELISM, refused_engine
+from ds_gradmix.engines.compatibility import ENGINES, PARALLELISM, refused_engine
 
 # Decided by parameter, so that what a bucket holds does not matter; many tiles, although the model is small.
 GAF: dict[str, Any] = {

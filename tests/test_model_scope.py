@@ -15,7 +15,7 @@ import torch
 from ranks import run_ranks
 from training import LR, Case, Model, build, ds_config, loss_of, weights_of
 
-from ds_gradmix.workers import Workers
+from ds_gradmix.comm.workers import WorkerGroup
 
 MODEL: dict[str, Any] = {
     "mixing": {"type": "GAF", "params": {"threshold": 0.9}},
@@ -54,23 +54,23 @@ def train(case: Case, bucket: int, gathers: bool) -> dict[str, Any]:
     if not gathers:
         prepare = seam.prepare
         seam.prepare = lambda grads, wire, gather: prepare(grads, wire)
-    all_to_all = Workers.all_to_all
+    all_to_all = WorkerGroup.all_to_all
 
     def counting(
-        workers: Workers, out: torch.Tensor, given: torch.Tensor, out_sizes: Any, sizes: list[int]
+        workers: WorkerGroup, out: torch.Tensor, given: torch.Tensor, out_sizes: Any, sizes: list[int]
     ) -> None:
         nonlocal sent
         sent += sum(sizes) - sizes[workers.rank]
         all_to_all(workers, out, given, out_sizes, sizes)
 
-    Workers.all_to_all = counting  # type: ignore[method-assign]
+    WorkerGroup.all_to_all = counting  # type: ignore[method-assign]
     told = []
     for step in range(STEPS):
         for micro in range(case.accumulation):
             engine.backward(loss_of(engine, step, micro, rank, case))
             engine.step()
         told.append(dict(ds_gradmix.stats(engine)))
-    Workers.all_to_all = all_to_all  # type: ignore[method-assign]
+    WorkerGroup.all_to_all = all_to_all  # type: ignore[method-assign]
     return {"weights": weights_of(engine), "told": told, "sent": sent, "skipped": engine.skipped_steps}
 
 

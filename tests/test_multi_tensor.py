@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ds_gradmix import multi_tensor
 from ds_gradmix.cli import main
+from ds_gradmix.ops import multi_tensor
 
 
 class AmpC(ModuleType):

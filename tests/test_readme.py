@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ds_gradmix import extrapolation, mixing, scaling
-from ds_gradmix.config import Block, parse_block
+from ds_gradmix import rules
+from ds_gradmix.config import GradmixConfig, parse_block
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -48,7 +48,7 @@ def test_every_command_is_of_a_known_kind() -> None:
 
 
 @pytest.mark.parametrize(
-    "rule", [*mixing.RULES, *scaling.RULES, *extrapolation.RULES], ids=lambda rule: rule.__name__
+    "rule", [*rules.MIXING, *rules.SCALING, *rules.EXTRAPOLATION], ids=lambda rule: rule.__name__
 )
 def test_every_key_of_a_rule_is_in_the_table(rule: type) -> None:
     rows = [line for line in README.splitlines() if line.startswith("|") and f"({rule.__name__})" in line]
@@ -60,7 +60,7 @@ def test_every_key_of_a_rule_is_in_the_table(rule: type) -> None:
 
 
 def test_every_key_of_the_block_is_in_the_table() -> None:
-    for name, field in Block.model_fields.items():
+    for name, field in GradmixConfig.model_fields.items():
         row = next(line for line in README.splitlines() if line.startswith(f"| `{name}"))
         if name not in ("mixing", "scaling", "extrapolation"):
             assert f"`{json.dumps(field.default)}`" in row.split("|")[2], row

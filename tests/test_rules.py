@@ -12,8 +12,9 @@ from reference import gaf_weights, philox, vrgd
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ds_gradmix import combine, costs
-from ds_gradmix.mixing import GAF, GradientMix, Moment
+from ds_gradmix import combine
+from ds_gradmix.costs.model import KERNELS_PER_WORKER
+from ds_gradmix.rules import GAF, GradientMix, RngKey
 
 SIZES = [7, 0, 64, 1, 200, 128, 3]
 N = sum(SIZES)
@@ -84,9 +85,9 @@ def test_gaf_decides_with_few_launches() -> None:
     for workers in (8, 16):
         gram = torch.eye(workers, dtype=torch.float64)[None]
         with Launches() as launches:
-            GAF().decide(gram, torch.ones(workers, dtype=torch.bool), Moment(1, 2))
+            GAF().decide(gram, torch.ones(workers, dtype=torch.bool), RngKey(1, 2))
         counts.append(launches.count)
-    assert (counts[1] - counts[0]) / 8 == costs.KERNELS_PER_WORKER
+    assert (counts[1] - counts[0]) / 8 == KERNELS_PER_WORKER
 
 
 def test_gaf_by_parameter() -> None:
@@ -138,14 +139,14 @@ def test_gradientmix_draws() -> None:
     """Dirichlet: convex, mean 1/W, variance (1/W)(1 - 1/W)/(W alpha + 1); beta: two halves."""
     for alpha in (0.3, 1.0, 20.0):
         rule = GradientMix(alpha=alpha)
-        draws = np.concatenate([rule.weights(Moment(7, step), 4, 1) for step in range(4000)])
+        draws = np.concatenate([rule.weights(RngKey(7, step), 4, 1) for step in range(4000)])
         assert (draws >= 0).all()
         np.testing.assert_allclose(draws.sum(1), 1.0)
         # 4000 draws: the standard error of the mean is below 0.007, that of the variance below 5 %
         np.testing.assert_allclose(draws.mean(0), 0.25, atol=0.03)
         np.testing.assert_allclose(draws.var(0), 0.25 * 0.75 / (4 * alpha + 1), rtol=0.2)
     beta = np.concatenate(
-        [GradientMix(alpha=1.0, distribution="beta").weights(Moment(7, s), 5, 1) for s in range(4000)]
+        [GradientMix(alpha=1.0, distribution="beta").weights(RngKey(7, s), 5, 1) for s in range(4000)]
     )
     np.testing.assert_allclose(beta.sum(1), 1.0)
     np.testing.assert_allclose(beta.mean(0), 0.2, atol=0.02)
@@ -154,13 +155,13 @@ def test_gradientmix_draws() -> None:
 
 def test_gradientmix_keys() -> None:
     rule = GradientMix(granularity="parameter", start_step=2, end_step=4)
-    first = rule.weights(Moment(1, 3), 4, 6)
+    first = rule.weights(RngKey(1, 3), 4, 6)
     assert first.shape == (6, 4) and len(np.unique(first[:, 0])) == 6
-    np.testing.assert_array_equal(first, rule.weights(Moment(1, 3), 4, 6))
-    assert not np.allclose(first, rule.weights(Moment(1, 2), 4, 6))
-    assert not np.allclose(first, rule.weights(Moment(2, 3), 4, 6))
+    np.testing.assert_array_equal(first, rule.weights(RngKey(1, 3), 4, 6))
+    assert not np.allclose(first, rule.weights(RngKey(1, 2), 4, 6))
+    assert not np.allclose(first, rule.weights(RngKey(2, 3), 4, 6))
     for outside in (0, 1, 4, 9):
-        np.testing.assert_array_equal(rule.weights(Moment(1, outside), 4, 6), 0.25)
+        np.testing.assert_array_equal(rule.weights(RngKey(1, outside), 4, 6), 0.25)
 
 
 LIMITS = {

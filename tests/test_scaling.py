@@ -18,7 +18,7 @@ import pytest
 import scaling_table
 
 from ds_gradmix.cli import main
-from ds_gradmix.costs import Cluster, all_reduce, inside_workers, to_combiners, to_everyone, to_owners
+from ds_gradmix.costs.model import Cluster, all_reduce, inside_workers, to_combiners, to_everyone, to_owners
 
 ROOT = Path(__file__).parent.parent
 Messages = Iterator[tuple[int, int, float]]  # from a rank, to a rank, elements

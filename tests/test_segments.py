@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ds_gradmix.segments import Segments, weighted_sum
+from ds_gradmix.ops.segments import Segments, weighted_sum
 
 CPU = torch.device("cpu")
 

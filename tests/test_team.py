@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 
 from ds_gradmix.config import ConfigError
-from ds_gradmix.engines.team import Seat, team_size
+from ds_gradmix.engines.worker_size import RankLocation, team_size
 
 
-def seats(*hosts: str, local_ranks: list[int] | None = None) -> list[Seat]:
+def seats(*hosts: str, local_ranks: list[int] | None = None) -> list[RankLocation]:
     """One letter of a host for each rank; local ranks are counted on it, or given, or unknown."""
-    found: list[Seat] = []
+    found: list[RankLocation] = []
     for words in hosts:
         for rank, host in enumerate(words):
-            found.append(Seat(host, rank if local_ranks is None else None))
+            found.append(RankLocation(host, rank if local_ranks is None else None))
     if local_ranks:
         return [seat._replace(local_rank=local) for seat, local in zip(found, local_ranks, strict=True)]
     return found

@@ -22,13 +22,13 @@ from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor
 
-from ds_gradmix.config import Block
-from ds_gradmix.engines.place import Place
+from ds_gradmix.comm.consistency import fingerprint_of
+from ds_gradmix.comm.workers import ParallelGroups
+from ds_gradmix.config import GradmixConfig
 from ds_gradmix.engines.seam import Named, Seam
-from ds_gradmix.lookahead import State
-from ds_gradmix.reduction import Span
-from ds_gradmix.transit import Wire
-from ds_gradmix.workers import fingerprint_of
+from ds_gradmix.exchange.reducer import ParamSpan
+from ds_gradmix.exchange.tiled_buffer import CommDtypes
+from ds_gradmix.weights.extrapolated import State
 
 
 class AllreduceSeam:
@@ -40,8 +40,8 @@ class AllreduceSeam:
     def __init__(
         self,
         engine: Any,
-        block: Block,
-        place: Place,
+        block: GradmixConfig,
+        place: ParallelGroups,
         step: Callable[[], int],
         report: Callable[[Mapping[str, float]], None],
     ) -> None:
@@ -52,7 +52,7 @@ class AllreduceSeam:
         device = self._named[0][1].device if self._named else torch.device("cpu")
         self.seam = Seam(block, place, self._named, [], device, step, report)
         self.seam.layout = self._layout()
-        self._spans_at: dict[int, tuple[Span, ...]] = {}  # by address of a tensor: the gradients in it
+        self._spans_at: dict[int, tuple[ParamSpan, ...]] = {}  # by address of a tensor: the gradients in it
         for _, p in self._named if block.extrapolation is not None else ():
             p.data = p.data.contiguous()  # offsets work on flat views
         self._grams: list[Tensor] | None = None  # of buckets, while these are gathered
@@ -113,14 +113,14 @@ class AllreduceSeam:
         """In place of `engine.buffered_allreduce_fallback`: all gradients of a step."""
         self.seam.begin()
         found = self._find_gradients()
-        self.seam.agree(tuple(Span(i, 0, grad.numel()) for i, grad in found), "gradient reduction")
+        self.seam.agree(tuple(ParamSpan(i, 0, grad.numel()) for i, grad in found), "gradient reduction")
         self.seam.add_up([grad for _, grad in found])
         dtypes = (grad.dtype for _, grad in found)
         wire = self._wire(max(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32))
         ties = self.seam.ties  # which are combined before buckets are
         for index, grad in found:
             if index not in ties:
-                self.seam.capture([Span(index, 0, grad.numel())], grad.reshape(-1), boundary=True)
+                self.seam.capture([ParamSpan(index, 0, grad.numel())], grad.reshape(-1), boundary=True)
         reduce_all = functools.partial(self._reduce_all, grads=grads, elements_per_buffer=elements_per_buffer)
         self.seam.prepare(found, wire, functools.partial(self._gather, reduce_all))
         reduce_all()
@@ -152,13 +152,13 @@ class AllreduceSeam:
                         f"{self._named[index][0]}: its gradient is sparse; allowed are dense ones; build "
                         "the layer with sparse=False"
                     )
-                self._spans_at[grad.data_ptr()] = (Span(index, 0, grad.numel()),)
+                self._spans_at[grad.data_ptr()] = (ParamSpan(index, 0, grad.numel()),)
             return found
         grads, index = [], 0
         for group, flat in enumerate(self._optimizer.fp32_groups_gradients_flat):
             spans, start = [], 0
             for grad in self._optimizer.fp32_groups_gradients[group]:
-                spans.append(Span(index, start, grad.numel()))
+                spans.append(ParamSpan(index, start, grad.numel()))
                 grads.append((index, grad))
                 index, start = index + 1, start + grad.numel()
             self._spans_at[flat.data_ptr()] = tuple(spans)
@@ -183,7 +183,7 @@ class AllreduceSeam:
         spans, start = [], 0
         for tensor in bucket:
             for index, begin, length in self._spans_at[tensor.data_ptr()]:
-                spans.append(Span(index, start + begin, length))
+                spans.append(ParamSpan(index, start + begin, length))
             start += tensor.numel()
         reduction = self.seam.reduction_over(dp_group)
         ties = self.seam.ties  # combined before, or, while buckets are gathered, after
@@ -198,12 +198,12 @@ class AllreduceSeam:
         reduction.weigh(flat_N, remaining)
         self.seam.keep_once(spans, flat_N)
         sent = flat_N.to(self._wire(flat_N.dtype).gradient)
-        reduction.workers.sum(sent)
+        reduction.workers.all_reduce(sent)
         return flat_N.copy_(sent)
 
-    def _wire(self, dtype: torch.dtype) -> Wire:
+    def _wire(self, dtype: torch.dtype) -> CommDtypes:
         wire = min(dtype, self._engine.communication_data_type, key=lambda dtype: dtype.itemsize)
-        return Wire(wire, wire)
+        return CommDtypes(wire, wire)
 
     # --- one step ---
 

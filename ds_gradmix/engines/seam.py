@@ -11,17 +11,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_gradmix import checkpoint
-from ds_gradmix.config import Block
-from ds_gradmix.engines.place import Place, ranks_of
-from ds_gradmix.layout import Piece, even_sizes, share_evenly
+from ds_gradmix.comm.consistency import fingerprint_of
+from ds_gradmix.comm.groups import ranks_of
+from ds_gradmix.comm.workers import ParallelGroups
+from ds_gradmix.config import GradmixConfig
+from ds_gradmix.engines.parallel_groups import is_partitioned, params_of, reducers_of, shard_info
+from ds_gradmix.exchange import state as checkpoint
+from ds_gradmix.exchange.factor_momentum import FactorMomentum
+from ds_gradmix.exchange.plan import Piece, even_sizes, share_evenly
+from ds_gradmix.exchange.reducer import ParamSpan, Reduction, is_stock
+from ds_gradmix.exchange.steps import Steps
+from ds_gradmix.exchange.tiled_buffer import CommDtypes
 from ds_gradmix.log import logger
-from ds_gradmix.lookahead import LookAhead
-from ds_gradmix.reduction import Reduction, Span, is_stock
-from ds_gradmix.smoothing import Smoothing
-from ds_gradmix.steps import Steps
-from ds_gradmix.transit import Wire
-from ds_gradmix.workers import fingerprint_of
+from ds_gradmix.weights.extrapolated import ExtrapolatedWeights
 
 _FINGERPRINTS_KEPT = 4096
 _ADVICE = (
@@ -51,8 +53,8 @@ class Seam:
 
     def __init__(
         self,
-        block: Block,
-        place: Place,
+        block: GradmixConfig,
+        place: ParallelGroups,
         named: Named,
         owned: Sequence[int],
         device: torch.device,
@@ -62,14 +64,16 @@ class Seam:
         self.block = block
         self.place = place
         self.named = list(named)
-        self.lookahead: LookAhead | None = None
+        self.lookahead: ExtrapolatedWeights | None = None
         self.loads = 0  # checkpoints loaded with optimizer states
         self.layout = 0  # a number for where parameters lie, which all state depends on
         self._device = device
         self._step = step
         self._report = report
-        self._steps = Steps(block, place.workers, place.model, owned, device, alike=place.alike)
-        parameters = place.parameters(named)
+        self._steps = Steps(
+            block, place.workers, place.model, owned, device, alike=place.decisions_are_global
+        )
+        parameters = params_of(place, named)
         self._dense = Reduction(block, place.workers, self._steps, parameters, device)
         self._by_ranks = {
             ranks: Reduction(
@@ -77,20 +81,20 @@ class Seam:
             )
             for ranks, workers in place.experts.items()
         }
-        self._by_ranks[tuple(ranks_of(place.workers.group))] = self._dense
-        self._shares = [place.reducers(p).size / place.workers.size for _, p in named]
+        self._by_ranks[ranks_of(place.workers.group)] = self._dense
+        self._shares = [reducers_of(place, p).size / place.workers.size for _, p in named]
         positions = {id(p): i for i, (_, p) in enumerate(named)}
         self._tied = [(positions[id(p)], copies) for p, copies in place.tied if id(p) in positions]
         # Of gradients that are combined as a whole: a number after those of the optimizer's parameter groups.
-        self._wholes: dict[tuple[Span, ...], int] = {}
+        self._wholes: dict[tuple[ParamSpan, ...], int] = {}
         self._num_groups = len(owned)
         self._reduced: set[int] = set()  # tied parameters whose gradient is combined in this backward
-        self._fingerprints: dict[tuple[str, tuple[Span, ...]], int] = {}
+        self._fingerprints: dict[tuple[str, tuple[ParamSpan, ...]], int] = {}
 
     @property
     def is_stock(self) -> bool:
         """Whether DeepSpeed's own reduction is all there is to do."""
-        return is_stock(self.block, self.place.workers.size) and not self.place.apart
+        return is_stock(self.block, self.place.workers.size) and not self.place.sum_sequence_ranks
 
     @property
     def exchanges(self) -> bool:
@@ -103,15 +107,15 @@ class Seam:
         return self._steps.numbers
 
     @property
-    def smoothing(self) -> Smoothing | None:
+    def smoothing(self) -> FactorMomentum | None:
         """State of a smoothed scaling rule."""
         return self._steps.smoothing
 
     def reduction_over(self, group: dist.ProcessGroup | None) -> Reduction:
         """The rules at work over a process group: the data-parallel one, or one of experts."""
-        return self._by_ranks[tuple(ranks_of(group))]
+        return self._by_ranks[ranks_of(group)]
 
-    def agree(self, spans: tuple[Span, ...], occasion: str) -> None:
+    def agree(self, spans: tuple[ParamSpan, ...], occasion: str) -> None:
         """Raise `MismatchError` on every rank unless all are about to reduce these gradients."""
 
         def words() -> list[str]:
@@ -123,10 +127,10 @@ class Seam:
                 self._fingerprints.clear()
             self._fingerprints[key] = fingerprint_of([occasion, *words()])
         advice = _ADVICE if self.place.tensor is None else _ADVICE + _UNEVEN
-        self.place.hosts.agree(self._fingerprints[key], words, occasion, advice)
+        self.place.consistency.check_equal(self._fingerprints[key], words, occasion, advice)
 
-    def _size(self, span: Span) -> str:
-        divided = self.place.tensor is not None and self.place.divides(self.named[span.parameter][1])
+    def _size(self, span: ParamSpan) -> str:
+        divided = self.place.tensor is not None and is_partitioned(self.named[span.parameter][1])
         return "a part of it" if divided else f"{span.length} elements"
 
     # --- one backward ---
@@ -137,14 +141,14 @@ class Seam:
 
     def add_up(self, grads: Sequence[Tensor]) -> None:
         """Sum gradients over the sequence ranks of a replica, in place, where DeepSpeed would not."""
-        if not self.place.apart or self.place.sequence is None:
+        if not self.place.sum_sequence_ranks or self.place.sequence is None:
             return
         waiting: list[Tensor] = []
         for grad in [*grads, None]:
             size = sum(other.nbytes for other in waiting)
             if waiting and (grad is None or grad.dtype != waiting[0].dtype or size >= self.block.tile_bytes):
                 flat_N = torch.cat([other.reshape(-1) for other in waiting])
-                self.place.sequence.sum(flat_N)
+                self.place.sequence.all_reduce(flat_N)
                 parts = flat_N.split([other.numel() for other in waiting])
                 for other, part in zip(waiting, parts, strict=True):
                     other.copy_(part.view_as(other))
@@ -152,7 +156,7 @@ class Seam:
             if grad is not None:
                 waiting.append(grad)
 
-    def capture(self, spans: Sequence[Span], flat_N: Tensor, *, boundary: bool) -> None:
+    def capture(self, spans: Sequence[ParamSpan], flat_N: Tensor, *, boundary: bool) -> None:
         """Before anything happens to a bucket: the worker's own gradient is what it looks ahead by."""
         if self.lookahead is not None:
             own = [span for span in spans if span.parameter not in self._reduced]
@@ -177,7 +181,7 @@ class Seam:
     def prepare(
         self,
         grads: Sequence[tuple[int, Tensor]],
-        wire: Wire,
+        wire: CommDtypes,
         gather: Callable[[], Sequence[Tensor]] | None = None,
     ) -> None:
         """Before the first of a step's buckets, where all gradients are known: what concerns all of them.
@@ -196,7 +200,7 @@ class Seam:
         if self.is_stock:
             return
         if self.awaits_the_model:
-            spans = tuple(Span(index, 0, grad.numel()) for index, grad in grads)
+            spans = tuple(ParamSpan(index, 0, grad.numel()) for index, grad in grads)
             self.agree(spans, "gradient reduction for the model")
             own = [(index, grad.detach()) for index, grad in grads]
             ties = self.ties
@@ -208,7 +212,7 @@ class Seam:
                 continue
             grad = found[index].detach()
             flat_N = grad.reshape(-1)
-            span = Span(index, 0, flat_N.numel())
+            span = ParamSpan(index, 0, flat_N.numel())
             self.capture([span], flat_N, boundary=True)
             if copies.is_source:
                 self._combine_whole(flat_N, (span,), wire)
@@ -217,30 +221,30 @@ class Seam:
                 grad.copy_(flat_N.view_as(grad))
             self._reduced.add(index)
 
-    def remaining(self, spans: Sequence[Span]) -> tuple[Span, ...]:
+    def remaining(self, spans: Sequence[ParamSpan]) -> tuple[ParamSpan, ...]:
         """Those whose gradient is not combined yet."""
         return tuple(span for span in spans if span.parameter not in self._reduced)
 
-    def combined(self, spans: Sequence[Span]) -> tuple[Span, ...]:
+    def combined(self, spans: Sequence[ParamSpan]) -> tuple[ParamSpan, ...]:
         """Those whose gradient is."""
         return tuple(span for span in spans if span.parameter in self._reduced)
 
-    def keep_once(self, spans: Sequence[Span], flat_N: Tensor) -> None:
+    def keep_once(self, spans: Sequence[ParamSpan], flat_N: Tensor) -> None:
         """What is combined already survives a sum over the workers: it is zero on all but one rank."""
         if self.place.workers.rank != 0:
             for span in self.combined(spans):
                 span.of(flat_N).zero_()
 
-    def _combine_whole(self, flat_N: Tensor, spans: tuple[Span, ...], wire: Wire) -> None:
+    def _combine_whole(self, flat_N: Tensor, spans: tuple[ParamSpan, ...], wire: CommDtypes) -> None:
         """Combine gradients such that every worker has all of the result."""
         if self.exchanges:
             self.exchange_whole(self._dense, flat_N, spans, wire)
             return
         self._dense.weigh(flat_N, spans)
-        self.place.workers.sum(flat_N)
+        self.place.workers.all_reduce(flat_N)
 
     def exchange_whole(
-        self, reduction: Reduction, flat_N: Tensor, spans: tuple[Span, ...], wire: Wire
+        self, reduction: Reduction, flat_N: Tensor, spans: tuple[ParamSpan, ...], wire: CommDtypes
     ) -> None:
         """Exchange a bucket that nobody owns; every rank ends with the same result."""
         group = self._group_of(spans)
@@ -250,12 +254,12 @@ class Seam:
             self.smoothing.reserve(group, even_sizes(total, size)[rank])
         reduction.exchange(flat_N, spans, lambda: _shares_of(spans, size, group), wire, whole=True)
 
-    def gather_whole(self, flat_N: Tensor, spans: tuple[Span, ...], wire: Wire) -> Tensor:
+    def gather_whole(self, flat_N: Tensor, spans: tuple[ParamSpan, ...], wire: CommDtypes) -> Tensor:
         """The first half of `exchange_whole`, from which a decision for the model is made."""
         group, size = self._group_of(spans), self._dense.workers.num_ranks
         return self._dense.gather_whole(flat_N, spans, lambda: _shares_of(spans, size, group), wire)
 
-    def _group_of(self, spans: tuple[Span, ...]) -> int:
+    def _group_of(self, spans: tuple[ParamSpan, ...]) -> int:
         """What state of a bucket is kept by: a bucket of another composition is another one."""
         return self._num_groups + self._wholes.setdefault(spans, len(self._wholes))
 
@@ -296,14 +300,14 @@ class Seam:
         """Set up offsets, if the block has any; `rates` tells the learning rates of the flat tensors."""
         if self.block.extrapolation is not None:
             self._rates = rates
-            self.lookahead = LookAhead(
+            self.lookahead = ExtrapolatedWeights(
                 self.block.extrapolation,
                 flats,
                 places,
                 (self.block.seed, self.place.workers.number),
                 accumulates=accumulates,
-                division=self.place.division(self.named),
-                team=self.place.workers.team,
+                division=shard_info(self.place, self.named),
+                team=self.place.workers.levels,
             )
 
     def go_ahead(self) -> None:
@@ -325,5 +329,5 @@ class Seam:
             logger.warning(f"ds_gradmix: {warning}")
 
 
-def _shares_of(spans: Sequence[Span], num_ranks: int, group: int) -> list[Piece]:
+def _shares_of(spans: Sequence[ParamSpan], num_ranks: int, group: int) -> list[Piece]:
     return share_evenly([(span.start, span.length) for span in spans], num_ranks, group)

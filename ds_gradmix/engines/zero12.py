@@ -19,14 +19,14 @@ from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
-from ds_gradmix import checkpoint
-from ds_gradmix.config import Block, ConfigError
-from ds_gradmix.engines.place import Place
+from ds_gradmix.comm.consistency import fingerprint_of
+from ds_gradmix.comm.workers import ParallelGroups
+from ds_gradmix.config import ConfigError, GradmixConfig
 from ds_gradmix.engines.seam import Seam
-from ds_gradmix.layout import Piece
-from ds_gradmix.reduction import Span
-from ds_gradmix.transit import Wire
-from ds_gradmix.workers import fingerprint_of
+from ds_gradmix.exchange import state as checkpoint
+from ds_gradmix.exchange.plan import Piece
+from ds_gradmix.exchange.reducer import ParamSpan
+from ds_gradmix.exchange.tiled_buffer import CommDtypes
 
 
 class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
@@ -45,8 +45,8 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
     def __init__(
         self,
         *args: Any,
-        gradmix_block: Block,
-        gradmix_place: Place,
+        gradmix_block: GradmixConfig,
+        gradmix_place: ParallelGroups,
         gradmix_step: Callable[[], int],
         gradmix_report: Callable[[Mapping[str, float]], None],
         **kwargs: Any,
@@ -60,8 +60,8 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
         self.gradmix = Seam(gradmix_block, gradmix_place, named, owned, device, gradmix_step, gradmix_report)
         self.gradmix.layout = self._gradmix_layout()
         self._gradmix_look_ahead()
-        self._gradmix_bucket: tuple[Tensor, tuple[Span, ...]] | None = None  # until it is captured
-        self._gradmix_spans: tuple[Span, ...] = ()
+        self._gradmix_bucket: tuple[Tensor, tuple[ParamSpan, ...]] | None = None  # until it is captured
+        self._gradmix_spans: tuple[ParamSpan, ...] = ()
         self._gradmix_flat: Tensor
         self._gradmix_skips = False
         self._gradmix_added_up = False
@@ -91,7 +91,7 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
         """Reduce a bucket."""
         spans, start = [], 0
         for _, _, index in self.ipg_buckets[communication_data_type].params:
-            spans.append(Span(index, start, self.param_dict[index].numel()))
+            spans.append(ParamSpan(index, start, self.param_dict[index].numel()))
             start += spans[-1].length
         self._gradmix_spans = tuple(spans)
         self.gradmix.begin()
@@ -130,7 +130,7 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
             flat_N,
             spans,
             lambda: list(self._gradmix_pieces(spans, slices)),
-            Wire(wire, result),
+            CommDtypes(wire, result),
             outputs,
         )
         if self.cpu_offload:  # accumulates whole gradients: what others own must not look like an overflow
@@ -167,7 +167,7 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
         experts = self.expert_dp_process_group.values() if self.has_moe_layers else ()
         return [self.dp_process_group, *experts]
 
-    def _gradmix_within(self, group: Any) -> list[Span]:
+    def _gradmix_within(self, group: Any) -> list[ParamSpan]:
         """The gradients of the bucket that a process group reduces."""
         if not self.has_moe_layers:
             return list(self._gradmix_spans)
@@ -178,7 +178,7 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
         return self.expert_dp_process_group[p.group_name] if is_moe_param(p) else self.dp_process_group
 
     def _gradmix_pieces(
-        self, spans: Sequence[Span], slices: Sequence[tuple[int, int, int]]
+        self, spans: Sequence[ParamSpan], slices: Sequence[tuple[int, int, int]]
     ) -> Iterator[Piece]:
         """Where the borders of gradients and of owners' slices (start, elements, owner) cut the bucket."""
         remaining = iter(slices)
@@ -211,7 +211,7 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
         if self.gradmix.awaits_the_model:
             self.gradmix.add_up([grad.detach() for _, grad in present])
             self._gradmix_added_up = True
-        self.gradmix.prepare(present, Wire(wire, wire))
+        self.gradmix.prepare(present, CommDtypes(wire, wire))
         super().reduce_gradients(pipeline_parallel)
         self._gradmix_added_up = False
 
@@ -316,5 +316,5 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
         )
 
 
-def _contains(spans: Sequence[Span], place: int) -> bool:
+def _contains(spans: Sequence[ParamSpan], place: int) -> bool:
     return any(span.start <= place < span.start + span.length for span in spans)

@@ -1,0 +1,116 @@
+"""Process groups: how they are made, and the few collectives that everything else is built from.
+
+Everything a collective is given stays on the device.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+class RankGroup:
+    """Ranks that work out something together, of which the first has the last word.
+
+    A sum over ranks is not promised to be bit-identical everywhere, but what is decided by it has to be: the
+    first rank takes the sum, decides, and tells the others.
+
+    Args:
+        group: the process group, whose backend is the device's; None for the default group.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        self.num_ranks = dist.get_world_size(group)
+        self.rank = dist.get_rank(group)
+        self._first = 0 if group is None else dist.get_global_rank(group, 0)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank decides."""
+        return self.rank == 0
+
+    def reduce(self, values: Tensor) -> None:
+        """Sum over the ranks, on the first only; elsewhere `values` is undefined afterwards."""
+        dist.reduce(values, self._first, group=self.group)
+
+    def broadcast(self, values: Tensor) -> None:
+        """The first rank's values, bit for bit, on every rank."""
+        dist.broadcast(values, self._first, group=self.group)
+
+    def all_reduce(self, values: Tensor) -> None:
+        """Sum over the ranks, in place."""
+        dist.all_reduce(values, group=self.group)
+
+    def all_reduce_identical(self, values: Tensor) -> None:
+        """Sum over the ranks, in place, and bit for bit the same on every rank."""
+        if self.num_ranks > 1:
+            self.reduce(values)
+            self.broadcast(values)
+
+    def all_to_all(self, out: Tensor, sent: Tensor, out_sizes: list[int], sent_sizes: list[int]) -> None:
+        """Give `sent_sizes[j]` elements to rank j, take `out_sizes[j]` from it."""
+        dist.all_to_all_single(out, sent, out_sizes, sent_sizes, group=self.group)
+
+    def all_gather(self, out: Tensor, sent: Tensor) -> None:
+        """Every rank's `sent`, one after the other, all of one size."""
+        dist.all_gather_into_tensor(out, sent, group=self.group)
+
+
+class TiedParameter:
+    """A parameter that a few ranks keep: what the first of them has is copied to the others.
+
+    Args:
+        ranks: global ranks, the first of which is the source.
+        group: the process group of exactly these.
+    """
+
+    def __init__(self, ranks: Sequence[int], group: dist.ProcessGroup) -> None:
+        self._source = ranks[0]
+        self._group = group
+        self.is_source = dist.get_rank() == self._source
+
+    def copy(self, values: Tensor) -> None:
+        """The source's values on every rank, in place."""
+        dist.broadcast(values, self._source, group=self._group)
+
+
+def ranks_of(group: dist.ProcessGroup | None) -> tuple[int, ...]:
+    """The global ranks of a process group; this one alone if there is no group."""
+    return (dist.get_rank(),) if group is None else tuple(dist.get_process_group_ranks(group))
+
+
+def gather_objects(value: object) -> list[Any]:
+    """One small object from every rank of the world, in order."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+_GROUPS: dict[tuple[Any, ...], dist.ProcessGroup] = {}
+
+
+def group_of(sets: Iterable[Sequence[int]], backend: str | None = None) -> dist.ProcessGroup:
+    """Make a process group of every set of ranks; all ranks must call this with the same sets.
+
+    Engines share groups: each has threads, and on a GPU memory, of its own, which torch frees at the end.
+    Collectives of a group wait as long as DEEPSPEED_TIMEOUT says, in minutes, as DeepSpeed's own do.
+
+    Returns:
+        The group that this rank is in.
+    """
+    key = (dist.group.WORLD, backend, tuple(map(tuple, sets)))
+    if key not in _GROUPS:
+        for old in [old for old in _GROUPS if old[0] is not key[0]]:  # of a world that is gone
+            del _GROUPS[old]
+        timeout = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", "10")))
+        for ranks in key[2]:
+            group = dist.new_group(list(ranks), backend=backend, timeout=timeout)
+            if dist.get_rank() in ranks:
+                _GROUPS[key] = group
+    return _GROUPS[key]

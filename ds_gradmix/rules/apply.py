@@ -1,0 +1,70 @@
+"""The arithmetic of the rules: from weights and gradients to the combined gradient, `g = r * sum_i w_i g_i`.
+
+`ds_gradmix.combine` does it on a stack of gradients in one process, and the exchange on the tiles of a bucket
+that is spread over ranks; both call these functions. Nothing here communicates.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ds_gradmix.ops.segments import Segments, to_device, weighted_sum
+from ds_gradmix.rules.base import GramianMixing, RngKey, Scaling
+from ds_gradmix.rules.decision import MixingDecision
+
+
+def decide_without_gradients(weights_SW: Tensor, present_W: Tensor) -> MixingDecision:
+    """Weights drawn before the gradients are known, float64, on the host, renormalised over the workers
+    present.
+    """
+    weights_SW = to_device(weights_SW, present_W.device) * present_W
+    total_S = weights_SW.sum(1)
+    # A draw may give (numerically) everything to a worker that is not there; then the others share equally.
+    equal_W = present_W.to(weights_SW.dtype) / present_W.sum().clamp(min=1)
+    weights_SW = torch.where(total_S[:, None] > 0, weights_SW / total_S[:, None], equal_W)
+    agreed_S = present_W.any().expand(len(weights_SW))
+    return MixingDecision(weights_SW, agreed_S, torch.full_like(total_S, float("nan")))
+
+
+def decide_from_gram(rule: GramianMixing, gram_SWW: Tensor, present_W: Tensor, key: RngKey) -> MixingDecision:
+    """Weights from Gram matrices; NaN where one of them is not finite.
+
+    A filter that quietly dropped the worker with the Inf would hide an overflow from dynamic loss scaling, so
+    what is not finite stays visible: the combined gradient becomes NaN, as the mean would.
+    """
+    decision = rule.decide(gram_SWW, present_W, key)
+    finite_S = gram_SWW.isfinite().all(-1).all(-1)
+    weights_SW = torch.where(finite_S[:, None], decision.weights_SW, float("nan"))
+    return MixingDecision(weights_SW, decision.agreed_S | ~finite_S, mean_cosine(gram_SWW))
+
+
+def mean_cosine(gram_SWW: Tensor) -> Tensor:
+    """Mean over pairs of different workers of `cos(g_i, g_j)`, `[S]`; 0 with a zero gradient."""
+    num_workers = gram_SWW.shape[1]
+    norms_SW = gram_SWW.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
+    scale_SWW = norms_SW[:, :, None] * norms_SW[:, None, :]
+    cosines_SWW = torch.where(scale_SWW > 0, gram_SWW / scale_SWW, 0.0)
+    pairs_S = cosines_SWW.sum((1, 2)) - cosines_SWW.diagonal(dim1=1, dim2=2).sum(1)
+    return pairs_S / max(num_workers * (num_workers - 1), 1)
+
+
+def mix(grads_WC: Tensor, weights_WS: Tensor, segments: Segments) -> Tensor:
+    """`sum_i w_i g_i`, `[C]`, in the dtype of the weights, float32 or float64."""
+    return weighted_sum(grads_WC.to(weights_WS.dtype), segments.expand(weights_WS))
+
+
+def scaling_statistics(rule: Scaling, grads_WC: Tensor, weights_WS: Tensor, segments: Segments) -> Tensor:
+    """The weighted mean and a scaling rule's own statistics, `[1 + K, C]`."""
+    return rule.statistics(grads_WC, segments.expand(weights_WS))
+
+
+def layer_sums(rule: Scaling, statistics_KC: Tensor, params: Segments) -> Tensor:
+    """For every parameter the sum and the count of what its mean is taken of, `[2, P]`, float64."""
+    return torch.stack([params.sum(terms_C) for terms_C in rule.layer_terms(statistics_KC)])
+
+
+def scaling_factors(rule: Scaling, statistics_KC: Tensor, sums_2P: Tensor, params: Segments) -> Tensor:
+    """A scaling rule's factors, `[C]`, once the sums are those of the whole parameters."""
+    layer_mean_P = (sums_2P[0] / sums_2P[1].clamp(min=1)).to(statistics_KC.dtype)
+    return rule.factors(statistics_KC, params.expand(layer_mean_P[None])[0])

@@ -1,0 +1,31 @@
+"""What a mixing rule decides: the workers' weights, and what is worth reporting of how it came to them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class MixingDecision(NamedTuple):
+    """Weights of W workers for each of S segments, which are the bucket, or every parameter in it.
+
+    Rows of weights, float64, sum to 1, or to 0 where no worker agreed with another. `mean_cosine_S`, float64,
+    is the mean cosine between different workers' gradients, NaN where no Gram matrix was needed.
+    """
+
+    weights_SW: Tensor
+    agreed_S: Tensor  # bool
+    mean_cosine_S: Tensor | None = None
+
+    def packed(self) -> Tensor:
+        """One `[S, W + 2]` float64 tensor, to be sent to other ranks."""
+        weights_SW, agreed_S, cosine_S = self
+        assert cosine_S is not None
+        return torch.cat([weights_SW, agreed_S.to(weights_SW.dtype)[:, None], cosine_S[:, None]], dim=1)
+
+    @staticmethod
+    def unpacked(packed: Tensor) -> MixingDecision:
+        """The inverse of `packed`."""
+        return MixingDecision(packed[:, :-2], packed[:, -2] != 0, packed[:, -1])

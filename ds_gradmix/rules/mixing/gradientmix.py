@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from ds_gradmix.rules.base import GradientFreeMixing, RngKey
+
+
+class GradientMix(GradientFreeMixing):
+    """A random convex combination of the workers' gradients in place of their mean.
+
+    GradientMix (ICLR 2023 submission, OpenReview 5c_nxk-dX1J; only its abstract and introduction are public,
+    so the distribution is our choice):
+
+        w ~ Dirichlet(alpha, ..., alpha),   w_i >= 0,   sum w_i = 1,   E w_i = 1/W
+
+    which adds noise of covariance `S/(W alpha + 1)`, S being the biased covariance of the workers' gradients.
+    With `distribution: "beta"` the workers are split at random into two halves, whose means are mixed with
+    `lambda ~ Beta(alpha, alpha)`.
+    """
+
+    alpha: float = Field(
+        1.0, gt=0, le=1e12, allow_inf_nan=False, description="concentration; large means the mean"
+    )
+    distribution: Literal["dirichlet", "beta"] = Field("dirichlet", description="how weights are drawn")
+    granularity: Literal["model", "parameter"] = Field(
+        "model", description="one draw for all parameters, or each"
+    )
+    start_step: int = Field(0, ge=0, description="first optimizer step at which it acts")
+    end_step: int | None = Field(None, ge=0, description="first optimizer step at which it no longer acts")
+
+    @model_validator(mode="after")
+    def _phase_is_not_empty(self) -> Self:
+        if self.end_step is not None and self.end_step <= self.start_step:
+            raise ValueError(
+                f"end_step must be greater than start_step ({self.start_step}), got {self.end_step}"
+            )
+        return self
+
+    @property
+    def by_parameter(self) -> bool:
+        """Granularity `"parameter"`."""
+        return self.granularity == "parameter"
+
+    def weights(self, key: RngKey, num_workers: int, num_parameters: int) -> npt.NDArray[np.float64]:
+        """`[1, W]` or `[P, W]`; the mean outside `[start_step, end_step)`."""
+        rows = num_parameters if self.by_parameter else 1
+        if key.step < self.start_step or (self.end_step is not None and key.step >= self.end_step):
+            return np.full((rows, num_workers), 1.0 / num_workers)
+        random = key.generator()
+        if self.distribution == "dirichlet":
+            return random.dirichlet(np.full(num_workers, self.alpha), size=rows)
+        return self._halves(random, rows, num_workers)
+
+    def _halves(self, random: np.random.Generator, rows: int, num_workers: int) -> npt.NDArray[np.float64]:
+        half = max(num_workers // 2, 1)
+        share = random.beta(self.alpha, self.alpha, size=(rows, 1))
+        places = random.permuted(np.tile(np.arange(num_workers), (rows, 1)), axis=1)
+        return np.where(places < half, share / half, (1.0 - share) / max(num_workers - half, 1))
