@@ -54,4 +54,4 @@ def stats(engine: Any) -> dict[str, float]:
     from ds_gradmix.engines.install import seam_of
 
     seam = seam_of(engine)
-    return {} if seam is None else dict(seam.numbers)
+    return {} if seam is None else dict(seam.stats)

@@ -1,5 +1,5 @@
-"""Whether all ranks are at the same point: a conversation between hosts, 16 bytes over gloo, which turns ranks
-that differ into a message instead of a hang.
+"""Whether all ranks are at the same point: 16 bytes between hosts, over gloo, which turn ranks that differ
+into a message instead of a hang.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from ds_gradmix.config import ConfigError, GradmixConfig
-from ds_gradmix.exchange.reducer import is_stock
+from ds_gradmix.exchange.transport import Transport, choose_transport
 
 BUCKET = 500_000_000  # elements of a bucket: DeepSpeed's default in ZeRO, and the size elsewhere
 KERNELS_PER_WORKER = 9  # of a sequential decision (GAF) on the rank that takes it
@@ -176,7 +176,7 @@ def block_costs(block: GradmixConfig, job: Workload, cluster: Cluster) -> Costs:
     if not exchanges(block, cluster):
         memory += job.copied_bytes
         touched = 2 * job.num_bytes
-        if not is_stock(block, cluster.workers):
+        if choose_transport(block, cluster.workers) is not Transport.STOCK:
             memory += block.tile_bytes
             touched += 16 * job.parameters
         return _costs([*hops * job.reductions, *once], memory, touched * job.reductions, 0.0, cluster)

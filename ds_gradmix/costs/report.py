@@ -23,7 +23,7 @@ from ds_gradmix.costs.model import (
 )
 from ds_gradmix.engines.compatibility import lookup
 from ds_gradmix.exchange.exchange import columns_per_tile
-from ds_gradmix.exchange.reducer import is_stock
+from ds_gradmix.exchange.transport import Transport, choose_transport
 
 _SMALL_MESSAGE = 64 * 2**10  # bytes; with smaller ones a network is far from its bandwidth
 
@@ -72,7 +72,7 @@ def _memory_lines(config: Mapping[str, Any], block: GradmixConfig, kind: str | N
         if block.mixing.needs_gram:
             each = "every parameter of a bucket" if block.scope == "parameter" else "each decision"
             lines.append(f"  and W x W float64 for {each}")
-    elif is_stock(block, 2):  # with more workers than one
+    elif choose_transport(block, 2) is Transport.STOCK:  # with more workers than one
         lines.append(f"extra memory per rank: none, this is stock DeepSpeed ({stock})")
     else:
         tile = block.tile_bytes / 2**20

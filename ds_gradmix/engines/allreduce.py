@@ -1,11 +1,11 @@
-"""ZeRO-0 and BF16_Optimizer: the seam to `engine.allreduce_bucket`, after which every rank has the result.
+"""ZeRO-0 and BF16_Optimizer: the adapter to an engine that all-reduces, so that every rank has the result.
 
 Nobody owns a part of these buckets, so ranks share the work evenly, and the result goes back to all of them:
-as many bytes as the all-reduce it replaces. For a decision on the whole model all buckets are sent before any
-is combined: in between, gradients hold what others sent for this rank's share.
+as many bytes as the all-reduce it replaces. DeepSpeed enumerates the buckets of a step, all of which pass
+`engine.allreduce_and_copy`; this only records them, and then they are reduced.
 
-There are four optimizers behind this seam, and the pipeline engine compares one's type, so it works on the
-engine's and the optimizer's own methods, not on subclasses.
+Four optimizers are behind this adapter, and the pipeline engine compares one's type, so it replaces methods
+of the engine and of the optimizer, and needs no subclasses.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import functools
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
@@ -23,56 +23,58 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor
 
 from ds_gradmix.comm.consistency import fingerprint_of
-from ds_gradmix.comm.workers import ParallelGroups
-from ds_gradmix.config import GradmixConfig
-from ds_gradmix.engines.seam import Named, Seam
-from ds_gradmix.exchange.reducer import ParamSpan
-from ds_gradmix.exchange.tiled_buffer import CommDtypes
-from ds_gradmix.weights.extrapolated import State
+from ds_gradmix.engines.context import EngineContext, ParamMemory, build_reducer
+from ds_gradmix.engines.parallel_groups import Named
+from ds_gradmix.exchange.bucket import Bucket, CommDtypes, ParamSpan
+from ds_gradmix.exchange.transport import Transport
 
 
-class AllreduceSeam:
+class RecordedCall(NamedTuple):
+    """A call of `engine.allreduce_and_copy`."""
+
+    tensors: list[Tensor]
+    group: Any
+    world_size: Any
+
+
+class AllReduceAdapter:
     """The rules between an engine and its optimizer, if that is not ZeRO's.
 
-    Building it sets them to work; it is kept alive by the methods it replaces.
+    It is kept alive by the methods that `install` replaces.
     """
 
-    def __init__(
-        self,
-        engine: Any,
-        block: GradmixConfig,
-        place: ParallelGroups,
-        step: Callable[[], int],
-        report: Callable[[Mapping[str, float]], None],
-    ) -> None:
+    def __init__(self, engine: Any, context: EngineContext) -> None:
         self._engine = engine
         self._optimizer = engine.optimizer
+        self._context = context
         own = self._own_groups()
         self._named, self._frozen = self._named_parameters({id(p) for group in own for p in group})
-        device = self._named[0][1].device if self._named else torch.device("cpu")
-        self.seam = Seam(block, place, self._named, [], device, step, report)
-        self.seam.layout = self._layout()
-        self._spans_at: dict[int, tuple[ParamSpan, ...]] = {}  # by address of a tensor: the gradients in it
-        for _, p in self._named if block.extrapolation is not None else ():
+        for _, p in self._named if context.config.extrapolation is not None else ():
             p.data = p.data.contiguous()  # offsets work on flat views
-        self._grams: list[Tensor] | None = None  # of buckets, while these are gathered
         self._addresses = [p.data_ptr() for _, p in self._named]
-        places = [(i, 0, p.numel()) for i, (_, p) in enumerate(self._named)]
         flats = [p.data.reshape(-1) for _, p in self._named]
-        self.seam.look_ahead(flats, places, self._rates, accumulates=False)
-        self._optimizer.gradmix = self.seam
-        self._allreduce_bucket = engine.allreduce_bucket
+        memory = ParamMemory(flats, [(i, 0, p.numel()) for i, (_, p) in enumerate(self._named)])
+        ranks = f"{context.parallel.workers.num_ranks} ranks"
+        layout = fingerprint_of([ranks, *(f"{name} {p.numel()}" for name, p in self._named)])
+        self.reducer, self.weights = build_reducer(context, self._named, memory, layout)
+        self._recorded: list[RecordedCall] | None = None  # inside of the reduction of a step
         self._reduce_all = engine.buffered_allreduce_fallback
-        engine.allreduce_bucket = self._reduce_bucket
+        self._allreduce_and_copy = engine.allreduce_and_copy
+
+    def install(self) -> None:
+        """Replace the engine's and the optimizer's methods."""
+        engine, optimizer = self._engine, self._optimizer
+        optimizer.gradmix = self.reducer
         engine.buffered_allreduce_fallback = self._reduce
+        engine.allreduce_and_copy = self._record
         engine.save_checkpoint = self._saving(engine.save_checkpoint)
         engine.load_checkpoint = self._loading(engine.load_checkpoint)
         # An optimizer may have been in another engine before.
-        take_step = getattr(self._optimizer.step, "_gradmix_replaces", self._optimizer.step)
-        self._optimizer.step = self._stepping(take_step)
+        take_step = getattr(optimizer.step, "_gradmix_replaces", optimizer.step)
+        optimizer.step = self._stepping(take_step)
         for name in ("refresh_fp32_params", "update_lp_params"):
-            if hasattr(self._optimizer, name):
-                setattr(self._optimizer, name, self._without_offset(getattr(self._optimizer, name)))
+            if hasattr(optimizer, name):
+                setattr(optimizer, name, self._without_offset(getattr(optimizer, name)))
 
     @property
     def _is_bf16(self) -> bool:
@@ -95,7 +97,7 @@ class AllreduceSeam:
         trained = [(name, p) for name, p in named if p.requires_grad]
         return trained, [(name, p) for name, p in named if not p.requires_grad]
 
-    def _rates(self) -> list[float]:
+    def learning_rates(self) -> list[float]:
         """The learning rate of every parameter."""
         for (name, p), address in zip(self._named, self._addresses, strict=True):
             if p.data_ptr() != address:
@@ -109,101 +111,93 @@ class AllreduceSeam:
 
     # --- one backward ---
 
+    def _record(self, small_bucket: Sequence[Tensor], dp_group: Any, dp_world_size: Any = None) -> None:
+        """In place of `engine.allreduce_and_copy`."""
+        if self._recorded is None:  # not by the reduction of a step
+            self._allreduce_and_copy(small_bucket, dp_group, dp_world_size)
+        else:
+            self._recorded.append(RecordedCall(list(small_bucket), dp_group, dp_world_size))
+
     def _reduce(self, grads: Any = None, elements_per_buffer: int = 500_000_000) -> None:
-        """In place of `engine.buffered_allreduce_fallback`: all gradients of a step."""
-        self.seam.begin()
-        found = self._find_gradients()
-        self.seam.agree(tuple(ParamSpan(i, 0, grad.numel()) for i, grad in found), "gradient reduction")
-        self.seam.add_up([grad for _, grad in found])
+        """In place of `engine.buffered_allreduce_fallback`: reduce all gradients of a step."""
+        found, spans_at = self._find_gradients()
+        self._recorded = []
+        try:
+            self._reduce_all(grads=grads, elements_per_buffer=elements_per_buffer)
+            calls = self._recorded
+        finally:
+            self._recorded = None
+        buckets = []
+        for call in calls:
+            own, others = call.tensors, []
+            if self.reducer.transport is not Transport.STOCK:
+                own = [tensor for tensor in call.tensors if tensor.data_ptr() in spans_at]
+                others = [tensor for tensor in call.tensors if tensor.data_ptr() not in spans_at]
+            if others:  # of parameters that the optimizer does not have
+                self._allreduce_and_copy(others, call.group, call.world_size)
+            if own:
+                buckets.append(self._bucket(call._replace(tensors=own), spans_at))
         dtypes = (grad.dtype for _, grad in found)
-        wire = self._wire(max(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32))
-        ties = self.seam.ties  # which are combined before buckets are
-        for index, grad in found:
-            if index not in ties:
-                self.seam.capture([ParamSpan(index, 0, grad.numel())], grad.reshape(-1), boundary=True)
-        reduce_all = functools.partial(self._reduce_all, grads=grads, elements_per_buffer=elements_per_buffer)
-        self.seam.prepare(found, wire, functools.partial(self._gather, reduce_all))
-        reduce_all()
+        widest = max(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32)
+        self.reducer.reduce_all(found, buckets, self._dtypes(widest), self._context.key)
         # Also in fp16: DeepSpeed 0.19.8 scales the loss for ZeRO's optimizers only.
-        self.seam.end_backward(boundary=True, gradient_scale=1.0)
+        self.reducer.end_backward(last=True, gradient_scale=1.0)
 
-    def _gather(self, reduce_all: Callable[[], None]) -> list[Tensor]:
-        """Send all buckets, and combine none: what is returned for one goes to where its gradients were."""
-        self._grams = []
-        reduce_all()
-        grams, self._grams = self._grams, None
-        return grams
+    def _bucket(self, call: RecordedCall, spans_at: Mapping[int, tuple[ParamSpan, ...]]) -> Bucket:
+        spans, start = [], 0
+        for tensor in call.tensors:
+            for index, begin, length in spans_at.get(tensor.data_ptr(), ()):
+                spans.append(ParamSpan(index, start + begin, length))
+            start += tensor.numel()
+        workers, dtypes = self.reducer.workers_of(call.group), self._dtypes(call.tensors[0].dtype)
 
-    def _find_gradients(self) -> list[tuple[int, Tensor]]:
-        """Of every parameter its position and gradient; and where they lie in the tensors of buckets."""
-        self._spans_at.clear()
+        def sum_over_workers(flat_N: Tensor) -> None:
+            sent = flat_N.to(dtypes.gradient)
+            workers.all_reduce(sent)
+            flat_N.copy_(sent)
+
+        replay = functools.partial(self._allreduce_and_copy, *call)
+        return Bucket(call.tensors, tuple(spans), workers, dtypes, replay, sum_over_workers)
+
+    def _find_gradients(self) -> tuple[list[tuple[int, Tensor]], dict[int, tuple[ParamSpan, ...]]]:
+        """Of every parameter its position and gradient; and which of them lie in a tensor, by its address."""
+        grads: list[tuple[int, Tensor]] = []
+        spans_at: dict[int, tuple[ParamSpan, ...]] = {}
         if not self._is_bf16:
-            for name, p in self._frozen:
-                if p.requires_grad:
-                    raise ValueError(
-                        f"{name}: requires gradients, but did not when the engine was built, so the rules do "
-                        "not know it: freeze it after deepspeed.initialize(), or build the engine anew"
-                    )
+            self._check_frozen()
             self._engine._get_gradients_for_reduction()  # makes those that are missing, with zeros
-            found = [(i, p.grad.detach()) for i, (_, p) in enumerate(self._named) if p.grad is not None]
-            for index, grad in found:
-                if grad.layout != torch.strided:
+            for index, (name, p) in enumerate(self._named):
+                if p.grad is None:
+                    continue
+                grads.append((index, p.grad.detach()))
+                if p.grad.layout != torch.strided:
                     raise ValueError(
-                        f"{self._named[index][0]}: its gradient is sparse; allowed are dense ones; build "
-                        "the layer with sparse=False"
+                        f"{name}: its gradient is sparse; allowed are dense ones; build the layer with "
+                        "sparse=False"
                     )
-                self._spans_at[grad.data_ptr()] = (ParamSpan(index, 0, grad.numel()),)
-            return found
-        grads, index = [], 0
+                spans_at[p.grad.data_ptr()] = (ParamSpan(index, 0, p.grad.numel()),)
+            return grads, spans_at
+        index = 0
         for group, flat in enumerate(self._optimizer.fp32_groups_gradients_flat):
             spans, start = [], 0
             for grad in self._optimizer.fp32_groups_gradients[group]:
                 spans.append(ParamSpan(index, start, grad.numel()))
                 grads.append((index, grad))
                 index, start = index + 1, start + grad.numel()
-            self._spans_at[flat.data_ptr()] = tuple(spans)
-        return grads
+            spans_at[flat.data_ptr()] = tuple(spans)
+        return grads, spans_at
 
-    def _reduce_bucket(self, bucket: Sequence[Tensor], dp_group: Any, dp_world_size: Any = None) -> Tensor:
-        """In place of `engine.allreduce_bucket`: the combined gradients of a bucket, flat.
+    def _check_frozen(self) -> None:
+        for name, p in self._frozen:
+            if p.requires_grad:
+                raise ValueError(
+                    f"{name}: requires gradients, but did not when the engine was built, so the rules do "
+                    "not know it: freeze it after deepspeed.initialize(), or build the engine anew"
+                )
 
-        Parameters that the optimizer does not have are averaged, as DeepSpeed does.
-        """
-        own = [tensor for tensor in bucket if tensor.data_ptr() in self._spans_at]
-        if self._grams is not None and not own:
-            return self._engine.flatten(bucket)  # is averaged once, with the buckets that are combined
-        if self.seam.is_stock or not own:
-            return self._allreduce_bucket(bucket, dp_group, dp_world_size)
-        if len(own) < len(bucket):
-            others = [tensor for tensor in bucket if tensor.data_ptr() not in self._spans_at]
-            self._engine.allreduce_and_copy(others, dp_group, dp_world_size)
-            self._engine.allreduce_and_copy(own, dp_group, dp_world_size)
-            return self._engine.flatten(bucket)
-        flat_N = self._engine.flatten(bucket)
-        spans, start = [], 0
-        for tensor in bucket:
-            for index, begin, length in self._spans_at[tensor.data_ptr()]:
-                spans.append(ParamSpan(index, start + begin, length))
-            start += tensor.numel()
-        reduction = self.seam.reduction_over(dp_group)
-        ties = self.seam.ties  # combined before, or, while buckets are gathered, after
-        remaining = tuple(span for span in spans if span.parameter not in ties)
-        if self.seam.exchanges:
-            wire = self._wire(flat_N.dtype)
-            if self._grams is not None:
-                self._grams.append(self.seam.gather_whole(flat_N, remaining, wire))
-            else:
-                self.seam.exchange_whole(reduction, flat_N, remaining, wire)
-            return flat_N
-        reduction.weigh(flat_N, remaining)
-        self.seam.keep_once(spans, flat_N)
-        sent = flat_N.to(self._wire(flat_N.dtype).gradient)
-        reduction.workers.all_reduce(sent)
-        return flat_N.copy_(sent)
-
-    def _wire(self, dtype: torch.dtype) -> CommDtypes:
-        wire = min(dtype, self._engine.communication_data_type, key=lambda dtype: dtype.itemsize)
-        return CommDtypes(wire, wire)
+    def _dtypes(self, gradient: torch.dtype) -> CommDtypes:
+        sent = min(gradient, self._engine.communication_data_type, key=lambda dtype: dtype.itemsize)
+        return CommDtypes(sent, sent)
 
     # --- one step ---
 
@@ -215,33 +209,32 @@ class AllreduceSeam:
 
         @functools.wraps(take_step)
         def step(_: Any, *args: Any, **kwargs: Any) -> Any:
-            self._lose_offset()  # if nothing was reduced, it is still there
-            if not self.seam.finish():
-                self._optimizer.overflow = False
+            self._undo_offset()  # if nothing was reduced, it is still there
+            skips, result = self.reducer.pre_step(self._context.step()), None
+            self._optimizer.overflow = skips  # the engine counts it, and leaves its schedule alone
+            if not skips:
                 result = take_step(*args, **kwargs)
-                self.seam.settle(taken=not self._optimizer.overflow)
-                return result
-            self._optimizer.overflow = True  # the engine counts it as skipped, and leaves its schedule alone
-            if self._is_bf16:
-                self._optimizer.clear_hp_grads()
-            self._optimizer.zero_grad()
-            self.seam.settle(taken=False)
-            return None
+            else:
+                if self._is_bf16:
+                    self._optimizer.clear_hp_grads()
+                self._optimizer.zero_grad()
+            self.reducer.post_step(taken=not self._optimizer.overflow)
+            self._context.report(self.reducer.stats)
+            return result
 
         step._gradmix_replaces = take_step  # type: ignore[attr-defined]
         return types.MethodType(step, self._optimizer)
 
-    def _lose_offset(self) -> None:
-        lookahead = self.seam.lookahead
-        if lookahead is not None and lookahead.state in (State.AHEAD, State.ASIDE):
-            lookahead.drop()
+    def _undo_offset(self) -> None:
+        if self.weights is not None:
+            self.weights.undo()
 
     def _without_offset(self, method: Callable[[], None]) -> Callable[[], None]:
         """Between master weights and parameters, which must not hold an offset then, nor get it back."""
 
         @functools.wraps(method)
         def wrapped() -> None:
-            self._lose_offset()
+            self._undo_offset()
             method()
 
         return wrapped
@@ -253,11 +246,12 @@ class AllreduceSeam:
 
         @functools.wraps(save)
         def save_checkpoint(save_dir: str, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
-            name = f"global_step{self._engine.global_steps}" if tag is None else str(tag)
-            path = self._file(Path(save_dir) / name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            state = {**self.seam.state_dict(), "step": int(self._engine.global_steps)}
-            torch.save(state, path)  # before DeepSpeed names the checkpoint the latest
+            if save_dir:  # without one DeepSpeed says what is wrong
+                name = f"global_step{self._engine.global_steps}" if tag is None else str(tag)
+                path = self._file(Path(save_dir) / name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                state = {**self.reducer.state.state_dict(), "step": int(self._engine.global_steps)}
+                torch.save(state, path)  # before DeepSpeed names the checkpoint the latest
             return save(save_dir, tag, *args, **kwargs)
 
         return save_checkpoint
@@ -268,18 +262,15 @@ class AllreduceSeam:
             loaded = load(load_dir, tag, *args, **kwargs)
             names = ("load_module_strict", "load_optimizer_states", "_", "load_module_only")
             given = dict(zip(names, args, strict=False)) | kwargs
-            if (
-                loaded[0] is None
-                or given.get("load_module_only")
-                or not given.get("load_optimizer_states", True)
-            ):
+            weights_alone = given.get("load_module_only") or not given.get("load_optimizer_states", True)
+            if loaded[0] is None or weights_alone:
                 return loaded
             path = self._file(Path(loaded[0]).parent)
-            saved = torch.load(path, map_location="cpu", weights_only=False) if path.exists() else None
+            saved = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
             why = "it was made without a gradmix block, or by other ranks"
             if saved is not None and saved["step"] != self._engine.global_steps:
                 saved, why = None, "what a gradmix block has left there is of another step"
-            self.seam.load(saved, why)
+            self.reducer.load(saved, why)
             return loaded
 
         return load_checkpoint
@@ -287,7 +278,3 @@ class AllreduceSeam:
     @staticmethod
     def _file(folder: Path) -> Path:
         return folder / f"gradmix_rank_{torch.distributed.get_rank():05d}.pt"
-
-    def _layout(self) -> int:
-        ranks = f"{self.seam.place.workers.num_ranks} ranks"
-        return fingerprint_of([ranks, *(f"{name} {p.numel()}" for name, p in self._named)])

@@ -26,7 +26,7 @@ from deepspeed.runtime.utils import is_model_parallel_parameter
 from ds_gradmix.comm.consistency import ConsistencyCheck, MismatchError, fingerprint_of
 from ds_gradmix.comm.groups import gather_objects, group_of
 from ds_gradmix.config import KEY, ConfigError, GradmixConfig, misspelt_key, parse_block
-from ds_gradmix.engines.allreduce import AllreduceSeam
+from ds_gradmix.engines.allreduce import AllReduceAdapter
 from ds_gradmix.engines.compatibility import (
     TESTED_DEEPSPEED,
     lookup,
@@ -35,10 +35,11 @@ from ds_gradmix.engines.compatibility import (
     refused_settings,
     refused_worker,
 )
+from ds_gradmix.engines.context import EngineContext
 from ds_gradmix.engines.parallel_groups import find_parallel_groups
-from ds_gradmix.engines.seam import Seam
 from ds_gradmix.engines.weight_hooks import watch
 from ds_gradmix.engines.zero12 import GradmixZeroOptimizer
+from ds_gradmix.exchange.reducer import GradientReducer
 from ds_gradmix.log import logger
 
 _BLOCK = "_gradmix_block"  # on an engine, while it is built
@@ -62,10 +63,10 @@ def enable() -> None:
     sys.excepthook = _telling(sys.excepthook)
 
 
-def seam_of(engine: Any) -> Seam | None:
+def seam_of(engine: Any) -> GradientReducer | None:
     """The rules at work in an engine, or None."""
     found = getattr(getattr(engine, "optimizer", None), "gradmix", None)
-    return found if isinstance(found, Seam) else None
+    return found if isinstance(found, GradientReducer) else None
 
 
 def _building(original: Any) -> Any:
@@ -88,7 +89,13 @@ def _building(original: Any) -> Any:
         _announce(self, config, block)
         seam = seam_of(self)
         if seam is not None:
-            watch(self, seam)
+            adapter = getattr(self, "_gradmix_adapter", None) or self.optimizer
+            weights = adapter.weights if hasattr(adapter, "weights") else adapter._gradmix_weights
+
+            def extrapolate() -> None:
+                weights.extrapolate(int(self.global_steps), adapter.learning_rates())
+
+            watch(self, seam, weights, extrapolate)
 
     __init__._gradmix = True  # type: ignore[attr-defined]
     return __init__
@@ -101,12 +108,8 @@ def _choosing(original: Any) -> Any:
         if block is None:
             return original(self, optimizer)
         stock = engine_module.DeepSpeedZeroOptimizer
-        engine_module.DeepSpeedZeroOptimizer = functools.partial(
-            GradmixZeroOptimizer,
-            gradmix_block=block,
-            gradmix_place=find_parallel_groups(self, getattr(self, _HOSTS), block.worker),
-            gradmix_step=lambda: int(self.global_steps),
-            gradmix_report=functools.partial(_report, self),
+        engine_module.DeepSpeedZeroOptimizer = type(
+            "GradmixZeroOptimizer", (GradmixZeroOptimizer,), {"gradmix_context": _context_of(self, block)}
         )
         try:
             return original(self, optimizer)
@@ -138,16 +141,26 @@ def _attach(engine: Any, block: GradmixConfig) -> None:
         raise ConfigError(
             f'"{KEY}": the engine was built without an optimizer; give it one, or remove the block'
         )
-    place = find_parallel_groups(engine, getattr(engine, _HOSTS), block.worker)
-    report = functools.partial(_report, engine)
-    AllreduceSeam(engine, block, place, lambda: int(engine.global_steps), report)
+    adapter = AllReduceAdapter(engine, _context_of(engine, block))
+    adapter.install()
+    engine._gradmix_adapter = adapter
+
+
+def _context_of(engine: Any, block: GradmixConfig) -> EngineContext:
+    return EngineContext(
+        block,
+        find_parallel_groups(engine, getattr(engine, _HOSTS), block.worker),
+        lambda: int(engine.global_steps),
+        functools.partial(_report, engine),
+        not engine.gradient_average,
+    )
 
 
 def _refuse(engine: Any, block: GradmixConfig) -> None:
     """What is seen only on the built engine."""
     seam = seam_of(engine)
     assert seam is not None
-    parallelism = seam.place.parallelism
+    parallelism = seam.parallel.parallelism
     names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
     model_dtype, _ = engine.get_data_types()
     kind = f"ZeRO-{engine.zero_optimization_stage()}"
@@ -199,15 +212,15 @@ def _announce(engine: Any, config: Mapping[str, Any], block: GradmixConfig | Non
         )
         logger.warning(f"ds_gradmix: NOT active, gradients are averaged: {told}")
         return
-    size = seam.place.workers.size
+    size = seam.parallel.workers.size
     workers = "1 worker" if size == 1 else f"{size} workers"
-    workers += seam.place.describe()
+    workers += seam.parallel.describe()
     told = f"active over {workers}, ZeRO-{engine.zero_optimization_stage()}: {block.describe()}"
     level = logging.INFO
     if wrong := misspelt_key(config):
         level = logging.WARNING
         told += f'; "{wrong}" is ignored (misspelt?)'
-    if block.worker == "node" and seam.place.workers.replicas_per_worker == 1:
+    if block.worker == "node" and seam.parallel.workers.replicas_per_worker == 1:
         level = logging.WARNING
         told += "; by LOCAL_RANK every node has one rank of a data-parallel group: a worker is a rank"
     if size == 1:

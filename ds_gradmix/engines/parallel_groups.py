@@ -20,20 +20,13 @@ from ds_gradmix.comm.groups import RankGroup, TiedParameter, gather_objects, gro
 from ds_gradmix.comm.workers import ParallelGroups, WorkerGroup
 from ds_gradmix.config import ConfigError
 from ds_gradmix.engines.worker_size import find_team
-from ds_gradmix.exchange.reducer import ParamInfo
+from ds_gradmix.exchange.bucket import ParamInfo
 from ds_gradmix.weights.extrapolated import ShardInfo
 
 Named = Sequence[tuple[str, torch.nn.Parameter]]
 
 
-def reducers_of(parallel: ParallelGroups, p: Any) -> WorkerGroup:
-    """The workers that reduce a parameter."""
-    if not is_moe_param(p):
-        return parallel.workers
-    return parallel.experts[ranks_of(groups._get_expert_data_parallel_group(p.group_name))]
-
-
-def is_partitioned(p: torch.nn.Parameter) -> bool:
+def _is_partitioned(p: torch.nn.Parameter) -> bool:
     """Whether tensor-parallel ranks hold different parts of a parameter."""
     return bool(is_model_parallel_parameter(p)) or is_moe_param(p)
 
@@ -47,12 +40,18 @@ def params_of(parallel: ParallelGroups, named: Named) -> list[ParamInfo]:
     is_first = parallel.tensor is None or parallel.tensor.is_first
     if parallel.sum_sequence_ranks and parallel.sequence is not None:
         is_first = parallel.sequence.is_first
-
-    def counts(p: torch.nn.Parameter) -> bool:
-        """Replicas are counted once, as DeepSpeed does in the gradient's norm."""
-        return not getattr(p, "ds_pipe_replicated", False) and (is_first or is_partitioned(p))
-
-    return [ParamInfo(name, draws[name], counts(p)) for name, p in named]
+    infos = []
+    p: Any
+    for name, p in named:
+        # Replicas are counted once, as DeepSpeed does in the gradient's norm.
+        counted = not getattr(p, "ds_pipe_replicated", False) and (is_first or _is_partitioned(p))
+        workers = parallel.workers
+        if is_moe_param(p):
+            workers = parallel.experts[ranks_of(groups._get_expert_data_parallel_group(p.group_name))]
+        partitioned = parallel.tensor is not None and _is_partitioned(p)
+        weight_sum = workers.size / parallel.workers.size
+        infos.append(ParamInfo(name, draws[name], counted, partitioned, weight_sum))
+    return infos
 
 
 def shard_info(parallel: ParallelGroups, named: Named) -> ShardInfo | None:
@@ -61,8 +60,8 @@ def shard_info(parallel: ParallelGroups, named: Named) -> ShardInfo | None:
     if tensor is None and not parallel.tied:
         return None
     rank = 0 if tensor is None else tensor.rank
-    labels = [f"{name} part {rank}" if is_partitioned(p) else name for name, p in named]
-    counts = [tensor is None or tensor.is_first or is_partitioned(p) for _, p in named]
+    labels = [f"{name} part {rank}" if _is_partitioned(p) else name for name, p in named]
+    counts = [tensor is None or tensor.is_first or _is_partitioned(p) for _, p in named]
     return ShardInfo(labels, counts, tensor)
 
 
@@ -147,8 +146,8 @@ def _shares_replicas(data: tuple[int, ...], sequence: tuple[int, ...]) -> bool:
     begin = data.index(sequence[0])
     if begin % len(sequence) or data[begin : begin + len(sequence)] != sequence:
         raise ConfigError(
-            f"sequence parallelism: ranks {list(sequence)} share a replica, and are not neighbours in the group "
-            f"{list(data)} that gradients are reduced over: order the ranks of the mpu's "
+            f"sequence parallelism: ranks {list(sequence)} share a replica, and are not neighbours in the "
+            f"group {list(data)} that gradients are reduced over: order the ranks of the mpu's "
             "get_sequence_data_parallel_group() by replicas"
         )
     return True

@@ -99,7 +99,7 @@ def _node_size(sets: Sequence[Sequence[int]], seats: Sequence[RankLocation]) -> 
 
 
 def _nodes(seats: Sequence[RankLocation]) -> list[tuple[str, int]]:
-    """The node of every rank. ConsistencyCheck may go by one name (containers), so local ranks tell where one begins."""
+    """The node of every rank. Hosts may have one name (containers), so local ranks tell where one begins."""
     counted = all(seat.local_rank is not None for seat in seats)
     nodes = [(seat.host, rank - (seat.local_rank or 0) if counted else 0) for rank, seat in enumerate(seats)]
     for node, first, local_ranks in _runs(nodes, seats):

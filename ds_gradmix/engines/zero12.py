@@ -1,17 +1,18 @@
-"""ZeRO-1 and ZeRO-2: the seam to `DeepSpeedZeroOptimizer`, which hands each bucket to the rules before it is
-reduced.
+"""ZeRO-1 and ZeRO-2: a `DeepSpeedZeroOptimizer` that hands each bucket to the rules before it is reduced.
 
-`average_tensor` cuts a bucket into slices by owner, on the stream that `overlap_comm` asks for, and calls
-`allreduce_and_scatter` (or `allreduce_no_retain`), once for every process group: experts have their own.
-These are overridden, so stream handling stays DeepSpeed's. Its own division by the number of workers is
-switched off where weights replace it.
+`average_tensor` cuts a bucket into slices by owner and calls a reduce method for every process group (experts
+have their own), or for every owner. These methods only record; the call that completes the bucket hands it to
+the rules. So the reduction runs inside of DeepSpeed's own call, on the stream that `overlap_comm` asks for,
+and whoever wraps `average_tensor` finds a reduced bucket after it.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -20,183 +21,260 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
 from ds_gradmix.comm.consistency import fingerprint_of
-from ds_gradmix.comm.workers import ParallelGroups
-from ds_gradmix.config import ConfigError, GradmixConfig
-from ds_gradmix.engines.seam import Seam
-from ds_gradmix.exchange import state as checkpoint
+from ds_gradmix.engines.context import EngineContext, ParamMemory, build_reducer
+from ds_gradmix.exchange.bucket import Bucket, CommDtypes, ParamSpan
 from ds_gradmix.exchange.plan import Piece
-from ds_gradmix.exchange.reducer import ParamSpan
-from ds_gradmix.exchange.tiled_buffer import CommDtypes
+from ds_gradmix.exchange.state import CHECKPOINT_KEY
+from ds_gradmix.exchange.transport import Transport
+
+
+class OwnedSlice(NamedTuple):
+    """A part of a bucket that one rank owns."""
+
+    start: int  # in the bucket
+    length: int
+    owner: int  # rank in the process group that reduces it
+    output: Tensor | None  # what the owner adds the result to, in float32
+
+
+class ReduceCall(NamedTuple):
+    """A reduction as DeepSpeed asked for it."""
+
+    slices: list[OwnedSlice]
+    group: Any
+    replay: Callable[[], None]
+
+
+@dataclass
+class RecordedBucket:
+    """The calls for one bucket, which is complete when their slices add up to it."""
+
+    flat_N: Tensor
+    spans: tuple[ParamSpan, ...]
+    comm_dtype: torch.dtype
+    calls: list[ReduceCall] = field(default_factory=list)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all of the bucket is recorded."""
+        recorded = sum(part.length for call in self.calls for part in call.slices)
+        return recorded == self.flat_N.numel()
 
 
 class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
-    """`DeepSpeedZeroOptimizer` with a gradmix block.
+    """`DeepSpeedZeroOptimizer` with the rules of a gradmix block; its arguments are DeepSpeed's.
 
-    Args:
-        gradmix_block: the rules.
-        gradmix_place: this rank's.
-        gradmix_step: tells the optimizer steps taken so far, skipped ones included.
-        gradmix_report: is told after each step what the rules decided in it.
+    The engine's context is a class attribute of a subclass that is made for each engine (install.py).
     """
 
+    gradmix_context: EngineContext
     check_grad_overflow: bool
     overflow: bool
 
-    def __init__(
-        self,
-        *args: Any,
-        gradmix_block: GradmixConfig,
-        gradmix_place: ParallelGroups,
-        gradmix_step: Callable[[], int],
-        gradmix_report: Callable[[Mapping[str, float]], None],
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._gradmix_refuse()
         parameters = [self.param_dict[i] for i in range(len(self.param_dict))]
         named = [(self.param_names.get(p, f"parameter {i}"), p) for i, p in enumerate(parameters)]
-        device = self.bit16_groups_flat[0].device if self.bit16_groups_flat else torch.device("cpu")
-        owned = [int(size) for size in self.partition_size]
-        self.gradmix = Seam(gradmix_block, gradmix_place, named, owned, device, gradmix_step, gradmix_report)
-        self.gradmix.layout = self._gradmix_layout()
-        self._gradmix_look_ahead()
-        self._gradmix_bucket: tuple[Tensor, tuple[ParamSpan, ...]] | None = None  # until it is captured
-        self._gradmix_spans: tuple[ParamSpan, ...] = ()
-        self._gradmix_flat: Tensor
-        self._gradmix_skips = False
-        self._gradmix_added_up = False
-        if not self.gradmix.is_stock:
-            self.gradient_average = False  # weights sum to 1
-        if self.gradmix.exchanges:
-            self.use_multi_rank_bucket_allreduce = True  # one call with all of a bucket's slices
+        self.gradmix, self._gradmix_weights = build_reducer(
+            self.gradmix_context,
+            named,
+            self._gradmix_memory(),
+            self._gradmix_layout(),
+            partition_sizes=[int(size) for size in self.partition_size],
+            accumulates=bool(self.partition_gradients) and self.gradient_accumulation_steps > 1,
+        )
+        self._gradmix_recorded: RecordedBucket | None = None  # inside of average_tensor
+        self._gradmix_skips = False  # inside of step
+        transport = self.gradmix.transport
+        if transport is not Transport.STOCK:
+            self.gradient_average = False  # weights say what gradients sum to
+        if transport is Transport.EXCHANGE:
+            self.use_multi_rank_bucket_allreduce = True  # one call with all of a group's slices
+            self.reduce_scatter = True  # only owners need the result, however DeepSpeed would reduce
 
-    def _gradmix_refuse(self) -> None:
-        """What is seen only now: settings as DeepSpeed took them."""
-        wrong = {
-            "contiguous_gradients: false": not self.contiguous_gradients,
-            "reduce_scatter: false": not self.reduce_scatter,
-            "ZenFlow": self.zenflow,
-            "the Muon optimizer": "muon" in type(self.optimizer).__name__.lower(),
+    def _gradmix_memory(self) -> ParamMemory:
+        found = {
+            self.get_param_id(p): (group, int(offset), p.numel())
+            for group, params in enumerate(self.round_robin_bit16_groups)
+            for p, offset in zip(params, self.round_robin_bit16_offsets[group], strict=True)
         }
-        found = [name for name, there in wrong.items() if there]
-        if found:
-            raise ConfigError(
-                f"gradmix: the engine was built with {', '.join(found)}, which this version does not take; "
-                'change that, or remove the "gradmix" block'
-            )
+        return ParamMemory(self.bit16_groups_flat, [found[index] for index in range(len(found))])
 
-    # --- one bucket ---
+    def _gradmix_layout(self) -> int:
+        """A fingerprint of where each parameter lies in the partitions."""
+        groups = zip(self.round_robin_bit16_groups, self.round_robin_bit16_offsets, strict=True)
+        return fingerprint_of(
+            [
+                f"{self.param_names.get(p)} {p.numel()} {offset}"
+                for group, offsets in groups
+                for p, offset in zip(group, offsets, strict=True)
+            ]
+        )
+
+    # --- one bucket: record ---
 
     def average_tensor(self, tensor: Tensor, communication_data_type: torch.dtype) -> None:
-        """Reduce a bucket."""
+        """Have DeepSpeed enumerate what it would reduce of a bucket, and reduce it by the rules."""
         spans, start = [], 0
         for _, _, index in self.ipg_buckets[communication_data_type].params:
             spans.append(ParamSpan(index, start, self.param_dict[index].numel()))
             start += spans[-1].length
-        self._gradmix_spans = tuple(spans)
-        self.gradmix.begin()
-        self.gradmix.agree(self._gradmix_spans, "gradient reduction")
-        self._gradmix_bucket = (tensor, self._gradmix_spans)
-        super().average_tensor(tensor, communication_data_type)
-        self._gradmix_bucket = None
+        self.gradmix.check(tuple(spans), "gradient reduction")
+        self._gradmix_recorded = RecordedBucket(tensor, tuple(spans), communication_data_type)
+        try:
+            super().average_tensor(tensor, communication_data_type)
+        finally:
+            self._gradmix_recorded = None
 
     def allreduce_and_scatter(
         self, bucket: Sequence[Any], communication_data_type: torch.dtype, **kwargs: Any
     ) -> None:
-        """Slices of a bucket, `(owners, slice, fp32 output or None)`, that one process group reduces."""
-        flat_N = self._gradmix_capture_and_weigh_once()
-        if not self.gradmix.exchanges:
-            super().allreduce_and_scatter(bucket, communication_data_type, **kwargs)
+        """Record slices `(owners, slice, output)` that one process group reduces."""
+        replay = functools.partial(super().allreduce_and_scatter, bucket, communication_data_type, **kwargs)
+        slices = [(part, min(owners), output) for owners, part, output in bucket]
+        self._gradmix_record(slices, kwargs.get("process_group"), replay)
+
+    def allreduce_no_retain(
+        self, bucket: Sequence[Tensor], communication_data_type: torch.dtype, **kwargs: Any
+    ) -> None:
+        """Record slices of one owner, with `use_multi_rank_bucket_allreduce: false`."""
+        replay = functools.partial(super().allreduce_no_retain, bucket, communication_data_type, **kwargs)
+        outputs = kwargs.get("output_bucket") or [None] * len(bucket)
+        slices = [(part, kwargs.get("rank"), output) for part, output in zip(bucket, outputs, strict=True)]
+        self._gradmix_record(slices, kwargs.get("process_group"), replay)
+
+    def gradient_reduction_w_predivide(self, tensor: Tensor, communication_data_type: torch.dtype) -> Tensor:
+        """Record all of a bucket, with `reduce_scatter: false`."""
+        reduced = [tensor]
+
+        def replay() -> None:
+            reduced[0] = super(GradmixZeroOptimizer, self).gradient_reduction_w_predivide(
+                tensor, communication_data_type
+            )
+
+        self._gradmix_record([(tensor, 0, None)], self.dp_process_group, replay)
+        return reduced[0]
+
+    def _gradmix_record(
+        self, parts: Sequence[tuple[Tensor, Any, Tensor | None]], group: Any, replay: Callable[[], None]
+    ) -> None:
+        recorded = self._gradmix_recorded
+        if recorded is None:  # not by average_tensor
+            replay()
             return
-        reduction = self.gradmix.reduction_over(kwargs["process_group"])
-        rank = reduction.workers.rank
-        begin = flat_N.storage_offset()
-        slices = [(part.storage_offset() - begin, part.numel(), min(owners)) for owners, part, _ in bucket]
-        within = self._gradmix_within(kwargs["process_group"])
-        spans, done = self.gradmix.remaining(within), self.gradmix.combined(within)
-        outputs: list[Tensor] = []
-        for owners, part, out in bucket:
-            if rank in owners and out is not None:
-                if _contains(done, part.storage_offset() - begin):
-                    out.add_(part.to(out.dtype))
-                else:
-                    outputs.append(out)
-        # What is combined in float32 gains nothing from gradients that were widened before they were sent.
-        wire = min(flat_N.dtype, communication_data_type, key=lambda dtype: dtype.itemsize)
-        result = wire
-        if self._use_compact_grad_partition_buffer(0) and communication_data_type.itemsize > wire.itemsize:
-            result = communication_data_type  # sums over micro-steps are kept in float32, and asked for in it
-        reduction.exchange(
-            flat_N,
+        begin = int(recorded.flat_N.storage_offset())
+        slices = [
+            OwnedSlice(int(part.storage_offset()) - begin, part.numel(), owner, out)
+            for part, owner, out in parts
+        ]
+        recorded.calls.append(ReduceCall(slices, group, replay))
+        if recorded.is_complete:
+            for process_group in dict.fromkeys(call.group for call in recorded.calls):
+                self._gradmix_reduce(recorded, process_group)
+
+    # --- one bucket: reduce ---
+
+    def _gradmix_reduce(self, recorded: RecordedBucket, group: Any) -> None:
+        """Reduce what one process group reduces of a bucket."""
+        calls = [call for call in recorded.calls if call.group is group]
+        slices = [part for call in calls for part in call.slices]
+        workers = self.gradmix.workers_of(group)
+        spans = recorded.spans
+        if self.has_moe_layers:
+            spans = tuple(span for span in spans if self._gradmix_group_of(span.param) is group)
+        owned = [part for part in slices if part.owner == workers.rank]
+
+        def replay(*_: Tensor) -> None:
+            for call in calls:
+                call.replay()
+
+        bucket = Bucket(
+            [recorded.flat_N],
             spans,
-            lambda: list(self._gradmix_pieces(spans, slices)),
-            CommDtypes(wire, result),
-            outputs,
+            workers,
+            self._gradmix_dtypes(recorded.flat_N.dtype, recorded.comm_dtype),
+            replay,
+            replay,
+            lambda within: list(self._gradmix_pieces(within, slices)),
+            [(part.start, part.output) for part in owned if part.output is not None],
         )
+        last = bool(self.is_gradient_accumulation_boundary())
+        self.gradmix.reduce(bucket, self.gradmix_context.key, last=last)
+        if self.gradmix.transport is not Transport.EXCHANGE:
+            return
         if self.cpu_offload:  # accumulates whole gradients: what others own must not look like an overflow
-            others = [part for owners, part, _ in bucket if rank not in owners]
+            others = [part for part in slices if part.owner != workers.rank]
             if others:
-                torch._foreach_zero_(others)
+                torch._foreach_zero_([recorded.flat_N.narrow(0, p.start, p.length) for p in others])
         if self.overlap_comm and not get_accelerator().resolves_data_dependency():
             # A parameter larger than the bucket is reduced in its own gradient, which is freed after this.
-            flat_N.record_stream(self.reduction_stream)
+            recorded.flat_N.record_stream(self.reduction_stream)
 
-    def allreduce_no_retain(self, *args: Any, **kwargs: Any) -> None:
-        """The slices of one owner, with `use_multi_rank_bucket_allreduce: false`."""
-        self._gradmix_capture_and_weigh_once()
-        super().allreduce_no_retain(*args, **kwargs)
-
-    def _gradmix_capture_and_weigh_once(self) -> Tensor:
-        """What comes before any reduction of a bucket; the bucket."""
-        if self._gradmix_bucket is None:
-            return self._gradmix_flat
-        flat_N, spans = self._gradmix_bucket
-        self._gradmix_flat, self._gradmix_bucket = flat_N, None
-        if not self._gradmix_added_up:
-            self.gradmix.add_up([flat_N])
-        self.gradmix.capture(spans, flat_N, boundary=bool(self.is_gradient_accumulation_boundary()))
-        if not self.gradmix.is_stock and not self.gradmix.exchanges:
-            for group in self._gradmix_groups():
-                within = self._gradmix_within(group)
-                if within:
-                    self.gradmix.reduction_over(group).weigh(flat_N, self.gradmix.remaining(within))
-            self.gradmix.keep_once(spans, flat_N)
-        return flat_N
-
-    def _gradmix_groups(self) -> list[Any]:
-        experts = self.expert_dp_process_group.values() if self.has_moe_layers else ()
-        return [self.dp_process_group, *experts]
-
-    def _gradmix_within(self, group: Any) -> list[ParamSpan]:
-        """The gradients of the bucket that a process group reduces."""
-        if not self.has_moe_layers:
-            return list(self._gradmix_spans)
-        return [span for span in self._gradmix_spans if self._gradmix_group_of(span.parameter) is group]
+    def _gradmix_dtypes(self, gradient: torch.dtype, comm_dtype: torch.dtype) -> CommDtypes:
+        # What is combined in float32 gains nothing from gradients that were widened before they were sent.
+        sent = min(gradient, comm_dtype, key=lambda dtype: dtype.itemsize)
+        if self._use_compact_grad_partition_buffer(0) and comm_dtype.itemsize > sent.itemsize:
+            return CommDtypes(sent, comm_dtype)  # sums over micro-steps are kept in float32
+        return CommDtypes(sent, sent)
 
     def _gradmix_group_of(self, index: int) -> Any:
         p = self.param_dict[index]
         return self.expert_dp_process_group[p.group_name] if is_moe_param(p) else self.dp_process_group
 
-    def _gradmix_pieces(
-        self, spans: Sequence[ParamSpan], slices: Sequence[tuple[int, int, int]]
-    ) -> Iterator[Piece]:
-        """Where the borders of gradients and of owners' slices (start, elements, owner) cut the bucket."""
+    def _gradmix_pieces(self, spans: Sequence[ParamSpan], slices: Sequence[OwnedSlice]) -> Iterator[Piece]:
+        """Where the borders of gradients and of owners' slices cut the bucket."""
         remaining = iter(slices)
-        first, length, owner = next(remaining, (0, 0, 0))
-        for parameter, span in enumerate(spans):
-            group = self._gradmix_param_group_of(span.parameter)
+        first, length, owner, _ = next(remaining, OwnedSlice(0, 0, 0, None))
+        for param, span in enumerate(spans):
+            groups = self.param_to_partition_ids.items()
+            group = next(i for i, parameters in groups if span.param in parameters)
             start, end = span.start, span.start + span.length
             while start < end:
                 while first + length <= start:
-                    first, length, owner = next(remaining)
+                    first, length, owner, _ = next(remaining)
                 part = min(first + length, end) - start
-                home = self.grad_partition_insertion_offset[group][owner][span.parameter]
-                home += start - span.start - self.grad_start_offset[group][owner][span.parameter]
-                yield Piece(start, part, owner, parameter, group, int(home))
+                offset = self.grad_partition_insertion_offset[group][owner][span.param]
+                offset += start - span.start - self.grad_start_offset[group][owner][span.param]
+                yield Piece(start, part, owner, param, group, int(offset))
                 start += part
 
-    def _gradmix_param_group_of(self, index: int) -> int:
-        return next(i for i, parameters in self.param_to_partition_ids.items() if index in parameters)
+    # --- gradients that are not contiguous ---
+
+    def buffered_reduce_fallback(
+        self, rank: int | None, grads: list[Tensor], communication_data_type: torch.dtype, **kwargs: Any
+    ) -> None:
+        """With `contiguous_gradients: false`: reduce a copy of the gradients that is."""
+        if self.gradmix.transport is Transport.STOCK and self._gradmix_weights is None:
+            super().buffered_reduce_fallback(rank, grads, communication_data_type, **kwargs)
+        else:
+            self._gradmix_reduce_copy(grads, communication_data_type)
+
+    def _buffered_reduce_fallback_preserving_fp32(
+        self, grads: list[Tensor], grad_params: Any, communication_data_type: torch.dtype, **kwargs: Any
+    ) -> None:
+        """The same where sums over micro-steps are kept in float32."""
+        if self.gradmix.transport is Transport.STOCK and self._gradmix_weights is None:
+            super()._buffered_reduce_fallback_preserving_fp32(
+                grads, grad_params, communication_data_type, **kwargs
+            )
+        else:
+            self._gradmix_reduce_copy(grads, communication_data_type)
+
+    def _gradmix_reduce_copy(self, grads: list[Tensor], communication_data_type: torch.dtype) -> None:
+        if not grads:
+            return
+        flat_N = torch.cat([grad.reshape(-1) for grad in grads])
+        self.average_tensor(flat_N, communication_data_type)
+        overlaps = self.overlap_comm and not get_accelerator().resolves_data_dependency()
+        stream = self.reduction_stream if self.overlap_comm else get_accelerator().current_stream()
+        with get_accelerator().stream(stream):
+            parts = flat_N.split([grad.numel() for grad in grads])
+            for grad, part in zip(grads, parts, strict=True):
+                grad.copy_(part.view_as(grad))
+                if overlaps:
+                    grad.record_stream(stream)
+            if overlaps:
+                flat_N.record_stream(stream)
 
     # --- one backward ---
 
@@ -204,25 +282,24 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
         """ZeRO-1, at the end of a step: all gradients are there, in a bucket or not."""
         parameters = [(self.get_param_id(p), p) for group in self.bit16_groups for p in group]
         found = [(index, self.get_gradient_for_reduction(p)) for index, p in parameters]
-        present = [(index, grad) for index, grad in found if grad is not None and grad.numel()]
-        dtypes = [self.communication_data_type, *(grad.dtype for _, grad in present[:1])]
-        wire = min(dtypes, key=lambda dtype: dtype.itemsize)
-        self.gradmix.begin()
-        if self.gradmix.awaits_the_model:
-            self.gradmix.add_up([grad.detach() for _, grad in present])
-            self._gradmix_added_up = True
-        self.gradmix.prepare(present, CommDtypes(wire, wire))
+        grads = [(index, grad) for index, grad in found if grad is not None and grad.numel()]
+        dtypes = [self.communication_data_type, *(grad.dtype for _, grad in grads[:1])]
+        sent = min(dtypes, key=lambda dtype: dtype.itemsize)
+        if self.gradmix.decides_for_model:
+            spans = tuple(ParamSpan(index, 0, grad.numel()) for index, grad in grads)
+            self.gradmix.check(spans, "gradient reduction for the model")
+        self.gradmix.prepare(grads, CommDtypes(sent, sent), self.gradmix_context.key)
         super().reduce_gradients(pipeline_parallel)
-        self._gradmix_added_up = False
 
     def independent_gradient_partition_epilogue(self) -> None:
         """The end of a backward's reductions."""
         super().independent_gradient_partition_epilogue()
         # Where DeepSpeed averages, it has divided by the number of replicas before we see the gradient.
-        replicas = self.gradmix.place.workers.num_replicas
+        divided = self.gradient_average and self.reduce_scatter
+        replicas = self.gradmix.parallel.workers.num_replicas if divided else 1
         self.gradmix.end_backward(
-            boundary=bool(self.is_gradient_accumulation_boundary()),
-            gradient_scale=float(self.loss_scale) / (replicas if self.gradient_average else 1),
+            last=bool(self.is_gradient_accumulation_boundary()),
+            gradient_scale=float(self.loss_scale) / replicas,
         )
 
     # --- one step ---
@@ -231,10 +308,11 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
         """Take the optimizer step, or skip it if no worker agreed: then by the way DeepSpeed skips an
         overflow.
         """
-        self._gradmix_skips = self.gradmix.finish()
+        self._gradmix_skips = self.gradmix.pre_step(self.gradmix_context.step())
         with self._gradmix_discarding() if self._gradmix_skips else contextlib.nullcontext():
             super().step(closure)
-        self.gradmix.settle(taken=not self.overflow)
+        self.gradmix.post_step(taken=not self.overflow)
+        self.gradmix_context.report(self.gradmix.stats)
 
     @contextlib.contextmanager
     def _gradmix_discarding(self) -> Iterator[None]:
@@ -257,64 +335,38 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
         if not self._gradmix_skips:  # disagreement says nothing about the loss scale
             super()._update_scale(has_overflow)
 
-    # --- the look-ahead point ---
+    # --- the extrapolated weights, and checkpoints ---
 
-    def _gradmix_look_ahead(self) -> None:
-        found = {
-            self.get_param_id(p): (group, int(offset), p.numel())
-            for group, params in enumerate(self.round_robin_bit16_groups)
-            for p, offset in zip(params, self.round_robin_bit16_offsets[group], strict=True)
-        }
-        self.gradmix.look_ahead(
-            self.bit16_groups_flat,
-            [found[index] for index in range(len(found))],
-            lambda: [float(group["lr"]) for group in self.optimizer.param_groups],
-            accumulates=bool(self.partition_gradients) and self.gradient_accumulation_steps > 1,
-        )
+    def learning_rates(self) -> list[float]:
+        """The learning rate of every flat tensor of parameters."""
+        return [float(group["lr"]) for group in self.optimizer.param_groups]
 
     def refresh_fp32_params(self) -> None:
         """Master weights anew from the parameters, which must not hold an offset then."""
-        if self.gradmix.lookahead is not None:
-            self.gradmix.lookahead.drop()
+        if self._gradmix_weights is not None:
+            self._gradmix_weights.drop()
         super().refresh_fp32_params()
 
     def update_lp_params(self) -> None:
         """Parameters anew from the master weights: without an offset, until the next step."""
         super().update_lp_params()
-        if self.gradmix.lookahead is not None:
-            self.gradmix.lookahead.forget()
-
-    # --- checkpoints ---
+        if self._gradmix_weights is not None:
+            self._gradmix_weights.forget()
 
     def state_dict(self) -> dict[str, Any]:
-        """DeepSpeed's, and ours under a key of its own."""
-        return {**super().state_dict(), checkpoint.KEY: self.gradmix.state_dict()}
+        """DeepSpeed's, and that of the rules under a key of its own."""
+        return {**super().state_dict(), CHECKPOINT_KEY: self.gradmix.state.state_dict()}
 
     def load_state_dict(
         self, state_dict_list: Any, load_optimizer_states: bool = True, **kwargs: Any
     ) -> None:
-        """DeepSpeed's, and ours if it is there and fits."""
+        """DeepSpeed's, and that of the rules if it is there and fits."""
         super().load_state_dict(state_dict_list, load_optimizer_states=load_optimizer_states, **kwargs)
         if not load_optimizer_states:
             return
-        saved, why = None, "a universal checkpoint does not hold it"
+        saved: dict[str, Any] | None = None
+        why = "a universal checkpoint does not hold it"
         if state_dict_list is not None:
-            saved = state_dict_list[self.gradmix.place.workers.rank].get(checkpoint.KEY)
+            saved = state_dict_list[self.gradmix.parallel.workers.rank].get(CHECKPOINT_KEY)
             why = "it was made without a gradmix block"
         self.gradmix.load(saved, why)
-
-    def _gradmix_layout(self) -> int:
-        """A number for where each parameter lies in the partitions."""
-        return fingerprint_of(
-            [
-                f"{self.param_names.get(p)} {p.numel()} {offset}"
-                for group, offsets in zip(
-                    self.round_robin_bit16_groups, self.round_robin_bit16_offsets, strict=True
-                )
-                for p, offset in zip(group, offsets, strict=True)
-            ]
-        )
-
-
-def _contains(spans: Sequence[ParamSpan], place: int) -> bool:
-    return any(span.start <= place < span.start + span.length for span in spans)

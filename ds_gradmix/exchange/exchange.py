@@ -1,18 +1,19 @@
-"""The reduction that replaces averaging: every rank gets all W copies of its share, and combines them.
+"""The exchange that replaces averaging: every rank gets all W workers' gradients for its share, and combines
+them.
 
-    1. all-to-all: rank j gets every worker's gradient for region j (layout.py);  a rank sends (W-1)/W B
-    2. Gram matrices of the shares are summed on the first rank, which decides;   W^2 numbers
-       it tells the weights to all: identical by construction;                    W numbers
-    3. a scaling rule's mean ratio of every parameter, summed over the ranks;     P numbers
+    1. all-to-all: rank j gets every worker's gradient for region j (plan.py);  a rank sends (W-1)/W B
+    2. Gram matrices of the shares are summed on the first rank, which decides; W^2 numbers
+       it tells the weights to all, so that they are identical;                  W numbers
+    3. a scaling rule's sums over every parameter, over the ranks;               2 P numbers
     4. weighted combination, one pass over the share
-    5. all-to-all of what was combined to its owners, unless regions are owned;   (W-1)/W B/W
-       or to all ranks, where every one of them needs the whole result            (W-1)/W B
+    5. all-to-all of what was combined to its owners, unless regions are owned;  (W-1)/W B/W
+       or to all ranks, where every one of them needs all of the result          (W-1)/W B
 
 for a bucket of B bytes; stock ZeRO all-reduces it for 2 (W-1)/W B. Where each worker has n ranks, step 1 has
-two levels (workers.py): (n-1)/n B inside a worker, and (W-1)/W B/n between workers. With a smoothed scaling
-rule hop 5 carries the factors as well, since the owner has their running mean. Weights known beforehand leave
-out step 2. A decision for the whole model needs step 1 of all buckets first: they are gathered and kept where
-they are, or, where that cannot be, sent once more.
+two levels (comm/workers.py): (n-1)/n B inside a worker, and (W-1)/W B/n between workers. With momentum of the
+factors step 5 carries these as well, since the owner has their running mean. Weights known beforehand leave
+out step 2. A decision for the whole model needs steps 1 and 2 of all buckets first: these are suspended with
+their gradients in their own memory, or, where that cannot be, sent once more.
 
 Tensor-parallel ranks hold parts of the same gradients: in 2 and 3 the sums go over them, too, replicas
 counted once, and the first of them all decides.
@@ -23,9 +24,8 @@ what has been sent is overwritten by what was received, and that by the result.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -33,287 +33,235 @@ from torch import Tensor
 from ds_gradmix.comm.groups import RankGroup
 from ds_gradmix.comm.workers import WorkerGroup
 from ds_gradmix.config import GradmixConfig
+from ds_gradmix.exchange.bucket import Bucket, CommDtypes, ParamInfo, ParamSpan
 from ds_gradmix.exchange.factor_momentum import FactorMomentum
-from ds_gradmix.exchange.plan import Piece, Tile, even_sizes, plan_tiles
+from ds_gradmix.exchange.plan import ExchangePlan, even_sizes, plan_tiles, share_evenly
 from ds_gradmix.exchange.step_stats import StepStats
-from ds_gradmix.exchange.tiled_buffer import CommDtypes, TiledBuffer
-from ds_gradmix.ops.segments import Segments, to_device
+from ds_gradmix.exchange.tiled_buffer import TiledBuffer
+from ds_gradmix.ops.segments import Segments
 from ds_gradmix.rules import GramianMixing, MixingDecision, RngKey, Scaling
 from ds_gradmix.rules.apply import decide_from_gram, layer_sums, mix, scaling_factors, scaling_statistics
 
-
-@dataclass(frozen=True)
-class ExchangePlan:
-    """How one composition of a bucket is exchanged."""
-
-    tiles: list[Tile]
-    pieces: list[Piece]
-    rank: int
-    num_workers: int
-    device: torch.device
-    counted: list[bool]  # of every parameter of the bucket, whether this rank adds it to sums over the ranks
-    whole: bool  # every rank gets all of the result
-
-    @cached_property
-    def owned(self) -> list[Piece]:
-        """What this rank owns of the bucket."""
-        return [piece for piece in self.pieces if piece.owner == self.rank]
-
-    @cached_property
-    def num_elements(self) -> list[int]:
-        """Elements of every parameter of the bucket that this rank counts."""
-        numbers = [0] * self._num_parameters
-        for piece in self.pieces:
-            numbers[piece.parameter] += piece.length if self.counted[piece.parameter] else 0
-        return numbers
-
-    @cached_property
-    def elements(self) -> Tensor:
-        """The same, `[P]` float64."""
-        return to_device(torch.tensor(self.num_elements, dtype=torch.float64), self.device)
-
-    @cached_property
-    def parameters(self) -> list[Segments]:
-        """Of every tile, one segment a parameter of the bucket."""
-        return self._segments(list(range(self._num_parameters)))
-
-    @cached_property
-    def together(self) -> list[Segments]:
-        """Of every tile, as one segment."""
-        return self._segments([0] * self._num_parameters)
-
-    @cached_property
-    def together_once(self) -> list[Segments]:
-        """Of every tile, one segment of what is counted; and one of what is not, where there is such."""
-        return self._segments([int(not counts) for counts in self.counted])
-
-    @cached_property
-    def counted_P(self) -> Tensor | None:
-        """1 or 0 for every parameter of the bucket, float64; None if all are counted."""
-        if all(self.counted):
-            return None
-        return to_device(torch.tensor(self.counted, dtype=torch.float64), self.device)
-
-    def _segments(self, segment_of: list[int]) -> list[Segments]:
-        return [tile.segments(segment_of, self.device, self.num_workers) for tile in self.tiles]
-
-    @property
-    def _num_parameters(self) -> int:
-        return len(self.counted)
+_PLANS_KEPT = 1024  # compositions of buckets; they recur from step to step
 
 
-def columns_per_tile(block: GradmixConfig, num_ranks: int, num_workers: int, wire_bytes: int) -> int:
+def columns_per_tile(config: GradmixConfig, num_ranks: int, num_workers: int, comm_bytes: int) -> int:
     """Elements a rank combines at a time, such that 3 `tile_bytes` hold all that a tile needs.
 
-    Per column: `wire_bytes` for every rank, an element sent and one received; up to 12 float32 of
-    statistics; and for the work of each worker a float64 (Gram matrix, or gradients in float32), or half as
-    much again where weights differ by parameter, or six times as much for Gram matrices by parameter (blocks
-    that parameters share are copied for each); and a float32 more where its ranks' parts are summed.
+    Per column: `comm_bytes` for every rank, an element sent and one received; up to 12 float32 of statistics;
+    and for the work of each worker a float64 (Gram matrix, or gradients in float32), or half as much again
+    where weights differ by parameter, or six times as much for Gram matrices by parameter (blocks that
+    parameters share are copied for each); and a float32 more where its ranks' parts are summed.
     """
     work = 8
-    if block.mixing.by_parameter:
+    if config.mixing.by_parameter:
         work = 12
-    if block.mixing.needs_gram and block.scope == "parameter":
+    if config.mixing.needs_gram and config.scope == "parameter":
         work = 48
     if num_ranks > num_workers:
         work += 4
-    per_column = num_ranks * wire_bytes + num_workers * work + 48
-    return max(3 * block.tile_bytes // per_column, 1)
+    per_column = num_ranks * comm_bytes + num_workers * work + 48
+    return max(3 * config.tile_bytes // per_column, 1)
 
 
 class Exchange:
-    """Combines buckets by a block's rules over a group of workers.
+    """Exchanges and combines the buckets of one group of workers.
 
     Args:
+        config: the rules.
         workers: who exchanges.
-        block: mixing, scaling, scope and tile size.
-        record: takes note of what was decided.
-        smoothing: state of a smoothed scaling rule, if it is one.
-        share: what the combined gradient is multiplied by.
+        infos: of the optimizer's parameters, by position.
+        stats: takes note of what was decided.
+        momentum: of a scaling rule's factors, if it has any.
+        weight_sum: what the workers' weights sum to.
     """
 
     def __init__(
         self,
+        config: GradmixConfig,
         workers: WorkerGroup,
-        block: GradmixConfig,
-        record: StepStats,
-        smoothing: FactorMomentum | None = None,
-        share: float = 1.0,
+        infos: Sequence[ParamInfo],
+        stats: StepStats,
+        momentum: FactorMomentum | None = None,
+        weight_sum: float = 1.0,
     ) -> None:
-        self._workers = workers
-        self._block = block
-        self._record = record
-        self._smoothing = smoothing
-        self._share = share
-        self._by_parameter = block.mixing.needs_gram and block.scope == "parameter"
+        self.config = config
+        self.workers = workers
+        self.stats = stats
+        self.momentum = momentum
+        self.weight_sum = weight_sum
+        self.by_param = config.mixing.needs_gram and config.scope == "parameter"
+        self._infos = infos
+        self._plans: OrderedDict[tuple[CommDtypes, bool, tuple[ParamSpan, ...]], ExchangePlan] = OrderedDict()
 
-    def plan(
-        self,
-        pieces: Sequence[Piece],
-        wire: CommDtypes,
-        device: torch.device,
-        *,
-        counted: Sequence[bool],
-        whole: bool = False,
-    ) -> ExchangePlan:
-        """ExchangePlan the exchange of a bucket, given all its pieces in order. Worth keeping: buckets recur.
-
-        `counted` tells of every parameter of the bucket whether this rank adds it to sums over the ranks.
+    def send(self, bucket: Bucket, spans: tuple[ParamSpan, ...]) -> PendingExchange:
+        """Prepare the exchange of a bucket's gradients; they travel when its Gram matrix or its combination
+        is asked for.
         """
-        workers = self._workers
-        columns = columns_per_tile(self._block, workers.num_ranks, workers.size, wire.num_bytes)
-        tiles = plan_tiles(pieces, workers.order, workers.rank, columns)
-        return ExchangePlan(tiles, list(pieces), workers.rank, workers.size, device, list(counted), whole)
+        plan = self._plan(bucket, spans)
+        if bucket.pieces is None and self.momentum is not None:
+            owned = sum(piece.length for piece in plan.owned)
+            self.momentum.reserve(self.momentum.group_of(spans), owned)
+        return PendingExchange(self, bucket, plan)
 
-    def combine(
-        self,
-        flat_N: Tensor,
-        plan: ExchangePlan,
-        wire: CommDtypes,
-        moment: RngKey,
-        present_W: Tensor,
-        known: MixingDecision | None,
-        outputs: Sequence[Tensor] = (),
-        last_tile: Tensor | None = None,
-    ) -> None:
-        """Replace, in every owner's slices of the bucket, its own gradient by the combination of all
-        workers'.
+    def _plan(self, bucket: Bucket, spans: tuple[ParamSpan, ...]) -> ExchangePlan:
+        workers, replicated = self.workers, bucket.pieces is None
+        key = (bucket.dtypes, replicated, spans)
+        plan = self._plans.pop(key, None)
+        if plan is None:
+            if bucket.pieces is not None:
+                pieces = list(bucket.pieces(spans))
+            else:
+                lengths = [(span.start, span.length) for span in spans]
+                group = 0 if self.momentum is None else self.momentum.group_of(spans)
+                pieces = share_evenly(lengths, workers.num_ranks, group)
+            columns = columns_per_tile(self.config, workers.num_ranks, workers.size, bucket.dtypes.num_bytes)
+            tiles = plan_tiles(pieces, workers.order, workers.rank, columns)
+            counted = [self._infos[span.param].counted for span in spans]
+            device = bucket.tensors[0].device
+            plan = ExchangePlan(tiles, pieces, workers.rank, workers.size, device, counted, replicated)
+        self._plans[key] = plan
+        if len(self._plans) > _PLANS_KEPT:
+            self._plans.popitem(last=False)
+        return plan
 
-        Args:
-            flat_N: the bucket, this worker's gradients; elsewhere than in owned slices undefined afterwards.
-            plan: of this composition of the bucket.
-            wire: the dtypes in which gradients travel.
-            moment: keys what is drawn at random.
-            present_W: which workers count; the gradient of one that does not must be finite.
-            known: the weights, if they do not depend on this bucket; one row, or one a parameter.
-            outputs: for each of `plan.owned`, what its combined gradient is also added to, unless empty.
-            last_tile: what `gather` gave, if the bucket has been gathered.
-        """
-        if not plan.tiles:
-            return
-        transit = TiledBuffer(
-            self._workers,
-            flat_N,
-            plan.tiles,
-            wire,
-            list(zip(plan.owned, outputs, strict=True)) if outputs else (),
-            whole=plan.whole,
-            last_tile=last_tile,
-        )
-        verdict = known
-        if verdict is None:
-            verdict = self.decide(self._gram(transit, plan), moment, present_W, self._workers.decision_group)
-        one_row = len(verdict.weights_SW) == 1
-        elements_S = float(sum(plan.num_elements)) if one_row else plan.elements
-        self._record.add_verdict(verdict, elements_S, present_W)
-        weights_WS = verdict.weights_SW.t().float()
-        segments = plan.together if one_row else plan.parameters
-        if self._block.scaling is not None:
-            self._scale(self._block.scaling, transit, plan, segments, weights_WS)
-            return
-        weights_WS = weights_WS * self._share
-        for k, grads_WC in transit.sweep(last=True):
-            transit.place(k, mix(grads_WC, weights_WS, segments[k]))
-
-    def gather(self, flat_N: Tensor, plan: ExchangePlan, wire: CommDtypes) -> tuple[Tensor, Tensor]:
-        """Step 1 alone: Gram matrix `[1, W, W]` of this rank's share, and the last tile for `combine`.
-
-        Until that follows, the bucket's memory holds what all workers have for this rank's share.
-        """
-        if not plan.tiles:
-            size = self._workers.size
-            return torch.zeros(1, size, size, dtype=torch.float64, device=flat_N.device), flat_N.new_empty(0)
-        transit = TiledBuffer(self._workers, flat_N, plan.tiles, wire, whole=plan.whole)
-        return self._gram(transit, plan), transit.interrupt()
-
-    def _gram(self, transit: TiledBuffer, plan: ExchangePlan) -> Tensor:
-        """Gram matrices `[S, W, W]` of this rank's share of the bucket."""
-        if self._by_parameter:
-            gram_SWW = _total(plan.parameters[k].gram(grads_WC) for k, grads_WC in transit.sweep())
-            return gram_SWW if plan.counted_P is None else gram_SWW * plan.counted_P[:, None, None]
-        gram_SWW = _total(plan.together_once[k].gram(grads_WC) for k, grads_WC in transit.sweep())
-        return gram_SWW[:1] if plan.counted[0] or len(gram_SWW) == 2 else torch.zeros_like(gram_SWW)
-
-    def _scale(
-        self,
-        rule: Scaling,
-        transit: TiledBuffer,
-        plan: ExchangePlan,
-        segments: Sequence[Segments],
-        weights_WS: Tensor,
-    ) -> None:
-        """Statistics of all tiles, their means over every parameter on all the ranks, and factors."""
-        sums_2S: list[Tensor] = []
-        for k, grads_WC in transit.sweep():
-            signal = scaling_statistics(rule, grads_WC, weights_WS, segments[k])
-            sums_2S.append(layer_sums(rule, signal, plan.parameters[k]))
-            if transit.holds_signals:
-                transit.hold(k, signal)
-        total_2S = _total(iter(sums_2S))
-        if plan.counted_P is not None:
-            total_2S = total_2S * plan.counted_P
-        self._workers.sum_over_shares(total_2S)
-        if self._smoothing is not None:
-            self._smoothing.begin(plan.owned)
-        again = (
-            transit.held()
-            if transit.holds_signals
-            else (
-                (k, scaling_statistics(rule, g_WC, weights_WS, segments[k]))
-                for k, g_WC in transit.sweep(last=True)
-            )
-        )
-        for k, signal in again:
-            factors_C = scaling_factors(rule, signal, total_2S, plan.parameters[k])
-            counted_C = None
-            if plan.counted_P is not None:
-                counted_C = plan.parameters[k].expand(plan.counted_P[None])[0]
-            self._record.add_factors(factors_C, counted_C)
-            transit.place(k, signal[0] * self._share, factors_C, self._smoothing)
-
-    def gram(self, grads: Sequence[Tensor], wire: CommDtypes, device: torch.device) -> Tensor:
+    def gram(self, grads: Sequence[Tensor], dtypes: CommDtypes, device: torch.device) -> Tensor:
         """Gram matrix `[1, W, W]` of this rank's share of whole gradients, which are read; nothing is kept.
 
         Any division of the elements among the R ranks serves, so each tile is cut into R equal parts.
         """
-        workers = self._workers
-        columns = columns_per_tile(self._block, workers.num_ranks, workers.size, wire.num_bytes)
-        pieces, start = [], 0
+        workers = self.workers
+        columns = columns_per_tile(self.config, workers.num_ranks, workers.size, dtypes.num_bytes)
+        flats, total = [], 0
         for grad in grads:
-            pieces.append((start, grad.reshape(-1)))
-            start += grad.numel()
-        total = torch.zeros(1, workers.size, workers.size, dtype=torch.float64, device=device)
-        for begin in range(0, start, columns * workers.num_ranks):
-            end = min(begin + columns * workers.num_ranks, start)
+            flats.append((total, grad.reshape(-1)))
+            total += grad.numel()
+        gram_SWW = torch.zeros(1, workers.size, workers.size, dtype=torch.float64, device=device)
+        for begin in range(0, total, columns * workers.num_ranks):
+            end = min(begin + columns * workers.num_ranks, total)
             parts = [
                 flat[max(begin - first, 0) : end - first]
-                for first, flat in pieces
+                for first, flat in flats
                 if first < end and first + flat.numel() > begin
             ]
-            sent = torch.cat([part.to(wire.gradient) for part in parts])
+            sent = torch.cat([part.to(dtypes.gradient) for part in parts])
             sizes = even_sizes(end - begin, workers.num_ranks)
             rows_WC = workers.exchange(sent, sizes, sent.new_empty(workers.receive_size(sizes)))
             segment = Segments([0], [rows_WC.shape[1]], 1, sent.device, workers.size)
-            total += segment.gram(rows_WC)
-        return total
+            gram_SWW += segment.gram(rows_WC)
+        return gram_SWW
 
-    def decide(
-        self, gram_SWW: Tensor, moment: RngKey, present_W: Tensor, circle: RankGroup
-    ) -> MixingDecision:
-        """Decide from Gram matrices of which every rank of the circle has a share.
-
-        The first rank decides and tells the others, since a sum is not promised to be bit-identical
-        everywhere.
-        """
-        rule = self._block.mixing
+    def decide(self, gram_SWW: Tensor, present_W: Tensor, key: RngKey, group: RankGroup) -> MixingDecision:
+        """Decide from Gram matrices of which every rank of a group has a share; the first of them decides."""
+        rule = self.config.mixing
         assert isinstance(rule, GramianMixing)
-        circle.reduce(gram_SWW)
-        if circle.is_first:
-            packed = decide_from_gram(rule, gram_SWW, present_W, moment).packed()
+        group.reduce(gram_SWW)
+        if group.is_first:
+            packed = decide_from_gram(rule, gram_SWW, present_W, key).packed()
         else:
-            packed = gram_SWW.new_empty(gram_SWW.shape[0], self._workers.size + 2)
-        circle.broadcast(packed)
+            packed = gram_SWW.new_empty(gram_SWW.shape[0], self.workers.size + 2)
+        group.broadcast(packed)
         return MixingDecision.unpacked(packed)
+
+
+class PendingExchange:
+    """A bucket between the sending of its gradients and their combination."""
+
+    def __init__(self, exchange: Exchange, bucket: Bucket, plan: ExchangePlan) -> None:
+        self._exchange = exchange
+        self._bucket = bucket
+        self._plan = plan
+        self.flat_N = bucket.load()
+        self._suspended = False
+        self._tiled: TiledBuffer | None = None
+        if plan.tiles:
+            self._tiled = TiledBuffer(exchange.workers, self.flat_N, plan, bucket.dtypes)
+
+    def gram(self) -> Tensor:
+        """Gram matrices `[S, W, W]` of this rank's share of the bucket."""
+        plan, tiled, size = self._plan, self._tiled, self._exchange.workers.size
+        if tiled is None:
+            return torch.zeros(1, size, size, dtype=torch.float64, device=plan.device)
+        if self._exchange.by_param:
+            gram_SWW = _total(plan.by_param[k].gram(grads_WC) for k, grads_WC in tiled.sweep())
+            return gram_SWW if plan.counted_P is None else gram_SWW * plan.counted_P[:, None, None]
+        gram_SWW = _total(plan.counted_as_one[k].gram(grads_WC) for k, grads_WC in tiled.sweep())
+        return gram_SWW[:1] if plan.counted[0] or len(gram_SWW) == 2 else torch.zeros_like(gram_SWW)
+
+    def suspend(self) -> None:
+        """Until `combine`: keep everything in the memory that the gradients have."""
+        if self._tiled is not None:
+            self._tiled.suspend()
+            self._bucket.store(self.flat_N)
+            del self.flat_N
+            self._suspended = True
+
+    def combine(self, decision: MixingDecision, present_W: Tensor, outputs: Sequence[Tensor] = ()) -> None:
+        """Replace, in every owner's slices of the bucket, its own gradient by the combination of all
+        workers'; elsewhere the bucket is undefined afterwards.
+
+        Args:
+            decision: one row of weights, or one a parameter.
+            present_W: which workers count; the gradient of one that does not must be finite.
+            outputs: for each of `plan.owned`, what its combined gradient is also added to, unless empty.
+        """
+        tiled, plan, exchange = self._tiled, self._plan, self._exchange
+        if tiled is None:
+            return
+        if self._suspended:
+            self.flat_N = self._bucket.load()
+            tiled.resume(self.flat_N)
+        if outputs:
+            tiled.add_results_to(plan, list(outputs))
+        one_row = len(decision.weights_SW) == 1
+        elements_S = float(sum(plan.num_elements)) if one_row else plan.num_elements_P
+        exchange.stats.add_decision(decision, elements_S, present_W)
+        weights_WS = decision.weights_SW.t().float()
+        segments = plan.as_one if one_row else plan.by_param
+        if exchange.config.scaling is not None:
+            self._scale(exchange.config.scaling, tiled, segments, weights_WS)
+        else:
+            weights_WS = weights_WS * exchange.weight_sum
+            for k, grads_WC in tiled.sweep(last=True):
+                tiled.write_result(k, mix(grads_WC, weights_WS, segments[k]))
+        self._bucket.store(self.flat_N)
+
+    def _scale(
+        self, rule: Scaling, tiled: TiledBuffer, segments: Sequence[Segments], weights_WS: Tensor
+    ) -> None:
+        """Statistics of all tiles, their sums over every parameter on all the ranks, and factors."""
+        plan, exchange, num_rows = self._plan, self._exchange, 1 + rule.num_statistics
+        stashes = tiled.can_stash(num_rows)
+
+        def sums() -> Iterator[Tensor]:
+            for k, grads_WC in tiled.sweep():
+                statistics_KC = scaling_statistics(rule, grads_WC, weights_WS, segments[k])
+                yield layer_sums(rule, statistics_KC, plan.by_param[k])
+                if stashes:
+                    tiled.stash(k, statistics_KC)
+
+        sums_2P = _total(sums())
+        if plan.counted_P is not None:
+            sums_2P = sums_2P * plan.counted_P
+        exchange.workers.sum_over_shares(sums_2P)
+        if exchange.momentum is not None:
+            exchange.momentum.begin(plan.owned)
+        again = (
+            tiled.stashed(num_rows)
+            if stashes
+            else (
+                (k, scaling_statistics(rule, grads_WC, weights_WS, segments[k]))
+                for k, grads_WC in tiled.sweep(last=True)
+            )
+        )
+        for k, statistics_KC in again:
+            factors_C = scaling_factors(rule, statistics_KC, sums_2P, plan.by_param[k])
+            counted_C = None
+            if plan.counted_P is not None:
+                counted_C = plan.by_param[k].expand(plan.counted_P[None])[0]
+            exchange.stats.add_factors(factors_C, counted_C)
+            mean_C = statistics_KC[0] * exchange.weight_sum
+            tiled.write_result(k, mean_C, factors_C, exchange.momentum)
 
 
 def _total(parts: Iterator[Tensor]) -> Tensor:

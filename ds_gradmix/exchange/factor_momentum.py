@@ -1,6 +1,10 @@
+"""Momentum of a scaling rule's factors: their running mean over optimizer steps, sharded like the optimizer's
+own state.
+"""
+
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +15,7 @@ from ds_gradmix.ops import multi_tensor
 
 
 class FactorMomentum:
-    """The running mean p of a scaling rule's factors over optimizer steps, for the elements one rank owns.
+    """The running mean p of a scaling rule's factors, for the elements that one rank owns.
 
         p_t = decay p_{t-1} + (1 - decay) r_t,   used as  p_t / (1 - decay^t)
 
@@ -21,9 +25,17 @@ class FactorMomentum:
     step is pending, so a skipped step leaves no trace.
 
     Memory: one float32 an element, and one more from the first reduction of a step to its end.
+
+    Args:
+        decay: beta3.
+        idle: the factor of an element without a gradient.
+        partition_sizes: elements that this rank owns in each of the optimizer's parameter groups.
+        device: where gradients are.
     """
 
-    def __init__(self, decay: float, idle: float, sizes: Sequence[int], device: torch.device) -> None:
+    def __init__(
+        self, decay: float, idle: float, partition_sizes: Sequence[int], device: torch.device
+    ) -> None:
         self.decay = decay
         self.steps = 0
         self._idle = idle
@@ -31,9 +43,16 @@ class FactorMomentum:
         self._means: dict[int, Tensor] = {}
         self._begun: dict[int, int] = {}  # step at which each was reserved
         self._pending: dict[int, Tensor] = {}
-        self._reductions: dict[tuple[int, int, int], int] = {}  # of each (group, home, length) in this step
-        for group, size in enumerate(sizes):
+        self._reductions: dict[tuple[int, int, int], int] = {}  # of each (group, offset, length) in this step
+        self._other_groups: dict[Hashable, int] = {}
+        for group, size in enumerate(partition_sizes):
             self.reserve(group, size)
+
+    def group_of(self, composition: Hashable) -> int:
+        """A number for a bucket that no rank owns, by what it is composed of: negative, where the optimizer's
+        parameter groups are not.
+        """
+        return -1 - self._other_groups.setdefault(composition, len(self._other_groups))
 
     def reserve(self, group: int, size: int) -> None:
         """Make room for the elements of a group; nothing happens if there is."""
@@ -45,47 +64,41 @@ class FactorMomentum:
             self._pending[group] = torch.full_like(self._means[group], self._idle)
 
     def begin(self, owned: Sequence[Piece]) -> None:
-        """A reduction of these gradients starts: the whole of what this rank owns of each parameter in it."""
+        """A reduction of these gradients starts: all that this rank owns of each parameter in it."""
         if not self._pending:
             self._pending = {group: torch.full_like(mean, self._idle) for group, mean in self._means.items()}
-        keys = [(piece.group, piece.home, piece.length) for piece in owned]
+        keys = [(piece.group, piece.partition_offset, piece.length) for piece in owned]
         fresh = [key for key in keys if key not in self._reductions]
         if fresh:
-            torch._foreach_zero_(
-                [self._pending[group].narrow(0, home, length) for group, home, length in fresh]
-            )
+            torch._foreach_zero_([self._pending[group].narrow(0, *place) for group, *place in fresh])
         for key in keys:
             self._reductions[key] = self._reductions.get(key, 0) + 1
 
     def apply(self, pieces: Sequence[Piece], factors_C: Tensor) -> Tensor:
-        """Smoothed factors `[C]`, float32, of the pieces, one after the other; notes `factors_C` for the
-        commit.
-        """
+        """Smoothed factors `[C]`, float32, of pieces one after the other; `factors_C` waits for `commit`."""
         factors_C = factors_C.float()
-        parts = list(factors_C.split([piece.length for piece in pieces]))
-        torch._foreach_add_([self._pending[p.group].narrow(0, p.home, p.length) for p in pieces], parts)
-        smoothed_C = torch.cat([self._means[p.group].narrow(0, p.home, p.length) for p in pieces])
+        lengths = [p.length for p in pieces]
+        pending = [self._pending[p.group].narrow(0, p.partition_offset, p.length) for p in pieces]
+        torch._foreach_add_(pending, list(factors_C.split(lengths)))
+        means = [self._means[p.group].narrow(0, p.partition_offset, p.length) for p in pieces]
+        smoothed_C = torch.cat(means)
         multi_tensor.axpby_(1 - self.decay, [factors_C], self.decay, [smoothed_C])
-        counts = {self.steps - self._begun[p.group] + 1 for p in pieces}
-        if len(counts) == 1:
-            return smoothed_C.div_(1 - self.decay ** counts.pop())
-        for p, part_C in zip(pieces, smoothed_C.split([p.length for p in pieces]), strict=True):
-            part_C.div_(1 - self.decay ** (self.steps - self._begun[p.group] + 1))
+        counts = [self.steps - self._begun[p.group] + 1 for p in pieces]
+        if len(set(counts)) == 1:
+            return smoothed_C.div_(1 - self.decay ** counts[0])
+        for count, part_C in zip(counts, smoothed_C.split(lengths), strict=True):
+            part_C.div_(1 - self.decay**count)
         return smoothed_C
 
     def commit(self) -> None:
         """The step was taken: p moves on."""
         if not self._pending:
             return
-        for (group, home, length), count in self._reductions.items():
+        for (group, offset, length), count in self._reductions.items():
             if count > 1:
-                self._pending[group].narrow(0, home, length).div_(count)
-        multi_tensor.axpby_(
-            1 - self.decay,
-            list(self._pending.values()),
-            self.decay,
-            [self._means[group] for group in self._pending],
-        )
+                self._pending[group].narrow(0, offset, length).div_(count)
+        means = [self._means[group] for group in self._pending]
+        multi_tensor.axpby_(1 - self.decay, list(self._pending.values()), self.decay, means)
         self.steps += 1
         self.discard()
 
@@ -95,7 +108,7 @@ class FactorMomentum:
         self._reductions = {}
 
     def reset(self) -> None:
-        """As new."""
+        """Start afresh."""
         for group, mean in self._means.items():
             mean.zero_()
             self._begun[group] = 0
@@ -103,20 +116,20 @@ class FactorMomentum:
         self.discard()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs."""
+        """This rank's part of a checkpoint."""
         return {"steps": self.steps, "begun": self._begun, "means": self._means}
 
-    def load_state_dict(self, state: dict[str, Any]) -> bool:
+    def load_state_dict(self, saved: dict[str, Any]) -> bool:
         """Take over a checkpoint's state; False, and nothing changed, if it is of other sizes."""
-        means = state["means"]
+        means = saved["means"]
         if any(
             group not in means or means[group].numel() != mean.numel() for group, mean in self._means.items()
         ):
             return False
-        for group, saved in means.items():
-            self.reserve(group, saved.numel())
-            self._means[group].copy_(saved)
-        self._begun.update(state["begun"])
-        self.steps = int(state["steps"])
+        for group, mean in means.items():
+            self.reserve(group, mean.numel())
+            self._means[group].copy_(mean)
+        self._begun.update(saved["begun"])
+        self.steps = int(saved["steps"])
         self.discard()
         return True

@@ -20,8 +20,9 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from ds_gradmix.ops.segments import Segments
+from ds_gradmix.ops.segments import Segments, to_device
 
 _IMBALANCE = 1.25  # largest share of the busiest owner, in even shares, that goes to the owners directly
 
@@ -32,13 +33,15 @@ class Piece(NamedTuple):
     start: int  # in the bucket
     length: int
     owner: int  # rank in the group
-    parameter: int  # position among the parameters of the bucket
+    param: int  # position among the parameters of the bucket
     group: int  # the optimizer's parameter group
-    home: int  # where the piece begins in its owner's partition of that group
+    partition_offset: int  # where it begins in its owner's partition of that group
 
     def cut(self, begin: int, end: int) -> Piece:
         """The part `[begin, end)` of the piece."""
-        return self._replace(start=self.start + begin, length=end - begin, home=self.home + begin)
+        return self._replace(
+            start=self.start + begin, length=end - begin, partition_offset=self.partition_offset + begin
+        )
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Tile:
         return self.sizes[self.rank]
 
     @cached_property
-    def placed(self) -> list[Piece]:
+    def owned(self) -> list[Piece]:
         """What this rank owns, in the order in which the ranks that combine it send it."""
         return [piece for region in self.regions for piece in region if piece.owner == self.rank]
 
@@ -81,15 +84,71 @@ class Tile:
         return [sum(p.length for p in region if p.owner == self.rank) for region in self.regions]
 
     @cached_property
-    def spans(self) -> list[tuple[int, int]]:
+    def extents(self) -> list[tuple[int, int]]:
         """`(start, length)` in the bucket of all R regions, in order."""
         return [(piece.start, piece.length) for rank in self.order for piece in self.regions[rank]]
 
     def segments(self, segment_of: Sequence[int], device: torch.device, num_rows: int) -> Segments:
         """Which segment each column belongs to, given that of every parameter of the bucket."""
-        ids = [segment_of[piece.parameter] for piece in self.mine]
+        ids = [segment_of[piece.param] for piece in self.mine]
         num_segments = 1 if len(set(segment_of)) == 1 else 1 + max(segment_of)
         return Segments(ids, [piece.length for piece in self.mine], num_segments, device, num_rows)
+
+
+@dataclass(frozen=True)
+class ExchangePlan:
+    """How one composition of a bucket is exchanged."""
+
+    tiles: list[Tile]
+    pieces: list[Piece]
+    rank: int
+    num_workers: int
+    device: torch.device
+    counted: list[bool]  # of every parameter of the bucket, whether this rank adds it to sums over the ranks
+    replicated: bool  # whether every rank gets all of the result
+
+    @cached_property
+    def owned(self) -> list[Piece]:
+        """What this rank owns of the bucket."""
+        return [piece for piece in self.pieces if piece.owner == self.rank]
+
+    @cached_property
+    def num_elements(self) -> list[int]:
+        """Elements of every parameter of the bucket that this rank counts."""
+        numbers = [0] * len(self.counted)
+        for piece in self.pieces:
+            numbers[piece.param] += piece.length if self.counted[piece.param] else 0
+        return numbers
+
+    @cached_property
+    def num_elements_P(self) -> Tensor:
+        """The same, float64."""
+        return to_device(torch.tensor(self.num_elements, dtype=torch.float64), self.device)
+
+    @cached_property
+    def by_param(self) -> list[Segments]:
+        """Of every tile, one segment a parameter of the bucket."""
+        return self._segments(list(range(len(self.counted))))
+
+    @cached_property
+    def as_one(self) -> list[Segments]:
+        """Of every tile, all of it as one segment."""
+        return self._segments([0] * len(self.counted))
+
+    @cached_property
+    def counted_as_one(self) -> list[Segments]:
+        """Of every tile, one segment of what is counted; and one of what is not, where there is such."""
+        return self._segments([int(not counted) for counted in self.counted])
+
+    @cached_property
+    def counted_P(self) -> Tensor | None:
+        """1 or 0 for every parameter of the bucket, float64; None if all are counted."""
+        if all(self.counted):
+            return None
+        return to_device(torch.tensor(self.counted, dtype=torch.float64), self.device)
+
+    def _segments(self, segment_of: list[int]) -> list[Segments]:
+        return [tile.segments(segment_of, self.device, self.num_workers) for tile in self.tiles]
 
 
 def even_sizes(total: int, num_ranks: int) -> list[int]:
@@ -107,15 +166,15 @@ def share_evenly(lengths: Sequence[tuple[int, int]], num_ranks: int, group: int)
     """
     sizes = even_sizes(sum(length for _, length in lengths), num_ranks)
     pieces: list[Piece] = []
-    owner, home = 0, 0
-    for parameter, (start, length) in enumerate(lengths):
+    owner, partition_offset = 0, 0
+    for param, (start, length) in enumerate(lengths):
         done = 0
         while done < length:
-            while home == sizes[owner]:
-                owner, home = owner + 1, 0
-            part = min(length - done, sizes[owner] - home)
-            pieces.append(Piece(start + done, part, owner, parameter, group, home))
-            done, home = done + part, home + part
+            while partition_offset == sizes[owner]:
+                owner, partition_offset = owner + 1, 0
+            part = min(length - done, sizes[owner] - partition_offset)
+            pieces.append(Piece(start + done, part, owner, param, group, partition_offset))
+            done, partition_offset = done + part, partition_offset + part
     return pieces
 
 

@@ -1,294 +1,348 @@
-"""What happens to one bucket, whatever the engine: left to DeepSpeed, weighed and left to DeepSpeed, or
-exchanged.
+"""The reduction of one engine's gradients, whatever the optimizer: a step from its first bucket to its end.
+
+Each bucket goes downwards: check that all ranks are at the same bucket, sum over sequence-parallel ranks,
+keep the worker's own gradient for extrapolation, leave out what is not finite, and then by one of three
+ways (transport.py): left to DeepSpeed, weighted and left to DeepSpeed, or exchanged.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from ds_gradmix.comm.groups import RankGroup
-from ds_gradmix.comm.workers import WorkerGroup
+from ds_gradmix.comm.consistency import fingerprint_of
+from ds_gradmix.comm.groups import ranks_of
+from ds_gradmix.comm.workers import ParallelGroups, WorkerGroup
 from ds_gradmix.config import GradmixConfig
-from ds_gradmix.exchange.exchange import Exchange, ExchangePlan
-from ds_gradmix.exchange.plan import Piece
-from ds_gradmix.exchange.steps import Steps
-from ds_gradmix.exchange.tiled_buffer import CommDtypes
-from ds_gradmix.ops.segments import Segments, to_device
-from ds_gradmix.rules import GradientFreeMixing, Mean, MixingDecision, RngKey
-from ds_gradmix.rules.apply import decide_without_gradients
+from ds_gradmix.exchange.bucket import Bucket, CommDtypes, ParamSpan, ParamTable, runs_of
+from ds_gradmix.exchange.decider import Decider
+from ds_gradmix.exchange.exchange import Exchange, PendingExchange
+from ds_gradmix.exchange.factor_momentum import FactorMomentum
+from ds_gradmix.exchange.state import RuleState, SavedWeights
+from ds_gradmix.exchange.step_stats import StepStats
+from ds_gradmix.exchange.transport import Transport, choose_transport
+from ds_gradmix.exchange.weighted import multiply
+from ds_gradmix.log import logger
+from ds_gradmix.ops.segments import to_device
+from ds_gradmix.rules import MixingDecision, RngKey
 
-_PLANS_KEPT = 1024  # compositions of buckets; they recur from step to step
+_FINGERPRINTS_KEPT = 4096
+_ADVICE = (
+    "every worker must have the same gradients, of the same shapes, in the same order; look for "
+    "parameters that only some workers use, say behind a branch on the data"
+)
+_UNEVEN = (
+    "; or a tensor-parallel rank has larger parts than another, and fills buckets sooner: raise "
+    "zero_optimization.reduce_bucket_size"
+)
 
-
-class ParamSpan(NamedTuple):
-    """A parameter's gradient in a bucket."""
-
-    parameter: int  # position among the optimizer's parameters
-    start: int
-    length: int
-
-    def of(self, flat_N: Tensor) -> Tensor:
-        """The gradient, as a view."""
-        return flat_N.narrow(0, self.start, self.length)
-
-
-class ParamInfo(NamedTuple):
-    """What the rules need to know of a parameter."""
-
-    name: str
-    draw: int  # which of the draws by parameter is its own: the same wherever in the model it lies
-    counts: bool = True  # whether this rank adds it to inner products; of replicas exactly one does
+Grads = Sequence[tuple[int, Tensor]]  # position and gradient of parameters
 
 
-def parameters_of(names: Sequence[str]) -> list[ParamInfo]:
-    """Parameters of a model that is not divided."""
-    order = {name: draw for draw, name in enumerate(sorted(set(names)))}
-    return [ParamInfo(name, order[name]) for name in names]
+class WorkerWeights(SavedWeights, Protocol):
+    """The extrapolated weights, as far as the reduction is concerned."""
+
+    def keep_gradients(self, indices: Sequence[int], parts: Sequence[Tensor], *, last: bool) -> None: ...
+    def end_backward(self, *, last: bool, gradient_scale: float) -> None: ...
+    def post_step(self, *, keep: bool) -> None: ...
 
 
-def is_stock(block: GradmixConfig, num_workers: int) -> bool:
-    """Whether DeepSpeed's own reduction is all there is to do."""
-    trivial = isinstance(block.mixing, Mean) and block.scaling is None
-    return num_workers == 1 or (trivial and block.nonfinite == "propagate")
+@dataclass
+class Backward:
+    """What lasts from the first reduction of a backward pass to its end."""
+
+    decision: tuple[MixingDecision, Tensor] | None = None  # for the whole model, with the workers present
+    combined: set[int] = field(default_factory=set)  # tied parameters whose gradient is combined already
+    sequence_summed: bool = False  # all gradients are summed over sequence-parallel ranks
 
 
-class Reduction:
-    """A block at work over a group of workers.
+class GradientReducer:
+    """The rules at work in one engine.
 
     Args:
-        block: the rules.
-        workers: who takes part.
-        steps: the optimizer's steps; shared by all reductions of an optimizer.
-        parameters: of the optimizer; gradients are known by their position here.
-        device: where gradients are.
-        share: what weights sum to. Experts are spread over several data-parallel ranks, and their gradient is
-            the sum over a smaller group of workers, divided by the number of all.
+        config: the rules.
+        parallel: the groups of this rank.
+        params: the optimizer's parameters.
+        weight_sum: what the workers' weights sum to: 1, or the number of replicas where gradients are to be
+            summed instead of averaged.
+        weights: the extrapolated weights, if the rules have any.
     """
 
     def __init__(
         self,
-        block: GradmixConfig,
-        workers: WorkerGroup,
-        steps: Steps,
-        parameters: Sequence[ParamInfo],
-        device: torch.device,
-        share: float = 1.0,
+        config: GradmixConfig,
+        parallel: ParallelGroups,
+        params: ParamTable,
+        weight_sum: float = 1.0,
+        weights: WorkerWeights | None = None,
     ) -> None:
-        self.block = block
-        self.workers = workers
-        self._steps = steps
-        self._parameters = list(parameters)
-        self._num_draws = 1 + max((parameter.draw for parameter in parameters), default=0)
-        self._share = share
-        self._own_share = share / workers.replicas_per_worker  # of this rank's gradient in its worker's
-        self._exchange = Exchange(workers, block, steps.record, steps.smoothing, share)
-        self._everyone_W = torch.ones(workers.size, dtype=torch.bool, device=device)
-        self._plans: OrderedDict[tuple[CommDtypes, bool, tuple[ParamSpan, ...]], ExchangePlan] = OrderedDict()
-        self._drawn: tuple[int, npt.NDArray[np.float64]] | None = None
-        self._for_model: tuple[MixingDecision, Tensor] | None = None
-        self._last_tiles: dict[tuple[ParamSpan, ...], Tensor] = {}  # of gathered buckets
+        self.config = config
+        self.parallel = parallel
+        self.transport = choose_transport(config, parallel.workers.size, parallel.sum_sequence_ranks)
+        self.stats: Mapping[str, float] = {}  # of the last step
+        self.momentum = _momentum_of(config, parallel.workers, params)
+        self.state = RuleState(config, self.momentum, weights, params.layout)
+        self._weights = weights
+        self._params = params
+        self._sums = StepStats(params.device)
+        self._exchanges: dict[tuple[int, ...], Exchange] = {}
+        self._deciders: dict[tuple[int, ...], Decider] = {}
+        # Experts are spread over several data-parallel ranks: their gradient is the sum over a smaller group
+        # of workers, divided by the number of all.
+        for workers in (*parallel.experts.values(), parallel.workers):
+            ranks, share = ranks_of(workers.group), weight_sum * workers.size / parallel.workers.size
+            self._deciders[ranks] = Decider(config, workers, params.infos, params.device)
+            self._exchanges[ranks] = Exchange(config, workers, params.infos, self._sums, self.momentum, share)
+        self._backward = Backward()
+        self._fingerprints: dict[tuple[str, tuple[ParamSpan, ...]], int] = {}
+
+    def workers_of(self, group: dist.ProcessGroup | None) -> WorkerGroup:
+        """The workers of a process group: the data-parallel one, or one of experts."""
+        return self._exchanges[ranks_of(group)].workers
 
     @property
-    def exchanges(self) -> bool:
-        """Whether buckets are exchanged; if not, they are weighed and summed by DeepSpeed."""
-        return self.block.exchanges
+    def decides_for_model(self) -> bool:
+        """Whether one decision is taken from all gradients of a step."""
+        return self.transport is Transport.EXCHANGE and self.config.decides_for_model
 
-    @property
-    def moment(self) -> RngKey:
-        """Key of this step's draws."""
-        return RngKey(self.block.seed, self._steps.step)
+    def check(self, spans: tuple[ParamSpan, ...], occasion: str) -> None:
+        """Raise `MismatchError` on every rank unless all are about to reduce these gradients."""
 
-    def weigh(self, flat_N: Tensor, spans: Sequence[ParamSpan]) -> None:
-        """Multiply this worker's gradients by its weights, in place, to be summed over the workers.
+        def described() -> list[str]:
+            infos = [(self._params.infos[span.param], span.length) for span in spans]
+            return [f"{i.name} ({'a part of it' if i.partitioned else f'{n} elements'})" for i, n in infos]
 
-        One pass over the bucket; communicates only for `nonfinite: "drop"`, one number a worker.
+        key = (occasion, spans)
+        if key not in self._fingerprints:
+            if len(self._fingerprints) > _FINGERPRINTS_KEPT:
+                self._fingerprints.clear()
+            self._fingerprints[key] = fingerprint_of([occasion, *described()])
+        advice = _ADVICE if self.parallel.tensor is None else _ADVICE + _UNEVEN
+        self.parallel.consistency.check_equal(self._fingerprints[key], described, occasion, advice)
+
+    # --- one backward ---
+
+    def reduce(self, bucket: Bucket, key: RngKey, *, last: bool) -> None:
+        """Reduce one bucket of a step, of which other buckets may not be known yet.
+
+        Args:
+            bucket: the bucket, whose gradients are in one tensor.
+            key: of the step's random draws.
+            last: whether it is the last reduction of these parameters in the step.
         """
-        present_W = self._present([span.of(flat_N) for span in spans], self.workers.decision_group)
-        verdict = self._known(spans, present_W)
-        counted = [self._parameters[span.parameter].counts for span in spans]
-        lengths = [span.length if counts else 0 for span, counts in zip(spans, counted, strict=True)]
-        one_row = len(verdict.weights_SW) == 1
+        flat_N = bucket.load()
+        sequence = self.parallel.sequence
+        if self.parallel.sum_sequence_ranks and sequence is not None and not self._backward.sequence_summed:
+            for start, length, _ in runs_of(bucket.spans):
+                sequence.all_reduce(flat_N.narrow(0, start, length))
+        combined = self._backward.combined
+        self._keep([(s.param, s.of(flat_N)) for s in bucket.spans if s.param not in combined], last=last)
+        self._combine(bucket, key)
+
+    def reduce_all(self, grads: Grads, buckets: Sequence[Bucket], dtypes: CommDtypes, key: RngKey) -> None:
+        """Reduce all buckets of a step, whose gradients are `grads`."""
+        self.check(tuple(ParamSpan(i, 0, grad.numel()) for i, grad in grads), "gradient reduction")
+        self._sum_sequence_ranks(grads)
+        tied = self._tied
+        self._keep([(i, grad.reshape(-1)) for i, grad in grads if i not in tied], last=True)
+        pending = self.prepare(grads, dtypes, key, buckets)
+        for exchange in pending:
+            assert self._backward.decision is not None
+            exchange.combine(*self._backward.decision)
+        for bucket in buckets if not pending else ():
+            self._combine(bucket, key)
+
+    def prepare(
+        self, grads: Grads, dtypes: CommDtypes, key: RngKey, buckets: Sequence[Bucket] = ()
+    ) -> list[PendingExchange]:
+        """Before the first of a step's buckets, where all gradients are known: what concerns all of them.
+
+        Decides for the model, where that is the scope. Then combines tied parameters, on the first of the
+        pipeline stages that keep them, and copies the result to the others: what stages have in common must
+        stay equal, but each reduces buckets of its own, with other parameters in them.
+
+        Args:
+            grads: position and gradient of every parameter with one; tied ones are summed over their stages,
+                and are replaced by their combination.
+            dtypes: in which they travel.
+            key: of the step's random draws.
+            buckets: all that hold them, where they are known.
+
+        Returns:
+            The buckets, sent, if the decision is for the model and they are known.
+        """
+        pending: list[PendingExchange] = []
+        if self.decides_for_model:
+            pending = self._decide_for_model(grads, dtypes, key, buckets)
+        found = dict(grads)
+        for index, tied in self._params.tied if self.transport is not Transport.STOCK else ():
+            if index in found:
+                grad, workers = found[index].detach(), self.parallel.workers
+                span = ParamSpan(index, 0, grad.numel())
+                bucket = Bucket([grad], (span,), workers, dtypes, lambda: None, workers.all_reduce)
+                flat_N = bucket.load()
+                self._keep([(index, flat_N)], last=True)
+                if tied.is_source:
+                    self._combine(bucket, key)
+                    flat_N = bucket.load()
+                tied.copy(flat_N)
+                bucket.store(flat_N)
+                self._backward.combined.add(index)
+        return pending
+
+    @property
+    def _tied(self) -> set[int]:
+        """The parameters that `prepare` combines."""
+        return set() if self.transport is Transport.STOCK else {index for index, _ in self._params.tied}
+
+    def _decide_for_model(
+        self, grads: Grads, dtypes: CommDtypes, key: RngKey, buckets: Sequence[Bucket]
+    ) -> list[PendingExchange]:
+        """Send all gradients, and decide; those that are in no bucket are sent once more to be combined."""
+        if not buckets:
+            self._sum_sequence_ranks(grads)
+        ranks, model = ranks_of(self.parallel.workers.group), self.parallel.model
+        exchange, tied = self._exchanges[ranks], self._tied
+        present_W = self._deciders[ranks].present([grad.detach() for _, grad in grads], model)
+        alone = [(i, grad.detach()) for i, grad in grads if not buckets or i in tied]
+        counted = [grad for i, grad in alone if self._params.infos[i].counted]
+        gram_SWW = exchange.gram(counted, dtypes, self._params.device)
+        pending = []
+        for bucket in buckets:
+            pending.append(exchange.send(bucket, tuple(s for s in bucket.spans if s.param not in tied)))
+            gram_SWW += pending[-1].gram()
+            pending[-1].suspend()
+        self._backward.decision = (exchange.decide(gram_SWW, present_W, key, model), present_W)
+        return pending
+
+    def _sum_sequence_ranks(self, grads: Grads) -> None:
+        """Sum gradients over the sequence ranks of a replica, in place, where DeepSpeed would not."""
+        sequence = self.parallel.sequence
+        if not self.parallel.sum_sequence_ranks or sequence is None:
+            return
+        self._backward.sequence_summed = True
+        waiting: list[Tensor] = []
+        for grad in [*(grad.detach() for _, grad in grads), None]:
+            size = sum(other.nbytes for other in waiting)
+            if waiting and (grad is None or grad.dtype != waiting[0].dtype or size >= self.config.tile_bytes):
+                flat_N = torch.cat([other.reshape(-1) for other in waiting])
+                sequence.all_reduce(flat_N)
+                for other, part in zip(waiting, flat_N.split([o.numel() for o in waiting]), strict=True):
+                    other.copy_(part.view_as(other))
+                waiting = []
+            if grad is not None:
+                waiting.append(grad)
+
+    def _keep(self, grads: Grads, *, last: bool) -> None:
+        """Before anything happens to gradients: extrapolation goes by the worker's own."""
+        if self._weights is not None:
+            # What data ranks with the same expert have in common is the mean of theirs.
+            shares = [self._params.infos[i].weight_sum for i, _ in grads]
+            parts = [g if share == 1.0 else g * share for (_, g), share in zip(grads, shares, strict=True)]
+            self._weights.keep_gradients([i for i, _ in grads], parts, last=last)
+
+    def _combine(self, bucket: Bucket, key: RngKey) -> None:
+        """The three ways of a bucket."""
+        combined = self._backward.combined
+        spans = tuple(span for span in bucket.spans if span.param not in combined)
+        if self.transport is Transport.STOCK:
+            bucket.replay()
+        elif self.transport is Transport.WEIGHTED:
+            flat_N = bucket.load()
+            self._weigh(flat_N, spans, bucket.workers, key)
+            for span in bucket.spans if bucket.workers.rank != 0 else ():
+                if span.param in combined:
+                    span.of(flat_N).zero_()  # it is there already, and survives the sum
+            bucket.sum(flat_N)
+            bucket.store(flat_N)
+        else:
+            self._exchange(bucket, spans, key)
+
+    def _weigh(self, flat_N: Tensor, spans: tuple[ParamSpan, ...], workers: WorkerGroup, key: RngKey) -> None:
+        """Multiply this worker's gradients by its weights; communicates only for `nonfinite: "drop"`."""
+        ranks = ranks_of(workers.group)
+        decider = self._deciders[ranks]
+        present_W = decider.present([span.of(flat_N) for span in spans], workers.decision_group)
+        decision = decider.decide(spans, present_W, key)
+        lengths = [span.length if self._params.infos[span.param].counted else 0 for span in spans]
+        one_row = len(decision.weights_SW) == 1
         elements_S = (
             float(sum(lengths)) if one_row else to_device(torch.tensor(lengths).double(), flat_N.device)
         )
-        self._steps.record.add_verdict(verdict, elements_S, present_W)
-        if one_row and self.block.nonfinite == "propagate":
-            weight = float(self._draw()[0, self.workers.number]) * self._own_share
-            for begin, run in _runs(spans):
-                flat_N.narrow(0, begin, sum(span.length for span in run)).mul_(weight)
-            return
-        weights_S = verdict.weights_SW[:, self.workers.number].float() * self._own_share
-        first = 0
-        for begin, run in _runs(spans):
-            own_S = weights_S if one_row else weights_S[first : first + len(run)]
-            self._weigh_run(flat_N.narrow(0, begin, sum(span.length for span in run)), run, own_S)
-            first += len(run)
+        self._sums.add_decision(decision, elements_S, present_W)
+        share = self._exchanges[ranks].weight_sum / workers.replicas_per_worker  # of a rank in its worker
+        weights_S: Tensor | float = decision.weights_SW[:, workers.number].float() * share
+        if one_row and self.config.nonfinite == "propagate":
+            weights_S = float(decider.draw(key)[0, workers.number]) * share
+        multiply(flat_N, spans, weights_S, self.config.tile_bytes)
 
-    def _weigh_run(self, flat_N: Tensor, run: Sequence[ParamSpan], weights_S: Tensor) -> None:
-        begin = 0
-        for chunk in flat_N.split(self.block.tile_bytes // 8):
-            segments = Segments([0], [chunk.numel()], 1, flat_N.device)
-            if len(weights_S) > 1:
-                segments = _window([span.length for span in run], begin, chunk.numel(), flat_N.device)
-            chunk.copy_(chunk.float().mul_(segments.expand(weights_S[None])[0]))
-            begin += chunk.numel()
-
-    def exchange(
-        self,
-        flat_N: Tensor,
-        spans: tuple[ParamSpan, ...],
-        pieces: Callable[[], Sequence[Piece]],
-        wire: CommDtypes,
-        outputs: Sequence[Tensor] = (),
-        *,
-        whole: bool = False,
-    ) -> None:
-        """Replace the bucket's owned slices by the combination of all workers' gradients.
-
-        Args:
-            flat_N: the bucket.
-            spans: the gradients in it that these workers reduce.
-            pieces: tells who owns what of them; asked once for every composition of a bucket.
-            wire: the dtypes in which numbers travel.
-            outputs: if there are any, what the combined gradients of owned pieces are added to, in order.
-            whole: bring the combination of all pieces to every rank, not only to their owners.
-        """
-        known: MixingDecision | None = None
-        if self._for_model is not None:
-            known, present_W = self._for_model
+    def _exchange(self, bucket: Bucket, spans: tuple[ParamSpan, ...], key: RngKey) -> None:
+        ranks, group = ranks_of(bucket.workers.group), bucket.workers.decision_group
+        exchange, decider = self._exchanges[ranks], self._deciders[ranks]
+        outputs = []
+        done = [span for span in bucket.spans if span.param in self._backward.combined]
+        for start, output in bucket.outputs:
+            if any(span.start <= start < span.start + span.length for span in done):
+                output.add_(bucket.load().narrow(0, start, output.numel()).to(output.dtype))
+            else:
+                outputs.append(output)
+        pending = exchange.send(bucket, spans)
+        if self._backward.decision is not None:
+            decision, present_W = self._backward.decision
         else:
-            present_W = self._present([span.of(flat_N) for span in spans], self.workers.decision_group)
-            if not self.block.mixing.needs_gram:
-                known = self._known(spans, present_W)
-        plan = self._plan(spans, pieces, wire, flat_N.device, whole)
-        last_tile = self._last_tiles.pop(spans, None)
-        self._exchange.combine(flat_N, plan, wire, self.moment, present_W, known, outputs, last_tile)
+            present_W = decider.present([span.of(pending.flat_N) for span in spans], group)
+            if self.config.mixing.needs_gram:
+                decision = exchange.decide(pending.gram(), present_W, key, group)
+            else:
+                decision = decider.decide(spans, present_W, key)
+        pending.combine(decision, present_W, outputs)
 
-    def gather_whole(
-        self,
-        flat_N: Tensor,
-        spans: tuple[ParamSpan, ...],
-        pieces: Callable[[], Sequence[Piece]],
-        wire: CommDtypes,
-    ) -> Tensor:
-        """Send a bucket's gradients, for a decision for the model: Gram matrix of this rank's share.
+    def end_backward(self, *, last: bool, gradient_scale: float) -> None:
+        """All gradients of a backward pass are reduced; all ranks must have come to it."""
+        self.check((), "end of the backward pass")
+        self._backward = Backward()
+        if self._weights is not None:
+            self._weights.end_backward(last=last, gradient_scale=gradient_scale)
 
-        An `exchange` of this bucket, whole and as it is then, has to follow.
-        """
-        plan = self._plan(spans, pieces, wire, flat_N.device, True)
-        gram_SWW, self._last_tiles[spans] = self._exchange.gather(flat_N, plan, wire)
-        return gram_SWW
+    # --- one step ---
 
-    def _plan(
-        self,
-        spans: tuple[ParamSpan, ...],
-        pieces: Callable[[], Sequence[Piece]],
-        wire: CommDtypes,
-        device: torch.device,
-        whole: bool,
-    ) -> ExchangePlan:
-        key = (wire, whole, spans)
-        plan = self._plans.pop(key, None)
-        if plan is None:
-            counted = [self._parameters[span.parameter].counts for span in spans]
-            plan = self._exchange.plan(pieces(), wire, device, counted=counted, whole=whole)
-        self._plans[key] = plan
-        if len(self._plans) > _PLANS_KEPT:
-            self._plans.popitem(last=False)
-        return plan
+    def pre_step(self, step: int) -> bool:
+        """The optimizer is about to step: whether it has to skip, because no worker agreed."""
+        self.check((), "optimizer step")
+        if self.transport is Transport.STOCK:
+            return False
+        self.stats = self._sums.read(self.parallel, scaled=self.config.scaling is not None)
+        drops = self.stats.get("dropped_workers", 0.0)
+        if drops > 0 and self.parallel.model.is_first:
+            logger.warning(
+                f"ds_gradmix: step {step + 1}: left a worker out of {drops:.0f} reduction(s), because "
+                "its gradient was not finite"
+            )
+        return self.stats.get("skipped", 0.0) > 0
 
-    @property
-    def awaits_the_model(self) -> bool:
-        """Whether the buckets to come need a decision for the whole model, which is not yet made."""
-        return self.block.decides_for_model and self._for_model is None
+    def post_step(self, *, taken: bool) -> None:
+        """The optimizer has taken the step, or left it out."""
+        if self.momentum is not None:
+            (self.momentum.commit if taken else self.momentum.discard)()
+        if self.stats:
+            self.stats = {**self.stats, "skipped": float(not taken)}
+        if self._weights is not None:
+            self._weights.post_step(keep=taken and self.stats.get("dropped_workers", 0.0) == 0)
 
-    def decide_for_model(
-        self,
-        grads: Sequence[tuple[int, Tensor]],
-        alone: Sequence[tuple[int, Tensor]],
-        wire: CommDtypes,
-        model: RankGroup,
-        device: torch.device,
-        gather: Callable[[], Sequence[Tensor]] | None = None,
-    ) -> None:
-        """Scope `"model"`: decide once, from all gradients of the step, for all buckets that follow.
-
-        Args:
-            grads: of every parameter with one, its position and gradient.
-            alone: those that are sent for the decision, and once more to be combined.
-            wire: the dtypes in which numbers travel.
-            model: all ranks with a part of the model, which must decide alike.
-            device: where gradients are.
-            gather: calls `gather_whole` for the others, and tells what it returned.
-        """
-        present_W = self._present([grad for _, grad in grads], model)
-        counted = [grad for index, grad in alone if self._parameters[index].counts]
-        gram_SWW = self._exchange.gram(counted, wire, device)
-        for bucket_SWW in gather() if gather is not None else ():
-            gram_SWW += bucket_SWW
-        self._for_model = (self._exchange.decide(gram_SWW, self.moment, present_W, model), present_W)
-
-    def end_backward(self) -> None:
-        """All gradients of a backward pass are reduced: the next one decides for the model anew."""
-        self._for_model = None
-
-    def _present(self, grads: Sequence[Tensor], circle: RankGroup) -> Tensor:
-        """Which workers count, `[W]`; what is not finite in this one's gradients is zeroed if it does not.
-
-        Gradients that ranks of the circle hold of one worker are parts of it: one bad part is enough.
-        """
-        if self.block.nonfinite == "propagate":
-            return self._everyone_W
-        finite = self._everyone_W[0].double()
-        for grad in grads:
-            largest = torch.linalg.vector_norm(grad, float("inf")) if grad.numel() else grad.new_zeros(())
-            finite = finite * largest.isfinite()
-            grad.nan_to_num_(0.0, 0.0, 0.0)
-        bad_W = torch.zeros_like(self._everyone_W, dtype=torch.float64)
-        bad_W[self.workers.number] = 1.0 - finite
-        circle.all_reduce(bad_W)  # whole numbers: exact, so the same on every rank
-        return bad_W == 0
-
-    def _known(self, spans: Sequence[ParamSpan], present_W: Tensor) -> MixingDecision:
-        weights_RW = self._draw()
-        if len(weights_RW) > 1:
-            weights_RW = weights_RW[[self._parameters[span.parameter].draw for span in spans]]
-        return decide_without_gradients(torch.from_numpy(weights_RW), present_W)
-
-    def _draw(self) -> npt.NDArray[np.float64]:
-        """The step's weights, drawn once, for all parameters."""
-        if self._drawn is None or self._drawn[0] != self._steps.step:
-            rule = self.block.mixing
-            assert isinstance(rule, GradientFreeMixing)
-            drawn = rule.weights(self.moment, self.workers.size, self._num_draws)
-            self._drawn = (self._steps.step, drawn)
-        return self._drawn[1]
+    def load(self, saved: dict[str, Any] | None, why: str) -> None:
+        """Take over a checkpoint's state of the rules, or start afresh with one warning; `why` it has none."""
+        warning = self.state.load(saved, why)
+        if warning and self.parallel.model.is_first:
+            logger.warning(f"ds_gradmix: {warning}")
 
 
-def _runs(spans: Sequence[ParamSpan]) -> Iterator[tuple[int, list[ParamSpan]]]:
-    """Spans without a gap between them: where they begin, and which they are."""
-    run: list[ParamSpan] = []
-    for span in spans:
-        if run and run[-1].start + run[-1].length != span.start:
-            yield run[0].start, run
-            run = []
-        run.append(span)
-    if run:
-        yield run[0].start, run
-
-
-def _window(lengths: Sequence[int], begin: int, length: int, device: torch.device) -> Segments:
-    """Segments of the columns `[begin, begin + length)` of parameters of the given lengths."""
-    runs: list[int] = []
-    place = 0
-    for size in lengths:
-        runs.append(max(min(place + size, begin + length) - max(place, begin), 0))
-        place += size
-    return Segments(list(range(len(lengths))), runs, len(lengths), device)
+def _momentum_of(config: GradmixConfig, workers: WorkerGroup, params: ParamTable) -> FactorMomentum | None:
+    rule = config.scaling
+    if rule is None or rule.factor_momentum == 0 or workers.size == 1:
+        return None
+    return FactorMomentum(rule.factor_momentum, rule.idle_factor, params.partition_sizes, params.device)

@@ -1,89 +1,103 @@
-"""What of the rules a checkpoint holds: a scaling rule's running mean, and the gradient a worker looks ahead
-by.
-"""
+"""What a checkpoint holds of the rules: momentum of a scaling rule's factors, and a worker's past gradient."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic import BaseModel
 
 from ds_gradmix.config import GradmixConfig
 from ds_gradmix.exchange.factor_momentum import FactorMomentum
-from ds_gradmix.weights.extrapolated import ExtrapolatedWeights
 
-KEY = "gradmix"
+CHECKPOINT_KEY = "gradmix"
 
 
-def save(
-    block: GradmixConfig, smoothing: FactorMomentum | None, lookahead: ExtrapolatedWeights | None, layout: int
-) -> dict[str, Any]:
-    """This rank's part. Draws need no state: they are keyed by DeepSpeed's own step count.
+class SavedWeights(Protocol):
+    """The extrapolated weights, as far as a checkpoint is concerned."""
 
-    `layout` stands for where parameters lie in the partitions, which all state depends on.
+    def forget(self) -> None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, saved: dict[str, Any]) -> bool: ...
+
+
+class RuleState:
+    """This rank's state of the rules. Random draws need none: they are keyed by DeepSpeed's own step count.
+
+    Args:
+        config: the rules.
+        momentum: of a scaling rule's factors, if any.
+        weights: the extrapolated weights, if any.
+        layout: a fingerprint of where parameters lie in the partitions, which all state depends on.
     """
-    return {
-        "scaling": _name(block.scaling),
-        "extrapolation": _name(block.extrapolation),
-        "layout": layout,
-        "smoothing": smoothing.state_dict() if smoothing else None,
-        "lookahead": lookahead.state_dict() if lookahead else None,
-    }
 
+    def __init__(
+        self,
+        config: GradmixConfig,
+        momentum: FactorMomentum | None,
+        weights: SavedWeights | None,
+        layout: int,
+    ) -> None:
+        self.loads = 0  # checkpoints loaded with optimizer states
+        self._scaling = _name(config.scaling)
+        self._extrapolation = _name(config.extrapolation)
+        self._momentum = momentum
+        self._weights = weights
+        self._layout = layout
 
-def load(
-    block: GradmixConfig,
-    smoothing: FactorMomentum | None,
-    lookahead: ExtrapolatedWeights | None,
-    saved: dict[str, Any] | None,
-    layout: int,
-    why: str,
-) -> str | None:
-    """Take over a saved state where it fits, and start afresh where not; what to warn of.
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's part of a checkpoint."""
+        return {
+            "scaling": self._scaling,
+            "extrapolation": self._extrapolation,
+            "layout": self._layout,
+            "momentum": self._momentum.state_dict() if self._momentum else None,
+            "weights": self._weights.state_dict() if self._weights else None,
+        }
 
-    `mixing` may change between runs, since no mixing rule has state. `why` tells why `saved` is None.
-    """
-    if smoothing is not None:
-        smoothing.reset()
-    if lookahead is not None:
-        lookahead.forget()
-    if saved is None:
-        return _afresh(why)
-    if saved["layout"] != layout:
-        return _afresh("it is of another partitioning")
-    told = [_load_smoothing(block, smoothing, saved), _load_lookahead(block, lookahead, saved)]
-    return _afresh("; ".join(reasons)) if (reasons := [reason for reason in told if reason]) else None
+    def load(self, saved: dict[str, Any] | None, why: str) -> str | None:
+        """Take over a saved state where it fits, and start afresh where it does not.
 
+        `mixing` may change between runs, since no mixing rule has state.
 
-def _load_smoothing(
-    block: GradmixConfig, smoothing: FactorMomentum | None, saved: dict[str, Any]
-) -> str | None:
-    scaling = _name(block.scaling)
-    if saved["scaling"] != scaling:
-        return f"it was made with scaling {saved['scaling']}, not {scaling}"
-    if smoothing is None:
-        return (
-            None if saved["smoothing"] is None else f"its momentum of {scaling} is dropped, which is off now"
-        )
-    if saved["smoothing"] is None:
-        return f"it holds no momentum of {scaling}"
-    fits = smoothing.load_state_dict(saved["smoothing"])
-    return None if fits else f"its momentum of {scaling} is of another partitioning"
+        Args:
+            saved: what `state_dict` returned, or None.
+            why: the reason, if it is None.
 
-
-def _load_lookahead(
-    block: GradmixConfig, lookahead: ExtrapolatedWeights | None, saved: dict[str, Any]
-) -> str | None:
-    extrapolation = _name(block.extrapolation)
-    if saved["extrapolation"] != extrapolation:
-        return f"it was made with extrapolation {saved['extrapolation']}, not {extrapolation}"
-    if lookahead is None or lookahead.load_state_dict(saved["lookahead"]):
+        Returns:
+            What to warn of, or None.
+        """
+        self.loads += 1
+        if self._momentum is not None:
+            self._momentum.reset()
+        if self._weights is not None:
+            self._weights.forget()
+        reasons: list[str | None] = [why]
+        if saved is not None and saved["layout"] != self._layout:
+            reasons = ["it is of another partitioning"]
+        elif saved is not None:
+            reasons = [self._load_momentum(saved), self._load_weights(saved)]
+        if found := "; ".join(reason for reason in reasons if reason):
+            return f"the checkpoint has not all state of these rules ({found}); what it has not starts afresh"
         return None
-    return "its past gradients are of another partitioning, or of workers of another size"
 
+    def _load_momentum(self, saved: dict[str, Any]) -> str | None:
+        if saved["scaling"] != self._scaling:
+            return f"it was made with scaling {saved['scaling']}, not {self._scaling}"
+        if self._momentum is None and saved["momentum"] is None:
+            return None
+        if self._momentum is None:
+            return f"its momentum of {self._scaling} is dropped, which is off now"
+        if saved["momentum"] is None:
+            return f"it holds no momentum of {self._scaling}"
+        fits = self._momentum.load_state_dict(saved["momentum"])
+        return None if fits else f"its momentum of {self._scaling} is of another partitioning"
 
-def _afresh(why: str) -> str:
-    return f"the checkpoint has not all state of these rules ({why}); what it has not starts afresh from here"
+    def _load_weights(self, saved: dict[str, Any]) -> str | None:
+        if saved["extrapolation"] != self._extrapolation:
+            return f"it was made with extrapolation {saved['extrapolation']}, not {self._extrapolation}"
+        if self._weights is None or self._weights.load_state_dict(saved["weights"]):
+            return None
+        return "its past gradients are of another partitioning, or of workers of another size"
 
 
 def _name(rule: BaseModel | None) -> str:

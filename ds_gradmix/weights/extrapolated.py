@@ -74,15 +74,15 @@ class ExtrapolatedWeights:
         key: tuple[int, int],
         *,
         accumulates: bool,
-        division: ShardInfo | None = None,
-        team: WorkerLevels | None = None,
+        shards: ShardInfo | None = None,
+        levels: WorkerLevels | None = None,
     ) -> None:
         self.rule = rule
         self.state = State.EMPTY
         self._flats = list(flats)
         self._places = list(places)
-        self._division = division
-        self._team = team
+        self._division = shards
+        self._team = levels
         # Of each group, in the order of memory: where a parameter begins, its elements, and which it is.
         self._order: list[list[tuple[int, int, int]]] = [[] for _ in flats]
         for i, (group, begin, size) in sorted(enumerate(places), key=lambda place: place[1][1]):
@@ -100,7 +100,7 @@ class ExtrapolatedWeights:
 
     # --- moving ---
 
-    def go_ahead(self, step: int, learning_rates: Sequence[float]) -> None:
+    def extrapolate(self, step: int, learning_rates: Sequence[float]) -> None:
         """Training is about to use the parameters.
 
         Nothing happens once the step's gradients are reduced, or while they are: then parameters hold theta.
@@ -116,7 +116,7 @@ class ExtrapolatedWeights:
                     self._shift(group, step, rate, norms[group])
             self.state = State.AHEAD
 
-    def leave(self) -> None:
+    def set_aside(self) -> None:
         """Something other than training is about to see the parameters."""
         self.recover()
         if self.state is State.AHEAD:
@@ -141,9 +141,16 @@ class ExtrapolatedWeights:
         for total in self._sums:
             total.zero_()
 
-    def end_step(self) -> None:
+    def post_step(self, *, keep: bool) -> None:
         """The optimizer has taken the step: parameters are new, and may be moved."""
         self._reduced = False
+        if not keep:
+            self.drop()
+
+    def undo(self) -> None:
+        """Drop the offset."""
+        if self.state in (State.AHEAD, State.ASIDE):
+            self.drop()
 
     def _begin(self, state: State) -> None:
         self.state = state
@@ -219,7 +226,7 @@ class ExtrapolatedWeights:
 
     # --- gradients ---
 
-    def capture(self, indices: Sequence[int], parts: Sequence[Tensor], *, boundary: bool) -> None:
+    def keep_gradients(self, indices: Sequence[int], parts: Sequence[Tensor], *, last: bool) -> None:
         """These parameters' gradients are about to be reduced, and nothing of this step needs the parameters.
 
         Args:
@@ -230,12 +237,12 @@ class ExtrapolatedWeights:
         if not indices:
             return
         with torch.no_grad():
-            if not boundary and self.rule.needs_gradient and not self._sums:  # boundaries set by hand
+            if not last and self.rule.needs_gradient and not self._sums:  # boundaries set by hand
                 self._sums = [torch.zeros_like(flat) for flat in self._flats]
             if self._sums:
                 self._collecting = True
                 multi_tensor.axpby_(1.0, parts, 1.0, self._views(self._sums, indices))
-            if not boundary:
+            if not last:
                 return
             if self.state is State.AHEAD:
                 torch._foreach_copy_(self._views(self._flats, indices), self._views(self._kept, indices))
@@ -243,9 +250,9 @@ class ExtrapolatedWeights:
                 torch._foreach_copy_(self._views(self._kept, indices), list(parts))
             self._captured.update(indices)
 
-    def end_backward(self, *, boundary: bool, gradient_scale: float) -> None:
+    def end_backward(self, *, last: bool, gradient_scale: float) -> None:
         """All gradients of a backward pass are reduced."""
-        if not boundary:
+        if not last:
             self._captured.clear()
             return
         self._give_back()
@@ -283,7 +290,7 @@ class ExtrapolatedWeights:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs; the parameters hold theta afterwards."""
-        self.leave()
+        self.set_aside()
         buffers = self._kept if self.rule.needs_gradient and self.state is not State.EMPTY else []
         return {
             "state": self.state.value,

@@ -1,0 +1,80 @@
+"""What an engine's adapter is given, and the reduction that it builds from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ds_gradmix.comm.workers import ParallelGroups
+from ds_gradmix.config import GradmixConfig
+from ds_gradmix.engines.parallel_groups import Named, params_of, shard_info
+from ds_gradmix.exchange.bucket import ParamTable
+from ds_gradmix.exchange.reducer import GradientReducer
+from ds_gradmix.rules import RngKey
+from ds_gradmix.weights.extrapolated import ExtrapolatedWeights
+
+
+class EngineContext(NamedTuple):
+    """An engine, as its adapter sees it."""
+
+    config: GradmixConfig
+    parallel: ParallelGroups
+    step: Callable[[], int]  # optimizer steps taken so far, skipped ones included
+    report: Callable[[Mapping[str, float]], None]  # is given the statistics of each step
+    sums_gradients: bool  # gradient_allreduce_op "sum"
+
+    @property
+    def key(self) -> RngKey:
+        """Of this step's random draws."""
+        return RngKey(self.config.seed, self.step())
+
+
+class ParamMemory(NamedTuple):
+    """Where an optimizer's parameters lie: the flat tensors, and of every parameter its flat tensor, where it
+    begins in that, and its elements.
+    """
+
+    flats: Sequence[Tensor]
+    places: Sequence[tuple[int, int, int]]
+
+
+def build_reducer(
+    context: EngineContext,
+    named: Named,
+    memory: ParamMemory,
+    layout: int,
+    *,
+    partition_sizes: Sequence[int] = (),
+    accumulates: bool = False,
+) -> tuple[GradientReducer, ExtrapolatedWeights | None]:
+    """The reduction of an engine's gradients, and its extrapolated weights if the rules have any.
+
+    Args:
+        context: of the engine.
+        named: the optimizer's parameters, which are known by their position here.
+        memory: where they lie.
+        layout: a fingerprint of where they lie in the partitions.
+        partition_sizes: elements that this rank owns in each of the optimizer's parameter groups.
+        accumulates: whether gradients of one step come in several reductions.
+    """
+    config, parallel = context.config, context.parallel
+    device = named[0][1].device if named else torch.device("cpu")
+    positions = {id(p): i for i, (_, p) in enumerate(named)}
+    tied = [(positions[id(p)], copies) for p, copies in parallel.tied if id(p) in positions]
+    params = ParamTable(params_of(parallel, named), device, layout, partition_sizes, tied)
+    weights = None
+    if config.extrapolation is not None:
+        weights = ExtrapolatedWeights(
+            config.extrapolation,
+            memory.flats,
+            memory.places,
+            (config.seed, parallel.workers.number),
+            accumulates=accumulates,
+            shards=shard_info(parallel, named),
+            levels=parallel.workers.levels,
+        )
+    weight_sum = float(parallel.workers.num_replicas) if context.sums_gradients else 1.0
+    return GradientReducer(config, parallel, params, weight_sum, weights), weights

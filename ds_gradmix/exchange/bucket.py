@@ -1,0 +1,109 @@
+"""What the reduction works on, as one value: a bucket of gradients that DeepSpeed was about to reduce."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ds_gradmix.comm.groups import TiedParameter
+from ds_gradmix.comm.workers import WorkerGroup
+from ds_gradmix.exchange.plan import Piece
+
+
+class ParamSpan(NamedTuple):
+    """Where a parameter's gradient lies in a bucket."""
+
+    param: int  # position among the optimizer's parameters
+    start: int
+    length: int
+
+    def of(self, flat_N: Tensor) -> Tensor:
+        """The gradient, as a view."""
+        return flat_N.narrow(0, self.start, self.length)
+
+
+class ParamInfo(NamedTuple):
+    """What the rules need to know of a parameter."""
+
+    name: str
+    draw: int  # which of the draws by parameter is its own: the same wherever in the model it lies
+    counted: bool = True  # whether this rank adds it to inner products; of replicas exactly one does
+    partitioned: bool = False  # whether tensor-parallel ranks hold different parts of it
+    weight_sum: float = 1.0  # what its workers' weights sum to, relative to the other parameters
+
+
+class ParamTable(NamedTuple):
+    """The parameters of an optimizer, known by their position."""
+
+    infos: Sequence[ParamInfo]
+    device: torch.device
+    layout: int  # a fingerprint of where parameters lie, which all saved state depends on
+    partition_sizes: Sequence[int] = ()  # elements this rank owns in each of the optimizer's groups
+    tied: Sequence[tuple[int, TiedParameter]] = ()  # that several pipeline stages keep
+
+
+class CommDtypes(NamedTuple):
+    """The dtypes in which numbers travel."""
+
+    gradient: torch.dtype  # to the ranks that combine them
+    result: torch.dtype  # from these to the owners
+
+    @property
+    def num_bytes(self) -> int:
+        """What an element takes in the staging buffers of a tile, sent and received."""
+        return 2 * self.gradient.itemsize + (self.result.itemsize if self.result != self.gradient else 0)
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Gradients that one group of workers reduces together.
+
+    Args:
+        tensors: the memory that holds them, one tensor after the other.
+        spans: where in it each parameter's gradient lies.
+        workers: who reduces them.
+        dtypes: in which they travel.
+        replay: DeepSpeed's own reduction of them.
+        sum: sums them over the workers, flat as `load` gave them, where weights replace averaging.
+        pieces: tells, for some of the spans, which rank owns which part; None where every rank needs all of
+            the result.
+        outputs: what owned parts of the result are also added to, by their start in the bucket.
+    """
+
+    tensors: Sequence[Tensor]
+    spans: tuple[ParamSpan, ...]
+    workers: WorkerGroup
+    dtypes: CommDtypes
+    replay: Callable[[], object]
+    sum: Callable[[Tensor], object]
+    pieces: Callable[[Sequence[ParamSpan]], Sequence[Piece]] | None = None
+    outputs: Sequence[tuple[int, Tensor]] = ()
+
+    def load(self) -> Tensor:
+        """The gradients as one flat tensor: a view where they are one, a copy where they are several."""
+        if len(self.tensors) == 1:
+            return self.tensors[0].reshape(-1)
+        return torch.cat([tensor.reshape(-1) for tensor in self.tensors])
+
+    def store(self, flat_N: Tensor) -> None:
+        """Bring a flat tensor that `load` gave back to where the gradients are."""
+        if flat_N.data_ptr() == self.tensors[0].data_ptr():
+            return
+        parts = flat_N.split([tensor.numel() for tensor in self.tensors])
+        for tensor, part in zip(self.tensors, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def runs_of(spans: Sequence[ParamSpan]) -> Iterator[tuple[int, int, list[ParamSpan]]]:
+    """Runs of spans without a gap between them: start, length, and the spans."""
+    run: list[ParamSpan] = []
+    for span in [*spans, None]:
+        if run and (span is None or run[-1].start + run[-1].length != span.start):
+            yield run[0].start, sum(other.length for other in run), run
+            run = []
+        if span is not None:
+            run.append(span)
