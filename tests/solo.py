@@ -15,22 +15,25 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ds_gradmix.comm.workers import WorkerGroup, WorkerLevels
+from ds_gradmix.comm.workers import ParallelGroups, WorkerGroup, WorkerLevels
 from ds_gradmix.config import parse_block
-from ds_gradmix.exchange.plan import Piece, share_evenly
-from ds_gradmix.exchange.reducer import ParamSpan, Reduction, parameters_of
-from ds_gradmix.exchange.steps import Steps
-from ds_gradmix.exchange.tiled_buffer import CommDtypes
+from ds_gradmix.exchange.bucket import Bucket, CommDtypes, ParamInfo, ParamSpan, ParamTable
+from ds_gradmix.exchange.plan import Piece
+from ds_gradmix.exchange.reducer import GradientReducer
+from ds_gradmix.rules import RngKey
 
 
 class SoloWorkers(WorkerGroup):
     """Rank 0 of `size`, of which `per_worker` make one worker, alone."""
 
     def __init__(self, size: int, per_worker: int = 1) -> None:
-        self.num_ranks, self.rank, self.team = size, 0, None
-        self.decision_group = self
+        self.group = None
+        self.ranks = tuple(range(size))
+        self.num_ranks, self.rank = size, 0
+        levels = None
         if per_worker > 1:
-            self.team = WorkerLevels(SoloWorkers(per_worker), SoloWorkers(size // per_worker), per_worker)
+            levels = WorkerLevels(SoloWorkers(per_worker), SoloWorkers(size // per_worker), per_worker)
+        self._split(levels, None)
 
     def all_to_all(self, out: Tensor, sent: Tensor, out_sizes: list[int], sent_sizes: list[int]) -> None:
         assert out.numel() == sum(out_sizes) and sent.numel() == sum(sent_sizes)
@@ -40,13 +43,13 @@ class SoloWorkers(WorkerGroup):
             part.copy_(sent[: part.numel()] if sent.numel() >= part.numel() else torch.ones_like(part))
             begin += size
 
-    def reduce_to_first(self, values: Tensor) -> None:
+    def reduce(self, values: Tensor) -> None:
         pass
 
-    def broadcast_from_first(self, values: Tensor) -> None:
+    def broadcast(self, values: Tensor) -> None:
         pass
 
-    def sum(self, values: Tensor) -> None:
+    def all_reduce(self, values: Tensor) -> None:
         pass
 
     def all_gather(self, out: Tensor, sent: Tensor) -> None:
@@ -57,6 +60,32 @@ def spans_of(lengths: list[int]) -> tuple[ParamSpan, ...]:
     """Gradients that lie one after the other in a bucket."""
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
     return tuple(ParamSpan(i, start, n) for i, (start, n) in enumerate(zip(starts, lengths, strict=True)))
+
+
+class NoCheck:
+    """Ranks that are always at the same point."""
+
+    def check_equal(self, *_: Any) -> None:
+        pass
+
+
+def reducer_of(
+    block: dict[str, Any], workers: WorkerGroup, num_params: int, partition: int, model: Any = None
+) -> GradientReducer:
+    """The reduction of gradients over workers that are all there is; this rank owns `partition` elements."""
+    infos = [ParamInfo(f"p{i}", i) for i in range(num_params)]
+    parallel = ParallelGroups(workers, model or workers, NoCheck(), None, None, False, {}, (), False)  # type: ignore[arg-type]
+    params = ParamTable(infos, torch.device("cpu"), 0, [partition])
+    return GradientReducer(parse_block(block), parallel, params)
+
+
+def bucket_of(
+    flat_N: Tensor, spans: tuple[ParamSpan, ...], workers: WorkerGroup, pieces: list[Piece] | None
+) -> Bucket:
+    """A bucket with owners, or without."""
+    owners = None if pieces is None else lambda _: pieces
+    dtypes = CommDtypes(flat_N.dtype, flat_N.dtype)
+    return Bucket([flat_N], spans, workers, dtypes, lambda: None, lambda _: None, owners)
 
 
 def reduce_bucket(
@@ -70,12 +99,13 @@ def reduce_bucket(
     per_worker: int = 1,
 ) -> None:
     """One reduction of a bucket, within the context manager `around`; a first one plans and allocates."""
-    pieces, start, homes = [], 0, [0] * size
-    for parameter, (length, owner) in enumerate(zip(lengths, owners, strict=True)):
-        pieces.append(Piece(start, length, owner, parameter, 0, homes[owner]))
-        start, homes[owner] = start + length, homes[owner] + length
+    pieces, start, offsets = [], 0, [0] * size
+    for param, (length, owner) in enumerate(zip(lengths, owners, strict=True)):
+        pieces.append(Piece(start, length, owner, param, 0, offsets[owner]))
+        start, offsets[owner] = start + length, offsets[owner] + length
     workers = SoloWorkers(size, per_worker)
-    _reduce(block, spans_of(lengths), pieces, flat_N, workers, 1 + warm_up, around, whole=False)
+    reducer = reducer_of(block, workers, len(lengths), offsets[0])
+    _reduce(reducer, bucket_of(flat_N, spans_of(lengths), workers, pieces), 1 + warm_up, around)
 
 
 def share_bucket(
@@ -87,33 +117,15 @@ def share_bucket(
     per_worker: int = 1,
 ) -> None:
     """The same where nobody owns the bucket, and every rank is to have all of the result."""
-    spans = spans_of(lengths)
-    pieces = share_evenly([(span.start, span.length) for span in spans], size, 0)
-    _reduce(block, spans, pieces, flat_N, SoloWorkers(size, per_worker), 2, around, whole=True)
+    workers = SoloWorkers(size, per_worker)
+    reducer = reducer_of(block, workers, len(lengths), 0)
+    _reduce(reducer, bucket_of(flat_N, spans_of(lengths), workers, None), 2, around)
 
 
-def _reduce(
-    block: dict[str, Any],
-    spans: tuple[ParamSpan, ...],
-    pieces: list[Piece],
-    flat_N: Tensor,
-    workers: SoloWorkers,
-    times: int,
-    around: Any,
-    whole: bool,
-) -> None:
-    rules = parse_block(block)
-    owned = sum(piece.length for piece in pieces if piece.owner == 0)
-    steps = Steps(rules, workers, workers, [owned], flat_N.device)
-    parameters = parameters_of([str(span.parameter) for span in spans])
-    reduction = Reduction(rules, workers, steps, parameters, flat_N.device)
+def _reduce(reducer: GradientReducer, bucket: Bucket, times: int, around: Any) -> None:
     for final in [False] * (times - 1) + [True]:
         with around if final else nullcontext():
-            if reduction.exchanges:
-                wire = CommDtypes(flat_N.dtype, flat_N.dtype)
-                reduction.exchange(flat_N, spans, lambda: pieces, wire, whole=whole)
-            else:
-                reduction.weigh(flat_N, spans)
+            reducer.reduce(bucket, RngKey(reducer.config.seed, 0), last=True)
 
 
 class NoSynchronisation(TorchDispatchMode):

@@ -318,7 +318,7 @@ def twice() -> None:
     state.clear()
     engine = initialize(model, optimizer, {**GAF, **SMOOTH, **TINY})
     told = steps(engine, case)
-    assert engine.optimizer.gradmix.smoothing.steps == 4
+    assert engine.optimizer.gradmix.momentum.steps == 4
     other = case_of("ZeRO-0", {**GAF, **SMOOTH, **TINY})
     assert equal(told, steps(build(other), other))
 

@@ -12,16 +12,14 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
-from solo import spans_of
+from solo import bucket_of, reducer_of, spans_of
 
 from ds_gradmix import combine
 from ds_gradmix.comm.workers import WorkerGroup
-from ds_gradmix.config import parse_block
-from ds_gradmix.engines.worker_size import find_team
-from ds_gradmix.exchange.plan import Piece, share_evenly
-from ds_gradmix.exchange.reducer import ParamSpan, Reduction, parameters_of
-from ds_gradmix.exchange.steps import Steps
-from ds_gradmix.exchange.tiled_buffer import CommDtypes
+from ds_gradmix.engines.worker_size import find_levels
+from ds_gradmix.exchange.bucket import ParamSpan
+from ds_gradmix.exchange.plan import Piece
+from ds_gradmix.rules import RngKey
 
 GAF = {"mixing": {"type": "GAF", "params": {"threshold": 0.97}}}
 VRGD = {"scaling": {"type": "VRGD"}}
@@ -57,7 +55,7 @@ RUNS = [(crew, dtype) for crew, dtype in product(CREWS, DTYPES) if (crew, dtype)
 def pieces_of(name: str, workers: int) -> list[Piece]:
     lengths, spread = BUCKETS[name]
     rng = random.Random(name)
-    total, start, out, homes = sum(lengths), 0, [], [0] * workers
+    total, start, out, offsets = sum(lengths), 0, [], [0] * workers
     for parameter, length in enumerate(lengths):
         done = 0
         while done < length:
@@ -67,8 +65,8 @@ def pieces_of(name: str, workers: int) -> list[Piece]:
                 size = -(-total // min(spread, workers)) if spread > 1 else total
                 owner = workers - 1 - start // size  # reverse, as backward fills buckets
                 part = min(length - done, size - start % size)
-            out.append(Piece(start, part, owner, parameter, 0, homes[owner]))
-            homes[owner] += part
+            out.append(Piece(start, part, owner, parameter, 0, offsets[owner]))
+            offsets[owner] += part
             start, done = start + part, done + part
     return out
 
@@ -82,8 +80,8 @@ def gradients(name: str, workers: int, dtype: torch.dtype) -> torch.Tensor:
 
 def spans_around(lengths: list[int], left_out: int | None) -> tuple[ParamSpan, ...]:
     """Gradients of a bucket, but for one, whose place stays a gap between the others."""
-    kept = [span for span in spans_of(lengths) if span.parameter != left_out]
-    return tuple(span._replace(parameter=i) for i, span in enumerate(kept))
+    kept = [span for span in spans_of(lengths) if span.param != left_out]
+    return tuple(span._replace(param=i) for i, span in enumerate(kept))
 
 
 def exchange_one(
@@ -91,22 +89,18 @@ def exchange_one(
     block: dict[str, Any],
     flat_N: torch.Tensor,
     spans: tuple[ParamSpan, ...],
-    pieces: list[Piece],
-    whole: bool,
+    pieces: list[Piece] | None,
 ) -> tuple[bool, dict[str, float]]:
-    rules, device = parse_block(block), torch.device("cpu")
-    steps = Steps(rules, workers, workers, [flat_N.numel()], device)
-    steps.step = 3
-    reduction = Reduction(rules, workers, steps, parameters_of([f"p{s.parameter}" for s in spans]), device)
-    reduction.exchange(flat_N, spans, lambda: pieces, CommDtypes(flat_N.dtype, flat_N.dtype), whole=whole)
-    return steps.finish(), dict(steps.numbers)
+    reducer = reducer_of(block, workers, len(spans), flat_N.numel())
+    reducer.reduce(bucket_of(flat_N, spans, workers, pieces), RngKey(reducer.config.seed, 3), last=True)
+    return reducer.pre_step(3), dict(reducer.stats)
 
 
 def exchange_everything(crew: str) -> dict[Any, Any]:
     """On a rank: what it gets for the slices it owns; and the whole bucket, if every rank is to get it."""
     rank, (num_ranks, ranks_per_worker) = torch.distributed.get_rank(), CREWS[crew]
     dtypes = [dtype for own, dtype in RUNS if own == crew]
-    workers = WorkerGroup(None, find_team(torch.distributed.group.WORLD, ranks_per_worker, 1))
+    workers = WorkerGroup(None, find_levels(torch.distributed.group.WORLD, ranks_per_worker, 1))
     out: dict[Any, Any] = {}
     for block_name, name, dtype_name, tile_bytes in product(BLOCKS, BUCKETS, dtypes, TILES):
         block, lengths = {**BLOCKS[block_name], "tile_bytes": tile_bytes}, BUCKETS[name][0]
@@ -115,13 +109,12 @@ def exchange_everything(crew: str) -> dict[Any, Any]:
             own[0] = float("inf")
         key = (block_name, name, dtype_name, tile_bytes)
         pieces, flat = pieces_of(name, num_ranks), own.clone()
-        told = exchange_one(workers, block, flat, spans_of(lengths), pieces, whole=False)
+        told = exchange_one(workers, block, flat, spans_of(lengths), pieces)
         values = {p.start: flat[p.start : p.start + p.length] for p in pieces if p.owner == rank}
         out[key] = values, *told
         for left_out in gaps_of(name, tile_bytes):
             spans, flat = spans_around(lengths, left_out), own.clone()
-            pieces = share_evenly([(span.start, span.length) for span in spans], num_ranks, 0)
-            told = exchange_one(workers, block, flat, spans, pieces, whole=True)
+            told = exchange_one(workers, block, flat, spans, None)
             out[(*key, left_out)] = flat, *told
     return out
 

@@ -208,7 +208,7 @@ def dropping() -> dict[str, Any]:
                 if step == 2 and rank == 1 and name != "skip":
                     x[0, 0] = float("nan")
                 if name == "skip":
-                    mixing = engine.optimizer.gradmix.block.mixing
+                    mixing = engine.optimizer.gradmix.config.mixing
                     object.__setattr__(mixing, "threshold", 0.0 if step == 2 else 2.0)
                     x = x + rank  # or everybody agrees
                 before = weights_of(engine)

@@ -184,7 +184,7 @@ def skipping(case: Case) -> dict[str, Any]:
     scheduler = torch.optim.lr_scheduler.LambdaLR(inner, lambda step: 0.5**step)
     engine.lr_scheduler = scheduler
     checks = getattr(optimizer, "check_grad_overflow", None)
-    object.__setattr__(optimizer.gradmix.block.mixing, "threshold", 2.0)
+    object.__setattr__(optimizer.gradmix.config.mixing, "threshold", 2.0)
     train(engine, case, 0, 1)
 
     def state() -> dict[str, Any]:
@@ -192,17 +192,17 @@ def skipping(case: Case) -> dict[str, Any]:
             "weights": weights_of(engine),
             "lr": scheduler.get_last_lr(),
             "momentum": [s["momentum_buffer"].clone() for s in inner.state.values()],
-            "p": [mean.clone() for mean in optimizer.gradmix.smoothing.state_dict()["means"].values()],
-            "p steps": optimizer.gradmix.smoothing.state_dict()["steps"],
+            "p": [mean.clone() for mean in optimizer.gradmix.momentum.state_dict()["means"].values()],
+            "p steps": optimizer.gradmix.momentum.state_dict()["steps"],
             "scale": getattr(optimizer, "loss_scale", None),
         }
 
     before = state()
-    object.__setattr__(optimizer.gradmix.block.mixing, "threshold", 0.0)
+    object.__setattr__(optimizer.gradmix.config.mixing, "threshold", 0.0)
     during = train(engine, case, 1, 3)
     after = state()
     flags = (getattr(optimizer, "check_grad_overflow", None) == checks, engine.global_steps)
-    object.__setattr__(optimizer.gradmix.block.mixing, "threshold", 2.0)
+    object.__setattr__(optimizer.gradmix.config.mixing, "threshold", 2.0)
     train(engine, case, 3, 4)
     return {"before": before, "after": after, "later": state(), "during": during, "flags": flags}
 

@@ -26,9 +26,9 @@ class RankGroup:
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = group
-        self.num_ranks = dist.get_world_size(group)
+        self.ranks = ranks_of(dist.group.WORLD if group is None else group)
+        self.num_ranks = len(self.ranks)
         self.rank = dist.get_rank(group)
-        self._first = 0 if group is None else dist.get_global_rank(group, 0)
 
     @property
     def is_first(self) -> bool:
@@ -37,11 +37,11 @@ class RankGroup:
 
     def reduce(self, values: Tensor) -> None:
         """Sum over the ranks, on the first only; elsewhere `values` is undefined afterwards."""
-        dist.reduce(values, self._first, group=self.group)
+        dist.reduce(values, self.ranks[0], group=self.group)
 
     def broadcast(self, values: Tensor) -> None:
         """The first rank's values, bit for bit, on every rank."""
-        dist.broadcast(values, self._first, group=self.group)
+        dist.broadcast(values, self.ranks[0], group=self.group)
 
     def all_reduce(self, values: Tensor) -> None:
         """Sum over the ranks, in place."""

@@ -47,6 +47,9 @@ class WorkerGroup(RankGroup):
         decision_group: RankGroup | None = None,
     ) -> None:
         super().__init__(group)
+        self._split(levels, decision_group)
+
+    def _split(self, levels: WorkerLevels | None, decision_group: RankGroup | None) -> None:
         self.levels = levels
         self.intra = levels and levels.intra
         self.inter: RankGroup = levels.inter if levels else self

@@ -19,7 +19,7 @@ from ds_gradmix.comm.consistency import ConsistencyCheck
 from ds_gradmix.comm.groups import RankGroup, TiedParameter, gather_objects, group_of, ranks_of
 from ds_gradmix.comm.workers import ParallelGroups, WorkerGroup
 from ds_gradmix.config import ConfigError
-from ds_gradmix.engines.worker_size import find_team
+from ds_gradmix.engines.worker_size import find_levels
 from ds_gradmix.exchange.bucket import ParamInfo
 from ds_gradmix.weights.extrapolated import ShardInfo
 
@@ -92,7 +92,7 @@ def find_parallel_groups(engine: Any, everyone: ConsistencyCheck, worker: str | 
     stage = next(ranks for ranks in stage_sets if dist.get_rank() in ranks)
     model_ranks = next(ranks for ranks in model_sets if dist.get_rank() in ranks)
     decision_group = None if stage == sorted(ranks_of(data)) else RankGroup(group_of(stage_sets))
-    workers = WorkerGroup(data, find_team(data, worker, 1 if apart else sequence_size), decision_group)
+    workers = WorkerGroup(data, find_levels(data, worker, 1 if apart else sequence_size), decision_group)
     model = workers.decision_group if model_ranks == stage else RankGroup(group_of(model_sets))
     return ParallelGroups(
         workers,

@@ -22,7 +22,7 @@ class RankLocation(NamedTuple):
     local_rank: int | None  # None where no launcher has told
 
 
-def find_team(
+def find_levels(
     data: dist.ProcessGroup | None, worker: str | int, ranks_per_replica: int
 ) -> WorkerLevels | None:
     """This rank's team in its data-parallel group, or None if a worker is one rank; all ranks must ask
@@ -42,7 +42,7 @@ def find_team(
     seat = RankLocation(socket.gethostname(), None if local_rank is None else int(local_rank))
     told = gather_objects((dist.get_process_group_ranks(data), seat))
     sets = sorted({tuple(ranks) for ranks, _ in told})
-    size = team_size(sets, [seat for _, seat in told], worker, ranks_per_replica)
+    size = ranks_per_worker(sets, [seat for _, seat in told], worker, ranks_per_replica)
     if size == 1:
         return None
     inside = group_of([ranks[i : i + size] for ranks in sets for i in range(0, len(ranks), size)])
@@ -50,7 +50,7 @@ def find_team(
     return WorkerLevels(RankGroup(inside), RankGroup(across), size // ranks_per_replica)
 
 
-def team_size(
+def ranks_per_worker(
     sets: Sequence[Sequence[int]], seats: Sequence[RankLocation], worker: str | int, ranks_per_replica: int
 ) -> int:
     """How many consecutive ranks of each data-parallel group make a worker.

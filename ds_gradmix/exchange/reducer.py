@@ -95,7 +95,7 @@ class GradientReducer:
         # Experts are spread over several data-parallel ranks: their gradient is the sum over a smaller group
         # of workers, divided by the number of all.
         for workers in (*parallel.experts.values(), parallel.workers):
-            ranks, share = ranks_of(workers.group), weight_sum * workers.size / parallel.workers.size
+            ranks, share = workers.ranks, weight_sum * workers.size / parallel.workers.size
             self._deciders[ranks] = Decider(config, workers, params.infos, params.device)
             self._exchanges[ranks] = Exchange(config, workers, params.infos, self._sums, self.momentum, share)
         self._backward = Backward()
@@ -206,7 +206,7 @@ class GradientReducer:
         """Send all gradients, and decide; those that are in no bucket are sent once more to be combined."""
         if not buckets:
             self._sum_sequence_ranks(grads)
-        ranks, model = ranks_of(self.parallel.workers.group), self.parallel.model
+        ranks, model = self.parallel.workers.ranks, self.parallel.model
         exchange, tied = self._exchanges[ranks], self._tied
         present_W = self._deciders[ranks].present([grad.detach() for _, grad in grads], model)
         alone = [(i, grad.detach()) for i, grad in grads if not buckets or i in tied]
@@ -265,8 +265,7 @@ class GradientReducer:
 
     def _weigh(self, flat_N: Tensor, spans: tuple[ParamSpan, ...], workers: WorkerGroup, key: RngKey) -> None:
         """Multiply this worker's gradients by its weights; communicates only for `nonfinite: "drop"`."""
-        ranks = ranks_of(workers.group)
-        decider = self._deciders[ranks]
+        decider = self._deciders[workers.ranks]
         present_W = decider.present([span.of(flat_N) for span in spans], workers.decision_group)
         decision = decider.decide(spans, present_W, key)
         lengths = [span.length if self._params.infos[span.param].counted else 0 for span in spans]
@@ -275,14 +274,16 @@ class GradientReducer:
             float(sum(lengths)) if one_row else to_device(torch.tensor(lengths).double(), flat_N.device)
         )
         self._sums.add_decision(decision, elements_S, present_W)
-        share = self._exchanges[ranks].weight_sum / workers.replicas_per_worker  # of a rank in its worker
+        share = (
+            self._exchanges[workers.ranks].weight_sum / workers.replicas_per_worker
+        )  # of a rank in its worker
         weights_S: Tensor | float = decision.weights_SW[:, workers.number].float() * share
         if one_row and self.config.nonfinite == "propagate":
             weights_S = float(decider.draw(key)[0, workers.number]) * share
         multiply(flat_N, spans, weights_S, self.config.tile_bytes)
 
     def _exchange(self, bucket: Bucket, spans: tuple[ParamSpan, ...], key: RngKey) -> None:
-        ranks, group = ranks_of(bucket.workers.group), bucket.workers.decision_group
+        ranks, group = bucket.workers.ranks, bucket.workers.decision_group
         exchange, decider = self._exchanges[ranks], self._deciders[ranks]
         outputs = []
         done = [span for span in bucket.spans if span.param in self._backward.combined]

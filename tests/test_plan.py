@@ -12,16 +12,16 @@ from ds_gradmix.exchange.plan import Piece, plan_tiles
 
 
 def bucket(lengths_and_owners: list[tuple[int, int]]) -> list[Piece]:
-    pieces, start, homes = [], 0, {}
+    pieces, start, offsets = [], 0, {}
     for parameter, (length, owner) in enumerate(lengths_and_owners):
-        pieces.append(Piece(start, length, owner, parameter, 0, homes.get(owner, 0)))
-        homes[owner] = homes.get(owner, 0) + length
+        pieces.append(Piece(start, length, owner, parameter, 0, offsets.get(owner, 0)))
+        offsets[owner] = offsets.get(owner, 0) + length
         start += length
     return pieces
 
 
 def elements(pieces: list[Piece]) -> list[tuple[int, int, int]]:
-    return [(p.start + i, p.owner, p.home + i) for p in pieces for i in range(p.length)]
+    return [(p.start + i, p.owner, p.partition_offset + i) for p in pieces for i in range(p.length)]
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -42,7 +42,7 @@ def test_tiles_cover_the_bucket(seed: int) -> None:
             assert len(set(tile.sizes)) == 1  # the transposition in place needs equal parts
         for rank in range(workers):
             mine = views[rank][k]
-            assert [p for p in elements(mine.placed)] == [
+            assert [p for p in elements(mine.owned)] == [
                 e for region in mine.regions for e in elements(region) if e[1] == rank
             ]
             assert sum(mine.sent_to) == mine.num_columns

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ds_gradmix.config import ConfigError
-from ds_gradmix.engines.worker_size import RankLocation, team_size
+from ds_gradmix.engines.worker_size import RankLocation, ranks_per_worker
 
 
 def seats(*hosts: str, local_ranks: list[int] | None = None) -> list[RankLocation]:
@@ -36,7 +36,7 @@ NODES = {
 @pytest.mark.parametrize("name", NODES)
 def test_a_node(name: str) -> None:
     sets, where, size = NODES[name]
-    assert team_size(sets, where, "node", 1) == size
+    assert ranks_per_worker(sets, where, "node", 1) == size
 
 
 WRONG = {
@@ -65,19 +65,25 @@ WRONG = {
 def test_what_is_no_node(name: str) -> None:
     sets, where, words = WRONG[name]
     with pytest.raises(ConfigError, match=r'gradmix\.worker: "node"') as caught:
-        team_size(sets, where, "node", 1)
+        ranks_per_worker(sets, where, "node", 1)
     assert words in str(caught.value) and "allowed" in str(caught.value)
 
 
 def test_numbers() -> None:
     where = seats("aaaa", "bbbb")
-    assert [team_size(ALL, where, worker, 1) for worker in ("rank", 1, 2, 8)] == [1, 1, 2, 8]
-    assert [team_size(ALL, where, worker, 2) for worker in ("rank", 1, 2, 4, "node")] == [2, 2, 2, 4, 4]
+    assert [ranks_per_worker(ALL, where, worker, 1) for worker in ("rank", 1, 2, 8)] == [1, 1, 2, 8]
+    assert [ranks_per_worker(ALL, where, worker, 2) for worker in ("rank", 1, 2, 4, "node")] == [
+        2,
+        2,
+        2,
+        4,
+        4,
+    ]
     with pytest.raises(
         ConfigError, match=r"gradmix\.worker: 3, but a data-parallel group has 8 ranks; allowed is a"
     ):
-        team_size(ALL, where, 3, 1)
+        ranks_per_worker(ALL, where, 3, 1)
     with pytest.raises(
         ConfigError, match="2 ranks share a replica by sequence parallelism; allowed is a mult"
     ):
-        team_size([[0, 1, 2, 3, 4, 5]], where, 3, 2)
+        ranks_per_worker([[0, 1, 2, 3, 4, 5]], where, 3, 2)
