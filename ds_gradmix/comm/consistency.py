@@ -5,12 +5,14 @@ into a message instead of a hang.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_FINGERPRINTS_KEPT = 4096
 
 
 class MismatchError(ValueError):
@@ -28,15 +30,16 @@ class ConsistencyCheck:
         self._group = group
         self._ranks = dist.get_process_group_ranks(group)
         self._rank = dist.get_rank(group)
+        self._fingerprints: dict[tuple[str, Hashable], int] = {}
 
     def check_equal(
-        self, fingerprint: int, described: Callable[[], list[str]], occasion: str, advice: str
+        self, value: Hashable, described: Callable[[], list[str]], occasion: str, advice: str
     ) -> None:
         """Check that every rank is at the same point with the same gradients.
 
         Args:
-            fingerprint: a number below 2**63 that stands for what this rank is about to do.
-            described: the same in words, one for each gradient, for the message.
+            value: what this rank is about to do; its words are asked for once.
+            described: the same in words, one for each gradient, which are compared.
             occasion: what is being done, for the message.
             advice: what to do about a difference, for the message.
 
@@ -45,6 +48,12 @@ class ConsistencyCheck:
         """
         if len(self._ranks) == 1:
             return
+        key = (occasion, value)
+        if key not in self._fingerprints:
+            if len(self._fingerprints) > _FINGERPRINTS_KEPT:
+                self._fingerprints.clear()
+            self._fingerprints[key] = fingerprint_of([occasion, *described()])
+        fingerprint = self._fingerprints[key]
         largest = self._max(torch.tensor([fingerprint, -fingerprint]))
         if int(largest[0]) != -int(largest[1]):
             raise MismatchError(self._difference(described(), occasion, advice))

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -46,6 +47,20 @@ class RankGroup:
     def all_reduce(self, values: Tensor) -> None:
         """Sum over the ranks, in place."""
         dist.all_reduce(values, group=self.group)
+
+    def all_reduce_batched(self, tensors: Sequence[Tensor], max_bytes: int) -> None:
+        """Sum each of many tensors over the ranks, in place, in batches of about `max_bytes`."""
+        batch: list[Tensor] = []
+        for i, tensor in enumerate(tensors):
+            batch.append(tensor)
+            following = tensors[i + 1].dtype if i + 1 < len(tensors) else None
+            if following == tensor.dtype and sum(other.nbytes for other in batch) < max_bytes:
+                continue
+            flat_N = torch.cat([other.reshape(-1) for other in batch])
+            self.all_reduce(flat_N)
+            for other, part in zip(batch, flat_N.split([other.numel() for other in batch]), strict=True):
+                other.copy_(part.view_as(other))
+            batch = []
 
     def all_reduce_identical(self, values: Tensor) -> None:
         """Sum over the ranks, in place, and bit for bit the same on every rank."""

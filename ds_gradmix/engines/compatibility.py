@@ -30,18 +30,6 @@ _UNSUPPORTED = "is not supported by this version: "
 REFUSALS: tuple[Refusal, ...] = (
     Refusal("zero_optimization.stage", 0, lambda v: v not in (0, 1, 2), _UNSUPPORTED + "set it to 1 or 2"),
     Refusal(
-        "zero_optimization.contiguous_gradients",
-        True,
-        lambda v: v is False,
-        "reduces by a path of its own that passes the rules by: remove it, or set it to true",
-    ),
-    Refusal(
-        "zero_optimization.reduce_scatter",
-        True,
-        lambda v: v is False,
-        "reduces by a path of its own that passes the rules by: remove it, or set it to true",
-    ),
-    Refusal(
         "zero_optimization.zenflow",
         None,
         lambda v: v is not None,
@@ -78,18 +66,6 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("sparse_gradients", False, _is_true, _UNSUPPORTED + "set it to false"),
     Refusal(
         "prescale_gradients", False, _is_true, "scales gradients before the rules see them: set it to false"
-    ),
-    Refusal(
-        "gradient_predivide_factor",
-        1.0,
-        lambda v: v != 1,
-        "scales gradients before the rules see them: set it to 1",
-    ),
-    Refusal(
-        "gradient_allreduce_op",
-        "mean",
-        lambda v: v != "mean",
-        'is not supported, since weights sum to 1: set it to "mean"',
     ),
 )
 

@@ -11,8 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -22,43 +21,10 @@ from torch import Tensor
 
 from ds_gradmix.comm.consistency import fingerprint_of
 from ds_gradmix.engines.context import EngineContext, ParamMemory, build_reducer
+from ds_gradmix.engines.recorded_bucket import OwnedSlice, RecordedBucket, ReduceCall, pieces_of
 from ds_gradmix.exchange.bucket import Bucket, CommDtypes, ParamSpan
-from ds_gradmix.exchange.plan import Piece
 from ds_gradmix.exchange.state import CHECKPOINT_KEY
 from ds_gradmix.exchange.transport import Transport
-
-
-class OwnedSlice(NamedTuple):
-    """A part of a bucket that one rank owns."""
-
-    start: int  # in the bucket
-    length: int
-    owner: int  # rank in the process group that reduces it
-    output: Tensor | None  # what the owner adds the result to, in float32
-
-
-class ReduceCall(NamedTuple):
-    """A reduction as DeepSpeed asked for it."""
-
-    slices: list[OwnedSlice]
-    group: Any
-    replay: Callable[[], None]
-
-
-@dataclass
-class RecordedBucket:
-    """The calls for one bucket, which is complete when their slices add up to it."""
-
-    flat_N: Tensor
-    spans: tuple[ParamSpan, ...]
-    comm_dtype: torch.dtype
-    calls: list[ReduceCall] = field(default_factory=list)
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether all of the bucket is recorded."""
-        recorded = sum(part.length for call in self.calls for part in call.slices)
-        return recorded == self.flat_N.numel()
 
 
 class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
@@ -195,7 +161,7 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
             self._gradmix_dtypes(recorded.flat_N.dtype, recorded.comm_dtype),
             replay,
             replay,
-            lambda within: list(self._gradmix_pieces(within, slices)),
+            lambda within: list(pieces_of(self, within, slices)),
             [(part.start, part.output) for part in owned if part.output is not None],
         )
         last = bool(self.is_gradient_accumulation_boundary())
@@ -220,23 +186,6 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
     def _gradmix_group_of(self, index: int) -> Any:
         p = self.param_dict[index]
         return self.expert_dp_process_group[p.group_name] if is_moe_param(p) else self.dp_process_group
-
-    def _gradmix_pieces(self, spans: Sequence[ParamSpan], slices: Sequence[OwnedSlice]) -> Iterator[Piece]:
-        """Where the borders of gradients and of owners' slices cut the bucket."""
-        remaining = iter(slices)
-        first, length, owner, _ = next(remaining, OwnedSlice(0, 0, 0, None))
-        for param, span in enumerate(spans):
-            groups = self.param_to_partition_ids.items()
-            group = next(i for i, parameters in groups if span.param in parameters)
-            start, end = span.start, span.start + span.length
-            while start < end:
-                while first + length <= start:
-                    first, length, owner, _ = next(remaining)
-                part = min(first + length, end) - start
-                offset = self.grad_partition_insertion_offset[group][owner][span.param]
-                offset += start - span.start - self.grad_start_offset[group][owner][span.param]
-                yield Piece(start, part, owner, param, group, int(offset))
-                start += part
 
     # --- gradients that are not contiguous ---
 

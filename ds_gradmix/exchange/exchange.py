@@ -38,6 +38,7 @@ from ds_gradmix.exchange.factor_momentum import FactorMomentum
 from ds_gradmix.exchange.plan import ExchangePlan, even_sizes, plan_tiles, share_evenly
 from ds_gradmix.exchange.step_stats import StepStats
 from ds_gradmix.exchange.tiled_buffer import TiledBuffer
+from ds_gradmix.exchange.weighted import Weighting
 from ds_gradmix.ops.segments import Segments
 from ds_gradmix.rules import GramianMixing, MixingDecision, RngKey, Scaling
 from ds_gradmix.rules.apply import decide_from_gram, layer_sums, mix, scaling_factors, scaling_statistics
@@ -90,6 +91,7 @@ class Exchange:
         self.stats = stats
         self.momentum = momentum
         self.weight_sum = weight_sum
+        self.weighting = Weighting(config, workers, infos, stats, weight_sum)
         self.by_param = config.mixing.needs_gram and config.scope == "parameter"
         self._infos = infos
         self._plans: OrderedDict[tuple[CommDtypes, bool, tuple[ParamSpan, ...]], ExchangePlan] = OrderedDict()

@@ -11,27 +11,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_gradmix.comm.consistency import fingerprint_of
 from ds_gradmix.comm.groups import ranks_of
 from ds_gradmix.comm.workers import ParallelGroups, WorkerGroup
 from ds_gradmix.config import GradmixConfig
 from ds_gradmix.exchange.bucket import Bucket, CommDtypes, ParamSpan, ParamTable, runs_of
-from ds_gradmix.exchange.decider import Decider
 from ds_gradmix.exchange.exchange import Exchange, PendingExchange
 from ds_gradmix.exchange.factor_momentum import FactorMomentum
 from ds_gradmix.exchange.state import RuleState, SavedWeights
 from ds_gradmix.exchange.step_stats import StepStats
 from ds_gradmix.exchange.transport import Transport, choose_transport
-from ds_gradmix.exchange.weighted import multiply
 from ds_gradmix.log import logger
-from ds_gradmix.ops.segments import to_device
 from ds_gradmix.rules import MixingDecision, RngKey
 
-_FINGERPRINTS_KEPT = 4096
 _ADVICE = (
     "every worker must have the same gradients, of the same shapes, in the same order; look for "
     "parameters that only some workers use, say behind a branch on the data"
@@ -91,15 +85,13 @@ class GradientReducer:
         self._params = params
         self._sums = StepStats(params.device)
         self._exchanges: dict[tuple[int, ...], Exchange] = {}
-        self._deciders: dict[tuple[int, ...], Decider] = {}
         # Experts are spread over several data-parallel ranks: their gradient is the sum over a smaller group
         # of workers, divided by the number of all.
         for workers in (*parallel.experts.values(), parallel.workers):
-            ranks, share = workers.ranks, weight_sum * workers.size / parallel.workers.size
-            self._deciders[ranks] = Decider(config, workers, params.infos, params.device)
-            self._exchanges[ranks] = Exchange(config, workers, params.infos, self._sums, self.momentum, share)
+            share = weight_sum * workers.size / parallel.workers.size
+            exchange = Exchange(config, workers, params.infos, self._sums, self.momentum, share)
+            self._exchanges[workers.ranks] = exchange
         self._backward = Backward()
-        self._fingerprints: dict[tuple[str, tuple[ParamSpan, ...]], int] = {}
 
     def workers_of(self, group: dist.ProcessGroup | None) -> WorkerGroup:
         """The workers of a process group: the data-parallel one, or one of experts."""
@@ -117,13 +109,8 @@ class GradientReducer:
             infos = [(self._params.infos[span.param], span.length) for span in spans]
             return [f"{i.name} ({'a part of it' if i.partitioned else f'{n} elements'})" for i, n in infos]
 
-        key = (occasion, spans)
-        if key not in self._fingerprints:
-            if len(self._fingerprints) > _FINGERPRINTS_KEPT:
-                self._fingerprints.clear()
-            self._fingerprints[key] = fingerprint_of([occasion, *described()])
         advice = _ADVICE if self.parallel.tensor is None else _ADVICE + _UNEVEN
-        self.parallel.consistency.check_equal(self._fingerprints[key], described, occasion, advice)
+        self.parallel.consistency.check_equal(spans, described, occasion, advice)
 
     # --- one backward ---
 
@@ -206,9 +193,9 @@ class GradientReducer:
         """Send all gradients, and decide; those that are in no bucket are sent once more to be combined."""
         if not buckets:
             self._sum_sequence_ranks(grads)
-        ranks, model = self.parallel.workers.ranks, self.parallel.model
-        exchange, tied = self._exchanges[ranks], self._tied
-        present_W = self._deciders[ranks].present([grad.detach() for _, grad in grads], model)
+        model, tied = self.parallel.model, self._tied
+        exchange = self._exchanges[self.parallel.workers.ranks]
+        present_W = exchange.weighting.present([grad.detach() for _, grad in grads], model)
         alone = [(i, grad.detach()) for i, grad in grads if not buckets or i in tied]
         counted = [grad for i, grad in alone if self._params.infos[i].counted]
         gram_SWW = exchange.gram(counted, dtypes, self._params.device)
@@ -222,21 +209,10 @@ class GradientReducer:
 
     def _sum_sequence_ranks(self, grads: Grads) -> None:
         """Sum gradients over the sequence ranks of a replica, in place, where DeepSpeed would not."""
-        sequence = self.parallel.sequence
-        if not self.parallel.sum_sequence_ranks or sequence is None:
-            return
-        self._backward.sequence_summed = True
-        waiting: list[Tensor] = []
-        for grad in [*(grad.detach() for _, grad in grads), None]:
-            size = sum(other.nbytes for other in waiting)
-            if waiting and (grad is None or grad.dtype != waiting[0].dtype or size >= self.config.tile_bytes):
-                flat_N = torch.cat([other.reshape(-1) for other in waiting])
-                sequence.all_reduce(flat_N)
-                for other, part in zip(waiting, flat_N.split([o.numel() for o in waiting]), strict=True):
-                    other.copy_(part.view_as(other))
-                waiting = []
-            if grad is not None:
-                waiting.append(grad)
+        if self.parallel.sum_sequence_ranks and self.parallel.sequence is not None:
+            self._backward.sequence_summed = True
+            flats = [grad.detach() for _, grad in grads]
+            self.parallel.sequence.all_reduce_batched(flats, self.config.tile_bytes)
 
     def _keep(self, grads: Grads, *, last: bool) -> None:
         """Before anything happens to gradients: extrapolation goes by the worker's own."""
@@ -254,7 +230,7 @@ class GradientReducer:
             bucket.replay()
         elif self.transport is Transport.WEIGHTED:
             flat_N = bucket.load()
-            self._weigh(flat_N, spans, bucket.workers, key)
+            self._exchanges[bucket.workers.ranks].weighting.weigh(flat_N, spans, key)
             for span in bucket.spans if bucket.workers.rank != 0 else ():
                 if span.param in combined:
                     span.of(flat_N).zero_()  # it is there already, and survives the sum
@@ -263,28 +239,8 @@ class GradientReducer:
         else:
             self._exchange(bucket, spans, key)
 
-    def _weigh(self, flat_N: Tensor, spans: tuple[ParamSpan, ...], workers: WorkerGroup, key: RngKey) -> None:
-        """Multiply this worker's gradients by its weights; communicates only for `nonfinite: "drop"`."""
-        decider = self._deciders[workers.ranks]
-        present_W = decider.present([span.of(flat_N) for span in spans], workers.decision_group)
-        decision = decider.decide(spans, present_W, key)
-        lengths = [span.length if self._params.infos[span.param].counted else 0 for span in spans]
-        one_row = len(decision.weights_SW) == 1
-        elements_S = (
-            float(sum(lengths)) if one_row else to_device(torch.tensor(lengths).double(), flat_N.device)
-        )
-        self._sums.add_decision(decision, elements_S, present_W)
-        share = (
-            self._exchanges[workers.ranks].weight_sum / workers.replicas_per_worker
-        )  # of a rank in its worker
-        weights_S: Tensor | float = decision.weights_SW[:, workers.number].float() * share
-        if one_row and self.config.nonfinite == "propagate":
-            weights_S = float(decider.draw(key)[0, workers.number]) * share
-        multiply(flat_N, spans, weights_S, self.config.tile_bytes)
-
     def _exchange(self, bucket: Bucket, spans: tuple[ParamSpan, ...], key: RngKey) -> None:
-        ranks, group = bucket.workers.ranks, bucket.workers.decision_group
-        exchange, decider = self._exchanges[ranks], self._deciders[ranks]
+        exchange, group = self._exchanges[bucket.workers.ranks], bucket.workers.decision_group
         outputs = []
         done = [span for span in bucket.spans if span.param in self._backward.combined]
         for start, output in bucket.outputs:
@@ -296,11 +252,11 @@ class GradientReducer:
         if self._backward.decision is not None:
             decision, present_W = self._backward.decision
         else:
-            present_W = decider.present([span.of(pending.flat_N) for span in spans], group)
+            present_W = exchange.weighting.present([span.of(pending.flat_N) for span in spans], group)
             if self.config.mixing.needs_gram:
                 decision = exchange.decide(pending.gram(), present_W, key, group)
             else:
-                decision = decider.decide(spans, present_W, key)
+                decision = exchange.weighting.decide(spans, present_W, key)
         pending.combine(decision, present_W, outputs)
 
     def end_backward(self, *, last: bool, gradient_scale: float) -> None:
@@ -336,7 +292,7 @@ class GradientReducer:
             self._weights.post_step(keep=taken and self.stats.get("dropped_workers", 0.0) == 0)
 
     def load(self, saved: dict[str, Any] | None, why: str) -> None:
-        """Take over a checkpoint's state of the rules, or start afresh with one warning; `why` it has none."""
+        """Take over a checkpoint's state of the rules, or warn and start afresh; `why` there is none."""
         warning = self.state.load(saved, why)
         if warning and self.parallel.model.is_first:
             logger.warning(f"ds_gradmix: {warning}")

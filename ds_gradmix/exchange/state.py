@@ -1,4 +1,4 @@
-"""What a checkpoint holds of the rules: momentum of a scaling rule's factors, and a worker's past gradient."""
+"""What a checkpoint holds of the rules: factor momentum, and a worker's past gradient."""
 
 from __future__ import annotations
 

@@ -30,6 +30,7 @@ class StepStats:
     """
 
     def __init__(self, device: torch.device) -> None:
+        self.device = device
         self._sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
         self._used = False
 
