@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_gradmix.config import KEY, ConfigError, GradmixConfig, misspelt_key, parse_block
+from ds_gradmix.config_messages import key_text
 from ds_gradmix.costs.model import Cluster, Workload
 from ds_gradmix.costs.report import cost_table, scale_table
 from ds_gradmix.engines.compatibility import TESTED_DEEPSPEED, refused_settings
@@ -98,7 +99,7 @@ def _read(path: Path) -> Mapping[str, Any]:
         keys = [key for key, _ in pairs]
         twice = sorted({key for key in keys if keys.count(key) > 1})
         if twice:
-            raise ConfigError(f"duplicate keys: {', '.join(twice)}; give each once")
+            raise ConfigError(f"duplicate keys: {', '.join(map(key_text, twice))}; give each once")
         return dict(pairs)
 
     try:
@@ -107,7 +108,11 @@ def _read(path: Path) -> Mapping[str, Any]:
         raise ConfigError(f"cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"is not text: {error}") from error
-    except hjson.HjsonDecodeError as error:
+    except RecursionError as error:
+        raise ConfigError("is nested too deeply") from error
+    except ConfigError:
+        raise
+    except ValueError as error:  # HjsonDecodeError, or Python's for an integer of over 4,300 digits
         raise ConfigError(f"is not JSON: {error}") from error
     if not isinstance(config, Mapping):
         raise ConfigError("is not a JSON object; a ds_config is one")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import ds_gradmix
 from ds_gradmix.cli import main
 from ds_gradmix.config import ConfigError, misspelt_key, parse_block
 from ds_gradmix.engines.compatibility import REFUSALS, refused_settings
@@ -48,6 +49,8 @@ MISTAKES: list[tuple[Any, list[str]]] = [
     ({"seed": 1.5}, ["gradmix.seed: is 1.5", "integer"]),
     ({"scoope": "model"}, ["gradmix.scoope: unknown key", 'did you mean "scope"?']),
     ({"tile_bytes": 0}, ["gradmix.tile_bytes: is 0", ">= 4096"]),
+    ({"tile_bytes": 2**40 + 1}, ["gradmix.tile_bytes: is 1099511627777", "<= 1099511627776"]),
+    ({"tile_bytes": 2**66}, ["gradmix.tile_bytes: is 73786976294838206464", "<= 1099511627776"]),
     ({"nonfinite": None}, ["gradmix.nonfinite: is null"]),
 ]
 
@@ -76,6 +79,19 @@ def test_a_mistaken_worker_is_told_once(worker: Any) -> None:
     assert 'allowed: "rank" or "node" or integer, >= 1 (default "rank")' in str(caught.value)
     assert str(caught.value).startswith("gradmix.worker: is ")
     assert ('did you mean "node"?' in str(caught.value)) == (worker == "nodes")
+
+
+def test_a_misspelt_key_of_a_rule_is_told_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_block({"extrapolation": {"type": "Noise", "params": {"sdt": 1.0}}})
+    assert str(caught.value) == (
+        "gradmix.extrapolation.params.sdt: unknown key (value 1.0); allowed: distribution, std, std_ratio; "
+        'did you mean "std"?'
+    )
+
+
+def test_the_error_is_public() -> None:
+    assert ds_gradmix.ConfigError is ConfigError and issubclass(ConfigError, ValueError)
 
 
 def test_names_in_any_case_and_defaults() -> None:
@@ -226,6 +242,11 @@ def test_check_tells_what_extrapolation_takes(tmp_path: Path, capsys: pytest.Cap
         ({"zero_optimization": ZERO, "gradmix": {"mixing": {"type": "gad"}}}, "gradmix.mixing.type"),
         ({"zero_optimization": {"stage": 3}, "gradmix": {}}, "zero_optimization.stage: 3"),
         ("{", "is not JSON"),
+        ('{"gradmix": {"seed": ' + "9" * 5000 + "}}", "is not JSON: Exceeds the limit (4300 digits)"),
+        ('{"gradmix": ' + "[" * 10**5, "is nested too deeply"),
+        ('{"gradmix": {"s\\n\\u2028": 1, "s\\n\\u2028": 2}}', "duplicate keys: s\\n\\u2028; give each once"),
+        ({"gradmix": {"s\n\u2028\ud800": 1}}, "gradmix.s\\n\\u2028\\ud800: unknown key"),
+        ({"gradmx\n": {}}, 'did you mean "gradmix" by "gradmx\\n"?'),
         ("[1]", "is not a JSON object"),
         ('{"gradmix": {"seed": 1, "seed": 2}}', "duplicate keys: seed"),
     ],
@@ -233,8 +254,10 @@ def test_check_tells_what_extrapolation_takes(tmp_path: Path, capsys: pytest.Cap
 def test_check_tells_mistakes(
     config: Any, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["check", write(tmp_path / "bad.json", config)]) == 2
-    assert words in capsys.readouterr().err
+    path = write(tmp_path / "bad.json", config)
+    assert main(["check", path]) == 2
+    error = capsys.readouterr().err
+    assert words in error and all(line.startswith(f"{path}: ") for line in error.splitlines())
 
 
 def test_check_without_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
