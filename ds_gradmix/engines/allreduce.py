@@ -22,7 +22,6 @@ from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor
 
-from ds_gradmix.comm.consistency import fingerprint_of
 from ds_gradmix.engines.context import EngineContext, ParamMemory, build_reducer
 from ds_gradmix.engines.parallel_groups import Named
 from ds_gradmix.exchange.bucket import Bucket, CommDtypes, ParamSpan
@@ -54,9 +53,7 @@ class AllReduceAdapter:
         self._addresses = [p.data_ptr() for _, p in self._named]
         flats = [p.data.reshape(-1) for _, p in self._named]
         memory = ParamMemory(flats, [(i, 0, p.numel()) for i, (_, p) in enumerate(self._named)])
-        ranks = f"{context.parallel.workers.num_ranks} ranks"
-        layout = fingerprint_of([ranks, *(f"{name} {p.numel()}" for name, p in self._named)])
-        self.reducer, self.weights = build_reducer(context, self._named, memory, layout)
+        self.reducer, self.weights = build_reducer(context, self._named, memory)
         self._recorded: list[RecordedCall] | None = None  # inside of the reduction of a step
         self._reduce_all = engine.buffered_allreduce_fallback
         self._allreduce_and_copy = engine.allreduce_and_copy

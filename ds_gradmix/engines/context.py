@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ds_gradmix.comm.consistency import fingerprint_of
 from ds_gradmix.comm.workers import ParallelGroups
 from ds_gradmix.config import GradmixConfig
 from ds_gradmix.engines.parallel_groups import Named, params_of, shard_info
@@ -45,7 +46,6 @@ def build_reducer(
     context: EngineContext,
     named: Named,
     memory: ParamMemory,
-    layout: int,
     *,
     partition_sizes: Sequence[int] = (),
     accumulates: bool = False,
@@ -56,7 +56,6 @@ def build_reducer(
         context: of the engine.
         named: the optimizer's parameters, which are known by their position here.
         memory: where they lie.
-        layout: a fingerprint of where they lie in the partitions.
         partition_sizes: elements that this rank owns in each of the optimizer's parameter groups.
         accumulates: whether gradients of one step come in several reductions.
     """
@@ -64,6 +63,9 @@ def build_reducer(
     device = named[0][1].device if named else torch.device("cpu")
     positions = {id(p): i for i, (_, p) in enumerate(named)}
     tied = [(positions[id(p)], copies) for p, copies in parallel.tied if id(p) in positions]
+    places = zip(named, memory.places, strict=True)
+    words = [f"{name} {place}" for (name, _), place in places]
+    layout = fingerprint_of([f"{parallel.workers.num_ranks} ranks", *words])
     params = ParamTable(params_of(parallel, named), device, layout, partition_sizes, tied)
     weights = None
     if config.extrapolation is not None:

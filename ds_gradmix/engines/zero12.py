@@ -19,7 +19,6 @@ from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
-from ds_gradmix.comm.consistency import fingerprint_of
 from ds_gradmix.engines.context import EngineContext, ParamMemory, build_reducer
 from ds_gradmix.engines.recorded_bucket import OwnedSlice, RecordedBucket, ReduceCall, pieces_of
 from ds_gradmix.exchange.bucket import Bucket, CommDtypes, ParamSpan
@@ -45,7 +44,6 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
             self.gradmix_context,
             named,
             self._gradmix_memory(),
-            self._gradmix_layout(),
             partition_sizes=[int(size) for size in self.partition_size],
             accumulates=bool(self.partition_gradients) and self.gradient_accumulation_steps > 1,
         )
@@ -65,17 +63,6 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
             for p, offset in zip(params, self.round_robin_bit16_offsets[group], strict=True)
         }
         return ParamMemory(self.bit16_groups_flat, [found[index] for index in range(len(found))])
-
-    def _gradmix_layout(self) -> int:
-        """A fingerprint of where each parameter lies in the partitions."""
-        groups = zip(self.round_robin_bit16_groups, self.round_robin_bit16_offsets, strict=True)
-        return fingerprint_of(
-            [
-                f"{self.param_names.get(p)} {p.numel()} {offset}"
-                for group, offsets in groups
-                for p, offset in zip(group, offsets, strict=True)
-            ]
-        )
 
     # --- one bucket: record ---
 
@@ -193,25 +180,22 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
         self, rank: int | None, grads: list[Tensor], communication_data_type: torch.dtype, **kwargs: Any
     ) -> None:
         """With `contiguous_gradients: false`: reduce a copy of the gradients that is."""
-        if self.gradmix.transport is Transport.STOCK and self._gradmix_weights is None:
+        if not self._gradmix_reduce_copy(grads, communication_data_type):
             super().buffered_reduce_fallback(rank, grads, communication_data_type, **kwargs)
-        else:
-            self._gradmix_reduce_copy(grads, communication_data_type)
 
     def _buffered_reduce_fallback_preserving_fp32(
-        self, grads: list[Tensor], grad_params: Any, communication_data_type: torch.dtype, **kwargs: Any
+        self, grads: list[Tensor], params: Any, communication_data_type: torch.dtype, **kwargs: Any
     ) -> None:
         """The same where sums over micro-steps are kept in float32."""
-        if self.gradmix.transport is Transport.STOCK and self._gradmix_weights is None:
+        if not self._gradmix_reduce_copy(grads, communication_data_type):
             super()._buffered_reduce_fallback_preserving_fp32(
-                grads, grad_params, communication_data_type, **kwargs
+                grads, params, communication_data_type, **kwargs
             )
-        else:
-            self._gradmix_reduce_copy(grads, communication_data_type)
 
-    def _gradmix_reduce_copy(self, grads: list[Tensor], communication_data_type: torch.dtype) -> None:
-        if not grads:
-            return
+    def _gradmix_reduce_copy(self, grads: list[Tensor], communication_data_type: torch.dtype) -> bool:
+        """Whether DeepSpeed has nothing left to do."""
+        if not grads or (self.gradmix.transport is Transport.STOCK and self._gradmix_weights is None):
+            return not grads
         flat_N = torch.cat([grad.reshape(-1) for grad in grads])
         self.average_tensor(flat_N, communication_data_type)
         overlaps = self.overlap_comm and not get_accelerator().resolves_data_dependency()
@@ -220,10 +204,9 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
             parts = flat_N.split([grad.numel() for grad in grads])
             for grad, part in zip(grads, parts, strict=True):
                 grad.copy_(part.view_as(grad))
-                if overlaps:
-                    grad.record_stream(stream)
-            if overlaps:
-                flat_N.record_stream(stream)
+            for tensor in [flat_N, *grads] if overlaps else ():
+                tensor.record_stream(stream)
+        return True
 
     # --- one backward ---
 
