@@ -249,7 +249,7 @@ def updated() -> None:
     case = case_of("BF16_Optimizer", PAST, accumulation=2)
     engine = build(case)
     train(engine, case, 0, 2)
-    assert engine.optimizer.gradmix.lookahead.state.value == "gradient"
+    assert engine.optimizer.gradmix.weights.phase.name == "READY"
     engine.backward(loss_of(engine, 2, 0, rank(), case))
     engine.step()
     for flat in engine.optimizer.fp32_groups_flat_partition:

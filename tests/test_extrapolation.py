@@ -1,4 +1,4 @@
-"""Each worker's own look-ahead point: equal to a replay, visible to training alone, exact to leave and to
+"""Each worker's own extrapolated point: equal to a replay, visible to training alone, exact to leave and to
 resume.
 """
 
@@ -19,6 +19,7 @@ from training import LR, Case, Model, build, loss_of, replay, run_cases, train, 
 from ds_gradmix.config import ConfigError, parse_block
 from ds_gradmix.ops.rounding import round_stochastically
 from ds_gradmix.rules import Noise, PastGradient
+from ds_gradmix.weights.extrapolated import Phase
 
 
 def past(**params: Any) -> dict[str, Any]:
@@ -284,7 +285,10 @@ def breaking() -> list[bool]:
     engine.module.fails = False
     with torch.no_grad():
         engine(torch.ones(1, 13))
-    return [bool(engine.optimizer.gradmix.lookahead.state.value == "empty"), equal(weights_of(engine), theta)]
+    return [
+        bool(engine.optimizer.gradmix.weights.phase is Phase.NO_GRADIENT),
+        equal(weights_of(engine), theta),
+    ]
 
 
 def test_a_backward_that_breaks_off_loses_nothing() -> None:
@@ -330,8 +334,8 @@ def window_by_hand() -> list[float]:
         engine.backward(loss_of(engine, 0, micro, rank, case))
         engine.step()
     kept = (
-        engine.optimizer.gradmix.lookahead._kept[0].double()
-        / engine.optimizer.gradmix.lookahead._gradient_scale
+        engine.optimizer.gradmix.weights._buffer[0].double()
+        / engine.optimizer.gradmix.weights._gradient_scale
     )
     exact = Model().double()
     for micro in range(2):
@@ -427,9 +431,9 @@ def extents() -> list[list[int]]:
     ):
         lookahead = build(
             Case(block, stage=stage, accumulation=accumulation, dtype="bf16")
-        ).optimizer.gradmix.lookahead
-        buffers = [*lookahead._kept, *lookahead._sums]
-        parameters = sum(flat.numel() for flat in lookahead._flats)
+        ).optimizer.gradmix.weights
+        buffers = [*lookahead._buffer, *((lookahead._window and lookahead._window._sums) or ())]
+        parameters = sum(flat.numel() for flat in lookahead._layout.flats)
         assert all(buffer.dtype == torch.bfloat16 for buffer in buffers)
         found.append(sum(buffer.numel() for buffer in buffers) // parameters)
     return found

@@ -50,10 +50,10 @@ def train(case: Case, bucket: int, gathers: bool) -> dict[str, Any]:
 
     engine, rank, sent = build(case), torch.distributed.get_rank(), 0
     engine.allreduce_gradients = functools.partial(engine.allreduce_gradients, bucket_size=bucket)
-    seam = engine.optimizer.gradmix
+    reducer = engine.optimizer.gradmix
     if not gathers:
-        prepare = seam.prepare
-        seam.prepare = lambda grads, wire, gather: prepare(grads, wire)
+        prepare = reducer.prepare
+        reducer.prepare = lambda grads, dtypes, key, buckets: prepare(grads, dtypes, key)
     all_to_all = WorkerGroup.all_to_all
 
     def counting(

@@ -151,7 +151,7 @@ def _note_buckets(engine: Any, held: list[list[str]]) -> None:
 
         optimizer.average_tensor = noting
         return
-    allreduce = engine.allreduce_bucket
+    allreduce = engine.allreduce_and_copy
 
     def noting_all(bucket: Any, *args: Any, **kwargs: Any) -> Any:
         names = {p.grad.data_ptr(): [n] for n, p in engine.module.named_parameters() if p.grad is not None}
@@ -159,11 +159,10 @@ def _note_buckets(engine: Any, held: list[list[str]]) -> None:
             flats = zip(optimizer.fp32_groups_gradients_flat, optimizer.bf16_groups, strict=True)
             names = {flat.data_ptr(): [optimizer.param_names[p] for p in group] for flat, group in flats}
         found = [name for tensor in bucket for name in names[tensor.data_ptr()]]
-        if found not in held:  # a decision for the model has them gathered first
-            held.append(found)
+        held.append(found)
         return allreduce(bucket, *args, **kwargs)
 
-    engine.allreduce_bucket = noting_all
+    engine.allreduce_and_copy = noting_all
 
 
 def run_case(case: Case) -> dict[str, Any]:

@@ -22,10 +22,11 @@ from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor
 
-from ds_gradmix.engines.context import EngineContext, ParamMemory, build_reducer
+from ds_gradmix.engines.context import EngineContext, build_reducer
 from ds_gradmix.engines.parallel_groups import Named
 from ds_gradmix.exchange.bucket import Bucket, CommDtypes, ParamSpan
 from ds_gradmix.exchange.transport import Transport
+from ds_gradmix.weights.gradient_window import ParamLayout
 
 
 class RecordedCall(NamedTuple):
@@ -52,7 +53,7 @@ class AllReduceAdapter:
             p.data = p.data.contiguous()  # offsets work on flat views
         self._addresses = [p.data_ptr() for _, p in self._named]
         flats = [p.data.reshape(-1) for _, p in self._named]
-        memory = ParamMemory(flats, [(i, 0, p.numel()) for i, (_, p) in enumerate(self._named)])
+        memory = ParamLayout(flats, [(i, 0, p.numel()) for i, (_, p) in enumerate(self._named)])
         self.reducer, self.weights = build_reducer(context, self._named, memory)
         self._recorded: list[RecordedCall] | None = None  # inside of the reduction of a step
         self._reduce_all = engine.buffered_allreduce_fallback

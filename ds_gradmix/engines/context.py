@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from ds_gradmix.comm.consistency import fingerprint_of
 from ds_gradmix.comm.workers import ParallelGroups
@@ -16,6 +15,7 @@ from ds_gradmix.exchange.bucket import ParamTable
 from ds_gradmix.exchange.reducer import GradientReducer
 from ds_gradmix.rules import RngKey
 from ds_gradmix.weights.extrapolated import ExtrapolatedWeights
+from ds_gradmix.weights.gradient_window import ParamLayout
 
 
 class EngineContext(NamedTuple):
@@ -33,19 +33,10 @@ class EngineContext(NamedTuple):
         return RngKey(self.config.seed, self.step())
 
 
-class ParamMemory(NamedTuple):
-    """Where an optimizer's parameters lie: the flat tensors, and of every parameter its flat tensor, where it
-    begins in that, and its elements.
-    """
-
-    flats: Sequence[Tensor]
-    places: Sequence[tuple[int, int, int]]
-
-
 def build_reducer(
     context: EngineContext,
     named: Named,
-    memory: ParamMemory,
+    memory: ParamLayout,
     *,
     partition_sizes: Sequence[int] = (),
     accumulates: bool = False,
@@ -71,8 +62,7 @@ def build_reducer(
     if config.extrapolation is not None:
         weights = ExtrapolatedWeights(
             config.extrapolation,
-            memory.flats,
-            memory.places,
+            memory,
             (config.seed, parallel.workers.number),
             accumulates=accumulates,
             shards=shard_info(parallel, named),

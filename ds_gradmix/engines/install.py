@@ -37,7 +37,7 @@ from ds_gradmix.engines.compatibility import (
 )
 from ds_gradmix.engines.context import EngineContext
 from ds_gradmix.engines.parallel_groups import find_parallel_groups
-from ds_gradmix.engines.weight_hooks import watch
+from ds_gradmix.engines.weight_hooks import attach
 from ds_gradmix.engines.zero12 import GradmixZeroOptimizer
 from ds_gradmix.exchange.reducer import GradientReducer
 from ds_gradmix.log import logger
@@ -95,7 +95,14 @@ def _building(original: Any) -> Any:
             def extrapolate() -> None:
                 weights.extrapolate(int(self.global_steps), adapter.learning_rates())
 
-            watch(self, seam, weights, extrapolate)
+            if weights is not None:
+                attach(
+                    self,
+                    weights,
+                    extrapolate,
+                    lambda why: seam.load(None, why),
+                    lambda: seam.state.loads,
+                )
 
     __init__._gradmix = True  # type: ignore[attr-defined]
     return __init__

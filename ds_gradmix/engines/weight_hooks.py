@@ -1,4 +1,4 @@
-"""Who sees the look-ahead point: training forwards and backwards do, and nothing else."""
+"""Who sees the extrapolated weights: training forwards and backwards do, and nothing else."""
 
 from __future__ import annotations
 
@@ -8,48 +8,76 @@ from typing import Any
 
 import torch
 
-from ds_gradmix.exchange.reducer import GradientReducer
 from ds_gradmix.weights.extrapolated import ExtrapolatedWeights
 
 
-def watch(
-    engine: Any, seam: GradientReducer, lookahead: ExtrapolatedWeights | None, go_ahead: Callable[[], None]
+def attach(
+    engine: Any,
+    extrapolated: ExtrapolatedWeights,
+    extrapolate: Callable[[], None],
+    reload: Callable[[str], None],
+    loads: Callable[[], int],
 ) -> None:
-    """Move an engine's parameters to the look-ahead point for training, and back for everything else.
+    """Move an engine's parameters to the extrapolated point for training, and back for everything else.
 
     A forward of the engine's module is training if the module is in training mode and gradients are enabled.
     Other forwards, `engine.eval()`, and whatever reads the module's state dict (checkpoints and exports do)
     see theta, and theta stays until training goes on.
+
+    Args:
+        engine: DeepSpeed's.
+        extrapolated: of the engine's optimizer.
+        extrapolate: calls `extrapolated.extrapolate`.
+        reload: is told why a checkpoint that was loaded has no state for us.
+        loads: how many times state was loaded, or `reload` called.
     """
-    if lookahead is None:
-        return
 
-    def before_forward(module: torch.nn.Module, _: Any) -> None:
+    def before_forward(module: torch.nn.Module) -> None:
         if module.training and torch.is_grad_enabled():
-            lookahead.recover()
-            go_ahead()
+            extrapolated.recover()
+            extrapolate()
         else:
-            lookahead.set_aside()
+            extrapolated.set_aside()
 
-    engine.module.register_forward_pre_hook(before_forward, prepend=True)
-    engine.module.register_state_dict_pre_hook(lambda *_: lookahead.set_aside())
-    engine._backward_prologue = _before(go_ahead, engine._backward_prologue)
-    engine.module._register_load_state_dict_pre_hook(lambda *_: lookahead.drop())
-    engine.backward = _before(go_ahead, engine.backward)
-    engine.eval = _before(lookahead.set_aside, engine.eval)
-    engine.load_checkpoint = _warning(seam, engine.load_checkpoint)
-    engine.load_module_state_dict = _before(lookahead.drop, engine.load_module_state_dict)
+    module = engine.module
+    module.register_forward_pre_hook(_ModuleHook(before_forward), prepend=True)
+    module.register_state_dict_pre_hook(_ModuleHook(lambda _: extrapolated.set_aside()))
+    module.register_load_state_dict_pre_hook(_ModuleHook(lambda _: extrapolated.drop()))
+    engine._backward_prologue = _before(extrapolate, engine._backward_prologue)
+    engine.backward = _before(extrapolate, engine.backward)
+    engine.eval = _before(extrapolated.set_aside, engine.eval)
+    engine.load_module_state_dict = _before(extrapolated.drop, engine.load_module_state_dict)
+    engine.load_checkpoint = _reloading(engine.load_checkpoint, reload, loads)
 
 
-def _warning(seam: GradientReducer, load: Callable[..., Any]) -> Callable[..., Any]:
-    """Loading a checkpoint's weights alone passes the optimizer by: tell that past gradients are missing."""
+class _ModuleHook:
+    """A hook of an engine's module; it does nothing in a copy of the module, whose parameters are others."""
+
+    def __init__(self, action: Callable[[torch.nn.Module], None]) -> None:
+        self._action = action
+
+    def __call__(self, module: torch.nn.Module, *_: Any) -> None:
+        self._action(module)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _ModuleHook, (_do_nothing,)
+
+
+def _do_nothing(_: torch.nn.Module) -> None:
+    pass
+
+
+def _reloading(
+    load: Callable[..., Any], reload: Callable[[str], None], loads: Callable[[], int]
+) -> Callable[..., Any]:
+    """Loading a checkpoint's weights alone passes the optimizer by, so past gradients are missing then."""
 
     @functools.wraps(load)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        before = seam.state.loads
+        before = loads()
         loaded = load(*args, **kwargs)
-        if loaded[0] is not None and seam.state.loads == before:
-            seam.load(None, "optimizer states were not loaded")
+        if loaded[0] is not None and loads() == before:
+            reload("optimizer states were not loaded")
         return loaded
 
     return wrapped

@@ -19,11 +19,12 @@ from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
-from ds_gradmix.engines.context import EngineContext, ParamMemory, build_reducer
+from ds_gradmix.engines.context import EngineContext, build_reducer
 from ds_gradmix.engines.recorded_bucket import OwnedSlice, RecordedBucket, ReduceCall, pieces_of
 from ds_gradmix.exchange.bucket import Bucket, CommDtypes, ParamSpan
 from ds_gradmix.exchange.state import CHECKPOINT_KEY
 from ds_gradmix.exchange.transport import Transport
+from ds_gradmix.weights.gradient_window import ParamLayout
 
 
 class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
@@ -56,13 +57,13 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
             self.use_multi_rank_bucket_allreduce = True  # one call with all of a group's slices
             self.reduce_scatter = True  # only owners need the result, however DeepSpeed would reduce
 
-    def _gradmix_memory(self) -> ParamMemory:
+    def _gradmix_memory(self) -> ParamLayout:
         found = {
             self.get_param_id(p): (group, int(offset), p.numel())
             for group, params in enumerate(self.round_robin_bit16_groups)
             for p, offset in zip(params, self.round_robin_bit16_offsets[group], strict=True)
         }
-        return ParamMemory(self.bit16_groups_flat, [found[index] for index in range(len(found))])
+        return ParamLayout(self.bit16_groups_flat, [found[index] for index in range(len(found))])
 
     # --- one bucket: record ---
 

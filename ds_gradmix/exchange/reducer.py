@@ -81,7 +81,7 @@ class GradientReducer:
         self.stats: Mapping[str, float] = {}  # of the last step
         self.momentum = _momentum_of(config, parallel.workers, params)
         self.state = RuleState(config, self.momentum, weights, params.layout)
-        self._weights = weights
+        self.weights = weights
         self._params = params
         self._sums = StepStats(params.device)
         self._exchanges: dict[tuple[int, ...], Exchange] = {}
@@ -216,11 +216,11 @@ class GradientReducer:
 
     def _keep(self, grads: Grads, *, last: bool) -> None:
         """Before anything happens to gradients: extrapolation goes by the worker's own."""
-        if self._weights is not None:
+        if self.weights is not None:
             # What data ranks with the same expert have in common is the mean of theirs.
             shares = [self._params.infos[i].weight_sum for i, _ in grads]
             parts = [g if share == 1.0 else g * share for (_, g), share in zip(grads, shares, strict=True)]
-            self._weights.keep_gradients([i for i, _ in grads], parts, last=last)
+            self.weights.keep_gradients([i for i, _ in grads], parts, last=last)
 
     def _combine(self, bucket: Bucket, key: RngKey) -> None:
         """The three ways of a bucket."""
@@ -263,8 +263,8 @@ class GradientReducer:
         """All gradients of a backward pass are reduced; all ranks must have come to it."""
         self.check((), "end of the backward pass")
         self._backward = Backward()
-        if self._weights is not None:
-            self._weights.end_backward(last=last, gradient_scale=gradient_scale)
+        if self.weights is not None:
+            self.weights.end_backward(last=last, gradient_scale=gradient_scale)
 
     # --- one step ---
 
@@ -288,8 +288,8 @@ class GradientReducer:
             (self.momentum.commit if taken else self.momentum.discard)()
         if self.stats:
             self.stats = {**self.stats, "skipped": float(not taken)}
-        if self._weights is not None:
-            self._weights.post_step(keep=taken and self.stats.get("dropped_workers", 0.0) == 0)
+        if self.weights is not None:
+            self.weights.post_step(keep=taken and self.stats.get("dropped_workers", 0.0) == 0)
 
     def load(self, saved: dict[str, Any] | None, why: str) -> None:
         """Take over a checkpoint's state of the rules, or warn and start afresh; `why` there is none."""

@@ -1,26 +1,14 @@
-"""The look-ahead point of one worker: parameters that hold theta + delta while it trains, and theta
-otherwise.
+"""The extrapolated weights of one worker: its parameters hold theta + delta while it trains, else theta.
 
-One buffer of the parameters' size and dtype is enough, since it and the parameters exchange their contents:
-
-    state       parameters      buffer
-    EMPTY       theta           nothing
-    GRADIENT    theta           the worker's gradient of the last step
-    AHEAD       theta + delta   theta
-    ASIDE       theta           theta + delta
-
-The first training forward of a step moves GRADIENT to AHEAD. An evaluation or a save moves AHEAD to ASIDE and
-the next training forward or backward moves back: exchanges, so both are exact, and local, so one rank may do
-it alone. Where a step's gradients are reduced, each parameter gets theta back, and its place in the buffer
-goes to the gradient. If reductions add up over several micro-steps (ZeRO-2), a second buffer collects the
-gradient.
+One buffer of the parameters' size and dtype is enough, because parameters and buffer swap their contents:
+exactly, and without another rank. Only gradients that come in several reductions a step need a second one.
 """
 
 from __future__ import annotations
 
 import enum
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,17 +20,21 @@ from ds_gradmix.ops import multi_tensor
 from ds_gradmix.ops.rounding import round_stochastically
 from ds_gradmix.ops.segments import to_device
 from ds_gradmix.rules import Extrapolation
+from ds_gradmix.weights.gradient_window import GradientWindow, ParamLayout
 
 _CHUNK_ON_CPU, _CHUNK = 2**17, 2**24  # elements moved at a time; on a CPU what stays in its cache
 
 
-class State(enum.Enum):
-    """What parameters and buffer hold; see the module."""
+class Phase(enum.Enum):
+    """Where a worker stands in an optimizer step; `ExtrapolatedWeights` says what is true in each phase."""
 
-    EMPTY = "empty"
-    GRADIENT = "gradient"
-    AHEAD = "ahead"
-    ASIDE = "aside"
+    NO_GRADIENT = enum.auto()
+    READY = enum.auto()
+    EXTRAPOLATED = enum.auto()
+    SET_ASIDE = enum.auto()
+    REDUCING = enum.auto()
+    REDUCING_WITHOUT_OFFSET = enum.auto()
+    REDUCED = enum.auto()
 
 
 class ShardInfo(NamedTuple):
@@ -50,27 +42,42 @@ class ShardInfo(NamedTuple):
 
     labels: list[str]  # equal labels are given equal random numbers: what several ranks keep stays equal
     counts: list[bool]  # whether this rank's part is added to the norm of the whole
-    circle: RankGroup | None  # the ranks with parts
+    group: RankGroup | None  # the ranks with parts
 
 
 class ExtrapolatedWeights:
-    """Parameters at a worker's look-ahead point.
+    """Parameters at a worker's extrapolated point.
+
+        phase                    parameters     buffer         calls that change the phase
+        NO_GRADIENT              theta          unused         extrapolate, if the rule needs no gradient
+        READY                    theta          last gradient  extrapolate
+        EXTRAPOLATED             theta + delta  theta          set_aside, undo
+        SET_ASIDE                theta          theta + delta  extrapolate, undo
+        REDUCING                 theta + delta  theta          set_aside, recover, undo, end_backward
+          where reduced          theta          gradient
+        REDUCING_WITHOUT_OFFSET  theta          gradient       set_aside, recover, end_backward
+        REDUCED                  theta          gradient       post_step
+
+    In every phase keep_gradients(last=True) leads to REDUCING, or to REDUCING_WITHOUT_OFFSET if there is no
+    offset; end_backward(last=True) to REDUCED, or to NO_GRADIENT if a part of the gradient was lost; drop,
+    forget and post_step(keep=False) to NO_GRADIENT. The calls above show in the middle of a reduction that it
+    broke off, and lead to NO_GRADIENT, as does post_step(keep=True) there and where there is an offset. All
+    others leave the phase as it is. If the rule needs no gradient, the buffer has none, and READY does not
+    occur; if gradients are added up in a second buffer, they are there until end_backward.
 
     Args:
         rule: the offset.
-        flats: the parameters of each of the optimizer's groups, flat, in their own dtype.
-        places: for every parameter its group, where it begins in the group's flat tensor, and its elements.
+        layout: the parameters.
         key: seed and number of the worker, for what is drawn at random.
         accumulates: whether gradients of one step come in several reductions.
-        division: of parameters over ranks, if they are.
-        team: the ranks whose gradients make the worker's, if that is not this rank alone.
+        shards: if several ranks of a replica keep a parameter, or have parts of it.
+        levels: if a worker has several ranks.
     """
 
     def __init__(
         self,
         rule: Extrapolation,
-        flats: Sequence[Tensor],
-        places: Sequence[tuple[int, int, int]],
+        layout: ParamLayout,
         key: tuple[int, int],
         *,
         accumulates: bool,
@@ -78,96 +85,132 @@ class ExtrapolatedWeights:
         levels: WorkerLevels | None = None,
     ) -> None:
         self.rule = rule
-        self.state = State.EMPTY
-        self._flats = list(flats)
-        self._places = list(places)
-        self._division = shards
-        self._team = levels
-        # Of each group, in the order of memory: where a parameter begins, its elements, and which it is.
-        self._order: list[list[tuple[int, int, int]]] = [[] for _ in flats]
-        for i, (group, begin, size) in sorted(enumerate(places), key=lambda place: place[1][1]):
-            self._order[group].append((begin, size, i))
+        self.phase = Phase.NO_GRADIENT
+        self._layout = layout
         self._key = key
-        on_cpu = all(flat.device.type == "cpu" for flat in flats)
+        self._shards = shards
+        self._levels = levels
+        self._num_replicas = 1 if levels is None else levels.num_replicas  # whose mean the gradient is
+        # Of each group, in the order of memory: where a parameter begins, its elements, and which it is.
+        self._order: list[list[tuple[int, int, int]]] = [[] for _ in layout.flats]
+        for i, (group, begin, size) in sorted(enumerate(layout.places), key=lambda place: place[1][1]):
+            self._order[group].append((begin, size, i))
+        on_cpu = all(flat.device.type == "cpu" for flat in layout.flats)
         self._chunk = _CHUNK_ON_CPU if on_cpu else _CHUNK
-        self._kept = [torch.zeros_like(flat) for flat in flats]
-        self._sums = [torch.zeros_like(flat) for flat in flats] if accumulates and rule.needs_gradient else []
+        self._buffer = layout.new_buffer()
+        self._window = GradientWindow(layout, accumulates=accumulates) if rule.needs_gradient else None
         self._gradient_scale = 1.0
-        self._captured: set[int] = set()  # parameters whose gradient of the last reduction is in the buffer
-        self._reduced = False  # the step's gradients are reduced, and the step is still to come
-        self._collecting = False  # the second buffer holds a part of the window
-        self._partial = False  # a part of the window was lost: its gradient is of no use
+        self._reduced: set[int] = set()  # the reduced parameters in the two phases of a reduction, else none
 
-    # --- moving ---
+    # --- training and everything else ---
 
     def extrapolate(self, step: int, learning_rates: Sequence[float]) -> None:
-        """Training is about to use the parameters.
-
-        Nothing happens once the step's gradients are reduced, or while they are: then parameters hold theta.
-        """
-        if self._captured or self._reduced:
-            return
-        if self.state is State.ASIDE:
-            self._exchange(State.AHEAD)
-        elif self.state is State.GRADIENT or (self.state is State.EMPTY and not self.rule.needs_gradient):
-            with torch.no_grad():
-                norms = [None] * len(self._flats) if self.rule.scale(0.0) is not None else self._norms()
-                for group, rate in enumerate(learning_rates):
-                    self._shift(group, step, rate, norms[group])
-            self.state = State.AHEAD
+        """Training is about to use the parameters."""
+        if self.phase is Phase.SET_ASIDE:
+            self._swap(Phase.EXTRAPOLATED)
+        elif self.phase is Phase.READY or (self.phase is Phase.NO_GRADIENT and self._window is None):
+            self._add_offset(step, learning_rates)
+            self.phase = Phase.EXTRAPOLATED
 
     def set_aside(self) -> None:
         """Something other than training is about to see the parameters."""
         self.recover()
-        if self.state is State.AHEAD:
-            self._exchange(State.ASIDE)
+        if self.phase is Phase.EXTRAPOLATED:
+            self._swap(Phase.SET_ASIDE)
 
     def recover(self) -> None:
-        """For what cannot be in the middle of a backward pass. A step's last backward broke off between
-        reductions: give the other parameters theta back.
-        """
-        if self._captured:
+        """A forward begins, so a reduction that has not ended broke off with an exception."""
+        if self.phase in (Phase.REDUCING, Phase.REDUCING_WITHOUT_OFFSET):
+            self.drop()
+
+    def undo(self) -> None:
+        """Drop the offset if there is one; the gradient of a step that is reduced already stays."""
+        if self.phase in (Phase.EXTRAPOLATED, Phase.SET_ASIDE, Phase.REDUCING):
             self.drop()
 
     def drop(self) -> None:
         """Forget the offset, and the gradient it would come from; the parameters hold theta afterwards."""
-        self._give_back()
+        self._return_theta(range(len(self._layout.places)))
         self.forget()
 
     def forget(self) -> None:
         """The same where somebody else has just written the parameters."""
-        self._begin(State.EMPTY)
-        self._partial, self._collecting = self._collecting, False
-        for total in self._sums:
-            total.zero_()
+        self.phase = Phase.NO_GRADIENT
+        self._reduced.clear()
+        if self._window is not None:
+            self._window.clear(in_step=True)
+
+    @torch.no_grad()
+    def _swap(self, phase: Phase) -> None:
+        for flat, kept in zip(self._layout.flats, self._buffer, strict=True):
+            for ours, theirs in zip(flat.split(self._chunk), kept.split(self._chunk), strict=True):
+                before = ours.clone()
+                ours.copy_(theirs)
+                theirs.copy_(before)
+        self.phase = phase
+
+    # --- gradients ---
+
+    @torch.no_grad()
+    def keep_gradients(self, indices: Sequence[int], parts: Sequence[Tensor], *, last: bool) -> None:
+        """These parameters' gradients, flat and still this worker's own, are about to be reduced. `last` says
+        that it is the gradient accumulation boundary, where nothing needs the parameters any more.
+        """
+        if not indices:
+            return
+        if last:
+            self._return_theta(indices)
+            has_offset = self.phase in (Phase.EXTRAPOLATED, Phase.REDUCING)
+            self.phase = Phase.REDUCING if has_offset else Phase.REDUCING_WITHOUT_OFFSET
+            self._reduced.update(indices)
+        if self._window is not None:
+            self._window.add(indices, parts, self._buffer, last=last)
+
+    @torch.no_grad()
+    def end_backward(self, *, last: bool, gradient_scale: float) -> None:
+        """All gradients of a backward pass are reduced; `last` as in `keep_gradients`."""
+        if not last:
+            self.recover()
+            return
+        missing = self._return_theta(range(len(self._layout.places)))
+        complete = True
+        if self._window is not None:
+            self._buffer, complete = self._window.finish(self._buffer, missing)
+            if self._levels is not None:
+                for flat in self._buffer:
+                    self._levels.intra.all_reduce(flat.div_(self._num_replicas))
+        self._gradient_scale = gradient_scale
+        self._reduced.clear()
+        self.phase = Phase.REDUCED if complete else Phase.NO_GRADIENT
 
     def post_step(self, *, keep: bool) -> None:
-        """The optimizer has taken the step: parameters are new, and may be moved."""
-        self._reduced = False
+        """The optimizer has taken the step, or skipped it; without `keep` the next step has no offset."""
         if not keep:
             self.drop()
+        elif self.phase is Phase.REDUCED:
+            self.phase = Phase.NO_GRADIENT if self._window is None else Phase.READY
+        elif self.phase not in (Phase.NO_GRADIENT, Phase.READY):
+            self.forget()
 
-    def undo(self) -> None:
-        """Drop the offset."""
-        if self.state in (State.AHEAD, State.ASIDE):
-            self.drop()
+    @torch.no_grad()
+    def _return_theta(self, indices: Iterable[int]) -> list[int]:
+        """Give theta back to those of the parameters that are not reduced; which these are."""
+        rest = [i for i in indices if i not in self._reduced]
+        if rest and self.phase in (Phase.EXTRAPOLATED, Phase.REDUCING):
+            ours, kept = (self._layout.views(flats, rest) for flats in (self._layout.flats, self._buffer))
+            torch._foreach_copy_(ours, kept)
+        return rest
 
-    def _begin(self, state: State) -> None:
-        self.state = state
-        self._captured.clear()
-        self._reduced = False
+    # --- the offset ---
 
-    def _exchange(self, state: State) -> None:
-        with torch.no_grad():
-            for flat, kept in zip(self._flats, self._kept, strict=True):
-                for ours, theirs in zip(flat.split(self._chunk), kept.split(self._chunk), strict=True):
-                    before = ours.clone()
-                    ours.copy_(theirs)
-                    theirs.copy_(before)
-        self.state = state
+    @torch.no_grad()
+    def _add_offset(self, step: int, learning_rates: Sequence[float]) -> None:
+        norms = [None] * len(self._order) if self.rule.scale(0.0) is not None else self._norms()
+        for group, (rate, norms_3P) in enumerate(zip(learning_rates, norms, strict=True)):
+            self._add_to_group(group, step, rate, norms_3P)
 
-    def _shift(self, group: int, step: int, learning_rate: float, norms_3P: Tensor | None) -> None:
-        flat, kept = self._flats[group], self._kept[group]
+    def _add_to_group(self, group: int, step: int, learning_rate: float, norms_3P: Tensor | None) -> None:
+        flat, kept = self._layout.flats[group], self._buffer[group]
         random = torch.Generator(flat.device)
         random.manual_seed(self._seed(step, str(group)))
         for begin, size, scale, label in self._spans(group, learning_rate, norms_3P):
@@ -177,11 +220,11 @@ class ExtrapolatedWeights:
                 length = min(self._chunk, begin + size - first)
                 weights, past = flat.narrow(0, first, length), kept.narrow(0, first, length)
                 # A product and a sum, each rounded by itself: equal elements stay equal wherever they lie.
-                ahead = self.rule.direction(past, random).float().mul(scale).add_(weights)
+                moved = self.rule.direction(past, random).float().mul(scale).add_(weights)
                 if weights.dtype == torch.float16:  # where a sum of scaled gradients may have left the range
-                    ahead = torch.where(ahead.isfinite(), ahead, weights.float())
+                    moved = torch.where(moved.isfinite(), moved, weights.float())
                 past.copy_(weights)
-                weights.copy_(round_stochastically(ahead, weights.dtype, random))
+                weights.copy_(round_stochastically(moved, weights.dtype, random))
 
     def _spans(
         self, group: int, learning_rate: float, norms_3P: Tensor | None
@@ -190,8 +233,8 @@ class ExtrapolatedWeights:
         unit = self._gradient_scale if self.rule.needs_gradient else 1.0
         scale = self.rule.scale(learning_rate)
         places = self._order[group]
-        if scale is not None and self._division is None:
-            yield 0, self._flats[group].numel(), scale / unit, None
+        if scale is not None and self._shards is None:
+            yield 0, self._layout.flats[group].numel(), scale / unit, None
             return
         scales: Sequence[float | Tensor] = [scale / unit] * len(places) if scale is not None else []
         if norms_3P is not None and places:
@@ -199,24 +242,23 @@ class ExtrapolatedWeights:
             scales_P = self.rule.scales(norms_P, past_norms_P / unit, elements_P, learning_rate) / unit
             scales = scales_P.unbind()
         for (begin, size, i), part in zip(places, scales, strict=True):
-            yield begin, size, part, None if self._division is None else self._division.labels[i]
+            yield begin, size, part, None if self._shards is None else self._shards.labels[i]
 
     def _norms(self) -> list[Tensor]:
         """For each group `[3, P]`: every whole parameter's norm, that of its past gradient, its elements."""
-        sums, counts = [], []
-        for group, places in enumerate(self._order):
-            rows = [torch.zeros(0, dtype=torch.float64, device=self._flats[group].device)] * 3
-            for row, flat in enumerate((self._flats[group], self._kept[group]) if places else ()):
+        sums = []
+        for places, *pair in zip(self._order, self._layout.flats, self._buffer, strict=True):
+            rows = [torch.zeros(0, dtype=torch.float64, device=pair[0].device)] * 2
+            for row, flat in enumerate(pair if places else ()):
                 parts = [flat.narrow(0, begin, size) for begin, size, _ in places]
                 rows[row] = multi_tensor.norms(parts).double().square()
-            elements_P = torch.tensor([float(size) for _, size, _ in places], dtype=torch.float64)
-            sums.append(torch.stack([*rows[:2], to_device(elements_P, rows[0].device)]))
-            if self._division is not None:
-                counts += [float(self._division.counts[i]) for _, _, i in places]
+            counts = [self._shards is None or self._shards.counts[i] for _, _, i in places]
+            known_2P = torch.tensor([[size for _, size, _ in places], counts], dtype=torch.float64)
+            elements_P, counts_P = to_device(known_2P, rows[0].device)
+            sums.append(torch.stack([*rows, elements_P]).mul_(counts_P))
         total_3P = torch.cat(sums, dim=1)
-        if self._division is not None and self._division.circle is not None:
-            total_3P *= to_device(torch.tensor(counts, dtype=torch.float64), total_3P.device)
-            self._division.circle.all_reduce_identical(total_3P)
+        if self._shards is not None and self._shards.group is not None:
+            self._shards.group.all_reduce_identical(total_3P)
         total_3P[:2].sqrt_()
         return list(total_3P.float().split([len(places) for places in self._order], dim=1))
 
@@ -224,96 +266,34 @@ class ExtrapolatedWeights:
         words = ",".join(map(str, (*self._key, step, label)))
         return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "little") >> 1
 
-    # --- gradients ---
-
-    def keep_gradients(self, indices: Sequence[int], parts: Sequence[Tensor], *, last: bool) -> None:
-        """These parameters' gradients are about to be reduced, and nothing of this step needs the parameters.
-
-        Args:
-            indices: which parameters.
-            parts: their gradients, flat, still this worker's own.
-            boundary: whether it is the last reduction of the step.
-        """
-        if not indices:
-            return
-        with torch.no_grad():
-            if not last and self.rule.needs_gradient and not self._sums:  # boundaries set by hand
-                self._sums = [torch.zeros_like(flat) for flat in self._flats]
-            if self._sums:
-                self._collecting = True
-                multi_tensor.axpby_(1.0, parts, 1.0, self._views(self._sums, indices))
-            if not last:
-                return
-            if self.state is State.AHEAD:
-                torch._foreach_copy_(self._views(self._flats, indices), self._views(self._kept, indices))
-            if self.rule.needs_gradient and not self._sums:
-                torch._foreach_copy_(self._views(self._kept, indices), list(parts))
-            self._captured.update(indices)
-
-    def end_backward(self, *, last: bool, gradient_scale: float) -> None:
-        """All gradients of a backward pass are reduced."""
-        if not last:
-            self._captured.clear()
-            return
-        self._give_back()
-        if self._sums:
-            self._kept, self._sums = self._sums, self._kept
-            for total in self._sums:
-                total.zero_()
-        if self._team is not None and self.rule.needs_gradient:
-            for kept in self._kept:
-                self._team.intra.all_reduce(kept.div_(self._team.num_replicas))
-        self._gradient_scale = gradient_scale
-        self._begin(State.GRADIENT if self.rule.needs_gradient and not self._partial else State.EMPTY)
-        self._reduced, self._partial, self._collecting = True, False, False
-
-    def _give_back(self) -> None:
-        """Parameters that were not captured get theta back, too, and count as having no gradient."""
-        rest = [i for i in range(len(self._places)) if i not in self._captured]
-        self._captured.clear()
-        if not rest:
-            return
-        with torch.no_grad():
-            if self.state is State.AHEAD:
-                torch._foreach_copy_(self._views(self._flats, rest), self._views(self._kept, rest))
-            torch._foreach_zero_(self._views(self._kept, rest))
-
-    def _views(self, flats: Sequence[Tensor], indices: Sequence[int]) -> list[Tensor]:
-        return [flats[g].narrow(0, begin, size) for g, begin, size in (self._places[i] for i in indices)]
-
     # --- checkpoints ---
-
-    @property
-    def _num_replicas(self) -> int:
-        """Whose mean the gradient is."""
-        return 1 if self._team is None else self._team.num_replicas
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs; the parameters hold theta afterwards."""
         self.set_aside()
-        buffers = self._kept if self.rule.needs_gradient and self.state is not State.EMPTY else []
+        is_empty = self._window is None or self.phase is Phase.NO_GRADIENT
         return {
-            "state": self.state.value,
+            "set_aside": self.phase is Phase.SET_ASIDE,
             "gradient_scale": self._gradient_scale,
             "replicas": self._num_replicas,
-            "buffers": buffers,
+            "buffers": [] if is_empty else self._buffer,
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> bool:
         """Take over a checkpoint's state; False, and no offset for one step, if it is of other sizes, or of
         workers of another size.
         """
-        self._begin(State.EMPTY)
-        self._partial = self._collecting = False
-        buffers = saved["buffers"]
-        if not self.rule.needs_gradient or not buffers:
+        self.forget()
+        if self._window is None:
             return True
-        if [kept.numel() for kept in self._kept] != [buffer.numel() for buffer in buffers]:
+        self._window.clear(in_step=False)
+        if not saved["buffers"]:
+            return True
+        sizes, expected = ([flat.numel() for flat in flats] for flats in (saved["buffers"], self._buffer))
+        if sizes != expected or saved["replicas"] != self._num_replicas:
             return False
-        if saved.get("replicas", 1) != self._num_replicas:
-            return False
-        for kept, buffer in zip(self._kept, buffers, strict=True):
-            kept.copy_(buffer)
+        for flat, loaded in zip(self._buffer, saved["buffers"], strict=True):
+            flat.copy_(loaded)
         self._gradient_scale = saved["gradient_scale"]
-        self.state = State(saved["state"])
+        self.phase = Phase.SET_ASIDE if saved["set_aside"] else Phase.READY
         return True
