@@ -99,18 +99,18 @@ class Case:
     def theory_bytes(self, rule: str) -> float:
         """What a host sends for one reduction of the whole model."""
         from ds_gradmix.config import parse_block
-        from ds_gradmix.costs.model import Cluster, Job, block_costs, stock_costs
+        from ds_gradmix.costs.model import Cluster, Workload, block_costs
+        from ds_gradmix.costs.report import reduction_plan
 
         definition = RULES[rule] or {}
         width = ELEMENT_BYTES[self.dtype]
         owners: Any = {"even": "even", "one owner": "one", EVERY_RANK: self.engine}[self.owners]
-        job = Job(NUM_ELEMENTS, width, owners, width, self.bucket_elements, NUM_LAYERS)
+        workload = Workload(NUM_ELEMENTS, width, owners, width, self.bucket_elements, NUM_LAYERS)
         worker = definition.get("worker", 1)
         per_worker = self.ranks_per_host if worker == "node" else worker
         cluster = Cluster(self.world, self.ranks_per_host, per_worker)
-        if not definition:
-            return stock_costs(job, cluster).leaving
-        return block_costs(parse_block(definition), job, cluster).leaving
+        plan = reduction_plan(self.ds_config(rule, None), parse_block(definition), cluster.workers)
+        return block_costs(plan, workload, cluster).leaving
 
     def bytes_bound(self, rule: str) -> float:
         """The most that `rule` may send, as a ratio to stock: theory, and room for headers."""

@@ -18,7 +18,14 @@ import pytest
 import scaling_table
 
 from ds_gradmix.cli import main
-from ds_gradmix.costs.model import Cluster, all_reduce, inside_workers, to_combiners, to_everyone, to_owners
+from ds_gradmix.costs.model import (
+    Cluster,
+    all_reduce,
+    average_inside_workers,
+    exchange_gradients,
+    gather_on_every_rank,
+    send_to_owners,
+)
 
 ROOT = Path(__file__).parent.parent
 Messages = Iterator[tuple[int, int, float]]  # from a rank, to a rank, elements
@@ -40,17 +47,17 @@ def counted(what: str, d: int, n: int) -> Messages:
     places = list(zip(*workers_of(d, n), strict=True))
     if what == "all_reduce":
         yield from ring(list(range(d)), 2 * (d - 1) / d)
-    if what == "to_combiners":
+    if what == "exchange_gradients":
         for ranks in workers_of(d, n):
             yield from ((a, b, 1 / n) for a, b in itertools.permutations(ranks, 2))
         for ranks in places:
             yield from ((a, b, 1 / d) for a, b in itertools.permutations(ranks, 2))
-    if what == "inside_workers":
+    if what == "average_inside_workers":
         for ranks in workers_of(d, n):
             yield from ring(ranks, 2 * (n - 1) / n)
-    if what == "to_owners":  # buckets of one owner each, each rank owning as many
+    if what == "send_to_owners":  # buckets of one owner each, each rank owning as many
         yield from ((a, b, 1 / d / d) for a, b in itertools.permutations(range(d), 2))
-    if what == "to_everyone":
+    if what == "gather_on_every_rank":
         for ranks in places:
             yield from ring(list(ranks), (len(ranks) - 1) / d)
         for ranks in workers_of(d, n):
@@ -59,10 +66,10 @@ def counted(what: str, d: int, n: int) -> Messages:
 
 FORMULAS: dict[str, Any] = {
     "all_reduce": lambda cluster: [all_reduce(1.0, cluster)],
-    "to_combiners": lambda cluster: to_combiners(1.0, cluster),
-    "inside_workers": lambda cluster: inside_workers(1.0, cluster),
-    "to_owners": lambda cluster: [to_owners(1.0, cluster)],
-    "to_everyone": lambda cluster: to_everyone(1.0, cluster),
+    "exchange_gradients": lambda cluster: exchange_gradients(1.0, cluster),
+    "average_inside_workers": lambda cluster: average_inside_workers(1.0, cluster),
+    "send_to_owners": lambda cluster: [send_to_owners(1.0, cluster)],
+    "gather_on_every_rank": lambda cluster: gather_on_every_rank(1.0, cluster),
 }
 
 
@@ -71,11 +78,11 @@ FORMULAS: dict[str, Any] = {
     "d, k, n", [(2, 1, 1), (4, 2, 2), (8, 8, 2), (8, 4, 1), (16, 4, 2), (16, 2, 8), (8, 4, 8)]
 )
 def test_formulas_count_every_message(what: str, d: int, k: int, n: int) -> None:
-    hops = FORMULAS[what](Cluster(d, k, n))
+    collectives = FORMULAS[what](Cluster(d, k, n))
     messages = list(counted(what, d, n))
-    assert sum(hop.sent for hop in hops) == pytest.approx(sum(e for *_, e in messages) / d)
+    assert sum(cost.sent for cost in collectives) == pytest.approx(sum(e for *_, e in messages) / d)
     leaving = sum(elements for a, b, elements in messages if a // k != b // k)
-    assert sum(hop.leaving for hop in hops) == pytest.approx(leaving * k / d)
+    assert sum(cost.leaving for cost in collectives) == pytest.approx(leaving * k / d)
 
 
 MEASURED = {  # the benchmark's options, and which rules must be among what it measured
