@@ -39,14 +39,15 @@ def reduction_plan(config: Mapping[str, Any], block: GradmixConfig, num_workers:
 def workload_of(config: Mapping[str, Any], parameters: float, tensors: int) -> Workload:
     """What is reduced with a ds_config, for a number of parameters and of tensors that they consist of."""
     engine = _engine_without_owners(config)
+    micro_steps = lookup(config, "gradient_accumulation_steps", 1)
     workload = Workload(
         parameters,
-        _sent_bytes(config),
+        min(_grad_bytes(config), _stock_bytes(config)),  # an exchange widens nothing before it sends it
         engine or "one",
         _stock_bytes(config),
         min(_bucket_elements(config), max(int(parameters), 1)),
         tensors,
-        _reductions(config),
+        reductions=int(micro_steps) if _stage(config) == 2 and isinstance(micro_steps, int) else 1,
     )
     return replace(workload, owners="even") if engine is None and workload.buckets == 1 else workload
 
@@ -58,7 +59,7 @@ def cost_table(config: Mapping[str, Any], block: GradmixConfig, clusters: Sequen
     lines = ["gradients sent per rank and reduction, relative to stock DeepSpeed:"]
     lines.append("    ranks  " + "  ".join(columns))
     owners: list[model.Owners] = ["even", "one"] if engine is None else [engine]
-    workloads = [Workload(1.0, _sent_bytes(config), owner, _stock_bytes(config)) for owner in owners]
+    workloads = [replace(workload_of(config, 1.0, 1), owners=owner) for owner in owners]
     for cluster in clusters:
         plan = reduction_plan(config, block, cluster.workers)
         ratios = [_sent_ratio(plan, workload, cluster) for workload in workloads]
@@ -126,14 +127,9 @@ def _extrapolation_line(config: Mapping[str, Any], block: GradmixConfig) -> str:
 def scale_table(
     config: Mapping[str, Any], block: GradmixConfig, parameters: float, cluster: Cluster, tensors: int
 ) -> str:
-    """The costs of an optimizer step at a given scale, beside those of stock DeepSpeed.
+    """The costs of an optimizer step, beside those of stock DeepSpeed.
 
-    Args:
-        config: the ds_config.
-        block: its gradmix block.
-        parameters: the number of parameters whose gradients one data-parallel rank reduces.
-        cluster: the data-parallel ranks, in workers of the size that the block gives.
-        tensors: the number of tensors that the parameters consist of.
+    A data-parallel rank reduces the gradients of `parameters` parameters, which consist of `tensors` tensors.
     """
     workload = workload_of(config, parameters, tensors)
     plan = reduction_plan(config, block, cluster.workers)
@@ -198,17 +194,6 @@ def _stock_bytes(config: Mapping[str, Any]) -> int:
     """The bytes of an element as DeepSpeed communicates it."""
     communicated = lookup(config, "communication_data_type", None)
     return {"fp32": 4, "fp16": 2, "bf16": 2, "bfp16": 2}.get(communicated, _grad_bytes(config))
-
-
-def _sent_bytes(config: Mapping[str, Any]) -> int:
-    """The same in an exchange, which gains nothing from a gradient that is widened before it is sent."""
-    return min(_grad_bytes(config), _stock_bytes(config))
-
-
-def _reductions(config: Mapping[str, Any]) -> int:
-    """How often all gradients are reduced in an optimizer step."""
-    steps = lookup(config, "gradient_accumulation_steps", 1)
-    return int(steps) if _stage(config) == 2 and isinstance(steps, int) else 1
 
 
 def _engine_without_owners(config: Mapping[str, Any]) -> model.EngineWithoutOwners | None:
