@@ -70,7 +70,7 @@ def row_of(size: str, ranks: int, rule: str) -> Row:
 
 
 def rows() -> Iterator[Row]:
-    """First every rule at one size, then a few at all sizes."""
+    """All rules at one size, then a few rules at all sizes."""
     for rule in BLOCKS:
         yield row_of(*IN_DETAIL, rule)
     for size in SIZES:
@@ -82,12 +82,12 @@ def rows() -> Iterator[Row]:
 def table() -> str:
     head = "| parameters | ranks | block | GB sent per rank | GB leaving a node | GB of memory | seconds |"
     head += "\n" + "|---" * 7 + "|"
-    every = list(map(str, rows()))
-    return "\n".join([head, *every[: len(BLOCKS)], "", head, *every[len(BLOCKS) :]]) + "\n"
+    lines = list(map(str, rows()))
+    return "\n".join([head, *lines[: len(BLOCKS)], "", head, *lines[len(BLOCKS) :]]) + "\n"
 
 
 def written(text: str) -> str:
-    """The document with the table of now."""
+    """The document with a new table."""
     before, rest = text.split(BEGIN)
     return before + BEGIN + table() + END + rest.split(END)[1]
 
