@@ -1,7 +1,7 @@
-"""What is compared: three ways in which a bucket's gradients are owned, and the rules.
+"""The cases and rules that exchange.py compares, with the expected bytes and the bounds.
 
-All ranks own even shares of a bucket ("even"), one owns all of it ("one owner"), or every rank needs the
-result. Theory is what `ds_gradmix check` tells: docs/scaling.md.
+In a case all ranks own even shares of a bucket ("even"), one rank owns all of it ("one owner"), or every rank
+needs the result ("every rank"). The expected bytes are those of `ds_gradmix check`: docs/scaling.md.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     "ZeRO-2": {"zero_optimization": {"stage": 2}},
     "BF16_Optimizer": {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}},
 }
-WITHOUT_OWNERS = {"ZeRO-0": ("fp32",), "BF16_Optimizer": ("bf16",)}  # and the dtypes to try
+ENGINES_WITHOUT_OWNERS = {"ZeRO-0": ("fp32",), "BF16_Optimizer": ("bf16",)}  # and their dtypes
 EVERY_RANK = "every rank"
 DEEPSPEED_DTYPE = {"bf16": {"bf16": {"enabled": True}}}
 
@@ -26,7 +26,7 @@ _GAF = {"mixing": {"type": "GAF", "params": {"threshold": 1.0}}}
 _VRGD = {"scaling": {"type": "VRGD", "params": {"gamma": 0.1}}}
 _VRGD_MOMENTUM = {"scaling": {"type": "VRGD", "params": {"gamma": 0.1, "momentum": 0.9}}}
 
-# None is stock against a second stock engine: how far from 1 a ratio can be by accident.
+# None is stock DeepSpeed, compared with a second stock engine: it shows how far from 1 a ratio is by chance.
 RULES: dict[str, dict[str, Any] | None] = {
     "stock": None,
     "Mean": {},
@@ -38,13 +38,13 @@ RULES: dict[str, dict[str, Any] | None] = {
     "GAF scope parameter": _GAF | {"scope": "parameter"},
     "GAF scope model": _GAF | {"scope": "model"},
 }
-# Between hosts of several ranks.
-TEAM_RULES: dict[str, dict[str, Any]] = {
+# Measured between hosts of several ranks only.
+RULES_WITH_LARGE_WORKERS: dict[str, dict[str, Any]] = {
     f"{name}, worker node": {**(RULES[name] or {}), "worker": "node"}
     for name in ("GradientMix", "GAF", "VRGD", "VRGD momentum 0.9", "GAF scope model")
 }
-TEAM_RULES["GAF, worker 4"] = {**_GAF, "worker": 4}
-RULES |= TEAM_RULES
+RULES_WITH_LARGE_WORKERS["GAF, worker 4"] = {**_GAF, "worker": 4}
+RULES |= RULES_WITH_LARGE_WORKERS
 QUICK_RULES = {"ZeRO-2": ("GAF", "GAF+VRGD"), "ZeRO-0": ("GAF scope model",)}
 WITHOUT_EXCHANGE = ("stock", "Mean", "GradientMix", "GradientMix, worker node")
 MODEL_SCOPE = "GAF scope model"
@@ -53,7 +53,7 @@ MOMENTUM = "VRGD momentum 0.9"
 
 @dataclass(frozen=True)
 class Case:
-    """A model of equal `WIDTH` × `WIDTH` matrices, one engine configuration, and the rules to try on it."""
+    """An engine configuration for a model of equal `WIDTH` × `WIDTH` matrices, and the rules to measure."""
 
     owners: str
     dtype: str
@@ -65,19 +65,21 @@ class Case:
 
     @property
     def bucket_elements(self) -> int:
-        """One reduction for the whole model, or ones that are half an owner's partition."""
+        """All of the model, or half of an owner's partition."""
         return NUM_ELEMENTS // (2 * self.world if self.owners == "one owner" else 1)
 
     @property
     def bucket_bytes(self) -> int:
+        """The size of a bucket."""
         return self.bucket_elements * ELEMENT_BYTES[self.dtype]
 
     @property
     def model_bytes(self) -> int:
+        """The size of all gradients."""
         return NUM_ELEMENTS * ELEMENT_BYTES[self.dtype]
 
     def ds_config(self, rule: str, tile_bytes: int | None) -> dict[str, Any]:
-        """The engine's configuration: defaults, but for what defines the case, and `tile_bytes` if given."""
+        """The ds_config: DeepSpeed's defaults except for what defines the case, and `tile_bytes` if given."""
         config = {
             "train_micro_batch_size_per_gpu": 1,
             "steps_per_print": 1_000_000,
@@ -97,31 +99,31 @@ class Case:
         return config | {"gradmix": block if tile_bytes is None else block | {"tile_bytes": tile_bytes}}
 
     def theory_bytes(self, rule: str) -> float:
-        """What a host sends for one reduction of the whole model."""
+        """The expected bytes that a host sends in one reduction of all gradients."""
         from ds_gradmix.config import parse_block
-        from ds_gradmix.costs.model import Cluster, Job, block_costs, stock_costs
+        from ds_gradmix.costs.model import Cluster, Workload, block_costs
+        from ds_gradmix.costs.report import reduction_plan
 
         definition = RULES[rule] or {}
         width = ELEMENT_BYTES[self.dtype]
         owners: Any = {"even": "even", "one owner": "one", EVERY_RANK: self.engine}[self.owners]
-        job = Job(NUM_ELEMENTS, width, owners, width, self.bucket_elements, NUM_LAYERS)
+        workload = Workload(NUM_ELEMENTS, width, owners, width, self.bucket_elements, NUM_LAYERS)
         worker = definition.get("worker", 1)
         per_worker = self.ranks_per_host if worker == "node" else worker
         cluster = Cluster(self.world, self.ranks_per_host, per_worker)
-        if not definition:
-            return stock_costs(job, cluster).leaving
-        return block_costs(parse_block(definition), job, cluster).leaving
+        plan = reduction_plan(self.ds_config(rule, None), parse_block(definition), cluster.workers)
+        return block_costs(plan, workload, cluster).leaving
 
     def bytes_bound(self, rule: str) -> float:
-        """The most that `rule` may send, as a ratio to stock: theory, and room for headers."""
+        """The most that a rule may send, relative to stock: 5 % more than expected, for headers."""
         return 1.05 * self.theory_bytes(rule) / self.theory_bytes("stock")
 
     def memory_bound(self, rule: str, stock_reduction_bytes: float) -> float:
-        """The most that a reduction may allocate: three tiles, or what stock's does where stock's is used.
-        ZeRO-0 has DeepSpeed copy the gradients into a bucket.
+        """The most that a reduction may allocate: three tiles, or as much as stock where stock reduces.
 
-        Momentum's new state is pending from the first reduction of a step to its end, since it may still
-        be skipped: one float32 for each element that the rank owns.
+        With ZeRO-0 DeepSpeed copies the gradients into a bucket besides. The new state of a momentum is kept
+        separately until the end of a step, which may still be skipped: one float32 for each element that the
+        rank owns.
         """
         copied = self.bucket_bytes if self.engine == "ZeRO-0" else 0
         base = stock_reduction_bytes if rule in WITHOUT_EXCHANGE else copied + 3 * self.tile_bytes

@@ -1,16 +1,16 @@
-"""Costs of the gradient exchange against stock DeepSpeed, measured in one run: bytes, step time, memory.
+"""Measures the gradient exchange against stock DeepSpeed in one run: bytes, step time and memory.
 
     python benchmarks/exchange.py [--quick] [--world 4] [--engine ZeRO-2] [--dtype fp32] [--json FILE]
     python benchmarks/exchange.py --ranks-per-host 2 [--only-bytes] [--rate 500mbit]
 
-A host is a network namespace with one interface (`hosts.py`; needs root and `ip`), by default for each rank;
-without, all ranks share the loopback interface, whose counter sums over them. `cases.py` has the cases, the
-rules, the theory and the bounds; `exchange_worker.py` says how a rank measures. Exits with 1 if a rule breaks
-its bound, after the table.
+A host is a network namespace with one interface (`hosts.py`; it needs root and `ip`), by default one for each
+rank. Without namespaces all ranks share the loopback interface, whose counter sums over them. `cases.py` has
+the cases, rules, expected bytes and bounds; `exchange_worker.py` describes the measurements of a rank. The
+exit status is 1 if a rule exceeds a bound.
 
-The table, per rule: bytes sent per host and reduction, over stock's; the median over pairs of step times,
-over stock's (a model with next to nothing to compute: the worst case); peak memory in the backward, over
-stock's; and what a bucket's reduction itself allocates at its peak, in MiB and in tiles.
+The table has for each rule the bytes sent per host and reduction, the median step time over pairs of steps
+and the peak memory in the backward, all three relative to stock (the model has next to nothing to compute,
+which is the worst case); and the peak of what a bucket's reduction allocates, in MiB and in tiles.
 """
 
 from __future__ import annotations
@@ -32,7 +32,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cases import ENGINES, EVERY_RANK, MODEL_SCOPE, QUICK_RULES, RULES, TEAM_RULES, WITHOUT_OWNERS, Case
+from cases import (
+    ENGINES,
+    ENGINES_WITHOUT_OWNERS,
+    EVERY_RANK,
+    MODEL_SCOPE,
+    QUICK_RULES,
+    RULES,
+    RULES_WITH_LARGE_WORKERS,
+    Case,
+)
 from hosts import loopback, network, run_ranks, why_no_namespaces
 
 MIB = 1 << 20
@@ -57,26 +66,28 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def make_cases(options: argparse.Namespace) -> list[Case]:
-    """Every way of ownership that an engine has, in each dtype; model scope by ZeRO-1 for ZeRO-2."""
+    """Each engine with each kind of ownership and dtype; scope model runs on ZeRO-1 instead of ZeRO-2."""
     dtypes = options.dtype or (["fp32"] if options.quick else ["fp32", "bf16"])
     default = QUICK_RULES if options.quick else [name for name in ENGINES if name != "ZeRO-1"]
     case = partial(_case, options)
     cases = []
     every_rule = (
-        [*RULES] if options.ranks_per_host > 1 else [rule for rule in RULES if rule not in TEAM_RULES]
+        [*RULES]
+        if options.ranks_per_host > 1
+        else [rule for rule in RULES if rule not in RULES_WITH_LARGE_WORKERS]
     )
     for engine in options.engine or default:
         rules = tuple(options.rule or (QUICK_RULES.get(engine, ("GAF",)) if options.quick else every_rule))
-        if engine in WITHOUT_OWNERS:
-            for dtype in [dtype for dtype in WITHOUT_OWNERS[engine] if dtype in dtypes]:
+        if engine in ENGINES_WITHOUT_OWNERS:
+            for dtype in [dtype for dtype in ENGINES_WITHOUT_OWNERS[engine] if dtype in dtypes]:
                 cases.append(case(EVERY_RANK, dtype, engine, rules))
             continue
         for dtype, owners in itertools.product(dtypes, ("even", "one owner")):
             engines = {engine: rules}
-            whole = tuple(rule for rule in rules if MODEL_SCOPE in rule)
-            if engine == "ZeRO-2" and whole:
-                engines = {engine: tuple(rule for rule in rules if rule not in whole)}
-                engines |= {"ZeRO-1": whole} if dtype == "fp32" else {}
+            model_scope = tuple(rule for rule in rules if MODEL_SCOPE in rule)
+            if engine == "ZeRO-2" and model_scope:
+                engines = {engine: tuple(rule for rule in rules if rule not in model_scope)}
+                engines |= {"ZeRO-1": model_scope} if dtype == "fp32" else {}
             cases += [case(owners, dtype, name, names) for name, names in engines.items()]
     return [case for case in cases if case.rules]
 
@@ -87,7 +98,7 @@ def _case(options: argparse.Namespace, owners: str, dtype: str, engine: str, rul
 
 
 def run(cases: list[Case], options: argparse.Namespace) -> list[list[dict[str, Any]]]:
-    """Every rank's measurements of every case: [rank][case][rule]."""
+    """Start the ranks, and return their measurements: [rank][case][rule]."""
     rounds = options.rounds or (2 if options.quick else 6)
     rounds = 0 if options.only_bytes else rounds
     repeats = 1 if options.only_bytes or options.quick else 2
@@ -109,16 +120,16 @@ def run(cases: list[Case], options: argparse.Namespace) -> list[list[dict[str, A
 
 
 def _worker(plan: dict[str, Any], folder: Path) -> Callable[[], None]:
-    """What a rank does; imported once, before ranks are forked."""
+    """The function that a rank runs; its module is imported here, once, before ranks are forked."""
     os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     import exchange_worker
 
-    gc.freeze()  # what all ranks share: the collector would copy it page by page
+    gc.freeze()  # the collector would copy the pages that forked ranks share
     return partial(exchange_worker.work, plan, folder)
 
 
 def _share_counter(measured: list[list[dict[str, Any]]]) -> None:
-    """Every rank read the sum over ranks: a rank's own part is that by their number."""
+    """The loopback counter is the sum over ranks: divide it by their number."""
     for rank in measured:
         for case in rank:
             for row in case.values():
@@ -126,7 +137,7 @@ def _share_counter(measured: list[list[dict[str, Any]]]) -> None:
 
 
 def summarise(case: Case, ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row per rule from the ranks' measurements of one case."""
+    """One row per rule from the ranks' measurements of a case."""
 
     def sent(rule: str) -> float:
         return statistics.mean(statistics.median(rank[rule]["sent_bytes"]) for rank in ranks)
@@ -164,6 +175,7 @@ def summarise(case: Case, ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def print_table(case: Case, rows: list[dict[str, Any]]) -> None:
+    """Print the rows of a case."""
     first = rows[0]
     overhead = first["stock_sent_bytes"] / first["stock_theory_bytes"] - 1
     print(
@@ -191,7 +203,7 @@ def print_table(case: Case, rows: list[dict[str, Any]]) -> None:
 
 
 def broken(row: dict[str, Any]) -> str:
-    """Which bounds a row breaks, empty if none."""
+    """The bounds that a row exceeds; an empty string if there are none."""
     what = []
     if row["bytes_ratio"] > row["bytes_ratio_bound"]:
         what.append("BYTES")
@@ -202,7 +214,7 @@ def broken(row: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    # A terminated run must still take its namespaces and ranks with it.
+    # A terminated run must still remove its namespaces and end its ranks.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.path.append(str(Path(__file__).parents[1]))  # ds_gradmix of this checkout, installed or not
     start, cases = time.monotonic(), make_cases(options)

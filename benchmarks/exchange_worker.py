@@ -1,14 +1,14 @@
-"""One rank of `exchange.py`: measures every case and writes FOLDER/rankN.json.
+"""One rank of `exchange.py`: it measures every case and writes FOLDER/rankN.json.
 
-Bytes: the kernel's count of what this host's interface sent from before `engine.backward` to after it, which
-is the reduction and nothing else (weights are gathered in `step`). Before each reading every rank has passed
-a barrier and has waited, so nothing is under way; what the barriers cost is measured without a backward and
-taken off.
+Bytes: the kernel's counter of what the host's interface has sent, read before and after `engine.backward`,
+which communicates nothing but the reduction (weights are gathered in `step`). Before each reading all ranks
+pass a barrier and wait, so that nothing is in flight; the bytes of a barrier are measured without a backward
+and subtracted.
 
-Memory: in such a backward (`resident_memory.py`), as a whole, and in the reductions of a bucket; with a small
-`tile_bytes`, which shows whether memory is bounded. Bytes and times have the block's default: small tiles are
-small messages, to which headers add more. Time: whole steps of stock and rule by turns, so that whatever
-slows this machine slows both.
+Memory (`resident_memory.py`): the peak of such a backward, and of the reductions of a bucket in it, with a
+small `tile_bytes`, which shows that memory is bounded. Bytes and times are measured with the default, since
+small tiles are small messages with relatively more headers. Time: full steps of stock and of the rule in
+turn, so that load on this machine slows both.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TIMEOUT = timedelta(seconds=90)
 
 
 class Layers(torch.nn.Module):
-    """Equal square matrices in a row, little to compute and much to exchange."""
+    """A sequence of equal square matrices: little to compute, and much to exchange."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,8 +52,9 @@ class Layers(torch.nn.Module):
 
 
 def build_engine(case: Case, rule: str, tile_bytes: int | None) -> Any:
+    """An engine with the rule, or without a block for stock."""
     if RULES[rule] is not None:
-        # Here and not above, so that stock can be measured where the package cannot be imported.
+        # Imported here, so that stock can be measured where the package cannot be imported.
         import ds_gradmix
 
         ds_gradmix.enable()
@@ -66,26 +67,27 @@ def build_engine(case: Case, rule: str, tile_bytes: int | None) -> Any:
 
 
 def make_inputs(case: Case) -> torch.Tensor:
-    """Nearly the same on every rank: gradients agree, and no rule saves bytes by leaving a worker out."""
+    """Similar inputs on every rank, so that gradients agree and no rule leaves a worker out."""
     common = torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(1))
     own = torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(2 + dist.get_rank()))
     return (common + 0.3 * own).to(torch.bfloat16 if case.dtype in DEEPSPEED_DTYPE else torch.float32)
 
 
 def step(engine: Any, inputs: torch.Tensor) -> None:
+    """Take a training step."""
     engine.backward(engine(inputs))
     engine.step()
 
 
 def sent_bytes(interface: str) -> int:
-    """The interface's counter, at a moment when no rank has anything under way."""
+    """The interface's counter while no rank communicates."""
     dist.barrier()
     time.sleep(SETTLE_S)
     return hosts.sent_bytes(interface)
 
 
 def measure_bytes(engine: Any, inputs: torch.Tensor, repeats: int) -> list[int]:
-    """What the backward of a step sends, without what looking at it sends."""
+    """The bytes that the backward of a step sends, without those of the measurement."""
     interface, results = os.environ["GLOO_SOCKET_IFNAME"], []
     for _ in range(repeats):
         loss = engine(inputs)
@@ -99,28 +101,28 @@ def measure_bytes(engine: Any, inputs: torch.Tensor, repeats: int) -> list[int]:
 
 
 def measure_memory(engine: Any, inputs: torch.Tensor, repeats: int) -> dict[str, list[int]]:
-    """What the backward of a step allocates, after one step to warm up."""
+    """The bytes that the backward of a step allocates at its peak, after one step to warm up."""
     step(engine, inputs)
     watch, results = Watch(), []
-    home, name = engine.optimizer, "average_tensor"
-    if not hasattr(home, name):  # every rank needs the result, and the engine reduces
-        home, name = engine, "allreduce_bucket"
-    reduce = getattr(home, name)
-    setattr(home, name, watch.piece(reduce))
+    owner, name = engine.optimizer, "average_tensor"
+    if not hasattr(owner, name):  # every rank needs the result, and the engine reduces
+        owner, name = engine, "allreduce_bucket"
+    reduce = getattr(owner, name)
+    setattr(owner, name, watch.call(reduce))
     for _ in range(repeats):
         loss = engine(inputs)
         dist.barrier()
         with watch:
             engine.backward(loss)
         engine.step()
-        results.append((watch.whole_bytes, watch.piece_bytes))
-    setattr(home, name, reduce)
-    whole, pieces = zip(*results, strict=True)
-    return {"backward_bytes": list(whole), "reduction_bytes": list(pieces)}
+        results.append((watch.block_bytes, watch.call_bytes))
+    setattr(owner, name, reduce)
+    backwards, reductions = zip(*results, strict=True)
+    return {"backward_bytes": list(backwards), "reduction_bytes": list(reductions)}
 
 
 def measure_times(stock: Any, engine: Any, inputs: torch.Tensor, rounds: int) -> list[list[float]]:
-    """Seconds of a step of [stock, engine] in each round; who goes first takes turns."""
+    """The seconds of a step of [stock, engine] in each round; the two take turns in going first."""
     results = []
     step(engine, inputs)
     for round_index in range(rounds):
@@ -137,7 +139,7 @@ def measure_times(stock: Any, engine: Any, inputs: torch.Tensor, rounds: int) ->
 
 @contextmanager
 def running(case: Case, rule: str, tile_bytes: int | None = None) -> Iterator[Any]:
-    """An engine, which gives back its memory after the block."""
+    """An engine whose memory is released after the block."""
     engine = build_engine(case, rule, tile_bytes)
     yield engine
     engine.destroy()
@@ -168,7 +170,7 @@ def times_and_bytes_of(case: Case, rounds: int, repeats: int) -> dict[str, dict[
 
 
 def measure(plan: dict[str, Any]) -> list[dict[str, dict[str, Any]]]:
-    """What was found by case and rule: memory first, then times (`resident_memory.py`) and bytes."""
+    """The measurements of each case by rule: first memory, then times and bytes (`resident_memory.py`)."""
     cases = [Case(**case) for case in plan["cases"]]
     results: list[dict[str, dict[str, Any]]] = [{} for _ in cases]
     if plan["rounds"]:
@@ -182,9 +184,9 @@ def measure(plan: dict[str, Any]) -> list[dict[str, dict[str, Any]]]:
 
 
 def work(plan: dict[str, Any], folder: Path) -> None:
-    """All of it, in the environment of a rank."""
-    # Compiles for half a minute an operator that only inference uses, and only between ranks of one host.
-    # (By name: as an attribute, `deepspeed.comm.torch` is PyTorch.)
+    """Run as a rank, in the environment of a rank: measure, and write the results."""
+    # Compiling this operator takes half a minute, and only inference uses it, between ranks of one host.
+    # (Imported by name, since the attribute `deepspeed.comm.torch` is PyTorch.)
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     torch.set_num_threads(1)
     deepspeed.init_distributed(dist_backend="gloo", timeout=TIMEOUT, auto_mpi_discovery=False)

@@ -1,12 +1,12 @@
-"""Hosts for a benchmark or a test: each a network namespace with one interface, all joined by a bridge.
+"""Hosts for a benchmark or a test: network namespaces with one interface each, connected by a bridge.
 
-Ranks of one machine would talk over the loopback interface, whose counter adds up what all of them send. In a
-namespace a rank has a veth interface that carries its traffic and no other, counted by the kernel, as on a
-cluster of `W` machines. The bridge has a namespace too, so the machine's own network is left as it is.
-Removing a namespace removes its interfaces, and they are removed whatever happens inside the `with` block.
+Ranks of one machine communicate over the loopback interface, whose counter sums the traffic of all of them.
+In a namespace a rank has a veth interface that carries its traffic alone, counted by the kernel, as on a
+cluster. The bridge has a namespace as well, so the machine's own network does not change. Namespaces and
+their interfaces are removed after the `with` block, also after an exception.
 
 Namespaces need root and `ip` (iproute2); `why_no_namespaces` says what is missing. `loopback` is the
-substitute: plain processes, and one counter for all of them.
+substitute: ordinary processes, with one counter for all of them.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ _serial = count()
 
 @dataclass(frozen=True)
 class Host:
-    """Where a rank runs: a namespace (None: the machine itself), its interface, and its address there."""
+    """Where ranks run: a namespace (None for the machine itself), its interface, and its address."""
 
     namespace: str | None
     interface: str
     address: str
 
     def command(self, argv: Sequence[str]) -> list[str]:
-        """`argv` as it runs on this host; `ip netns exec` becomes `argv`, so the pid stays."""
+        """The command that runs `argv` on this host; `ip netns exec` is replaced by it and keeps the pid."""
         return list(argv) if self.namespace is None else ["ip", "netns", "exec", self.namespace, *argv]
 
     def enter(self) -> None:
-        """Moves this process's network there."""
+        """Move this process into the host's namespace."""
         if self.namespace is None:
             return
         with open(f"/run/netns/{self.namespace}") as namespace:
@@ -68,9 +68,9 @@ def why_no_namespaces() -> str | None:
 
 @contextmanager
 def network(num_hosts: int, rate: str | None = None) -> Iterator[list[Host]]:
-    """Hosts 10.77.0.1, 10.77.0.2, … on one bridge, gone after the block however it ends; needs root.
+    """Hosts 10.77.0.1, 10.77.0.2, … on one bridge, which are removed after the block; needs root.
 
-    With a rate (`"500mbit"`, as `tc` reads it) no host sends faster than that.
+    No host sends faster than `rate`, in the notation of `tc` (`"500mbit"`), if it is given.
     """
     prefix = f"gradmix{os.getpid()}-{next(_serial)}"
     switch, names = f"{prefix}-switch", [f"{prefix}-host{i}" for i in range(num_hosts)]
@@ -93,13 +93,13 @@ def network(num_hosts: int, rate: str | None = None) -> Iterator[list[Host]]:
 
 
 def set_link(host: Host, state: str) -> None:
-    """Takes the host off the network ("down"), so that nothing it sends arrives, or puts it back ("up")."""
+    """Disconnect the host from the network ("down"), or connect it again ("up")."""
     assert host.namespace is not None
     _ip("-n", host.namespace, "link", "set", host.interface, state)
 
 
 def sent_bytes(interface: str) -> int:
-    """The kernel's count of what an interface of this process's network has sent."""
+    """The kernel's counter of bytes that an interface in this process's namespace has sent."""
     for line in Path("/proc/self/net/dev").read_text().splitlines():
         name, _, counters = line.partition(":")
         if name.strip() == interface:
@@ -108,12 +108,12 @@ def sent_bytes(interface: str) -> int:
 
 
 def loopback(num_hosts: int) -> list[Host]:
-    """The same number of hosts without root: all of them this machine's loopback interface."""
+    """So many hosts that are all this machine, with its loopback interface; needs no root."""
     return [Host(None, "lo", "127.0.0.1")] * num_hosts
 
 
 def free_port(host: Host) -> int:
-    """A port nobody listens on; in a namespace of our own any will do."""
+    """A port that nothing listens on; in a new namespace every port is free."""
     if host.namespace is not None:
         return 29500
     with socket.socket() as listener:
@@ -128,11 +128,14 @@ def run_ranks(
     timeout_s: float,
     ranks_per_host: int = 1,
 ) -> None:
-    """Calls `function` on every host in the environment of a distributed job, and waits for all of them.
+    """Call `function` as every rank, in the environment of a distributed job, and wait for all of them.
 
-    Ranks are forked, so what this process has imported they need not import again. Each one's output goes to
-    `logs/rankN.log`. If one fails, or `timeout_s` passes, the others are killed and `RuntimeError` carries
-    the end of the log of the rank that failed first.
+    Ranks are forked, so they do not import again what this process has imported. The output of a rank goes to
+    `logs/rankN.log`.
+
+    Raises:
+        RuntimeError: if a rank fails or `timeout_s` passes, with the end of that rank's log; all ranks are
+            killed before.
     """
     port = free_port(hosts[0])
     sys.stdout.flush()
@@ -170,7 +173,7 @@ def _wait(ranks: Sequence[ForkProcess], logs: Path, timeout_s: float) -> None:
         if process.exitcode != 0:
             what = "did not end in time" if process.exitcode is None else f"exited with {process.exitcode}"
             end = (logs / f"rank{rank}.log").read_text(errors="replace")[-3000:]
-            # A rank that still runs is only to blame if none has failed.
+            # A rank that was still running is named only if none has failed.
             if process.exitcode is not None or not any(p.exitcode for p in ranks):
                 raise RuntimeError(f"rank {rank} {what}; its log ends:\n{end}")
 
@@ -180,7 +183,7 @@ def _rank_env(rank: int, hosts: Sequence[Host], ranks_per_host: int, port: int) 
         "RANK": str(rank),
         "WORLD_SIZE": str(len(hosts) * ranks_per_host),
         "LOCAL_RANK": str(rank % ranks_per_host),
-        # A rank alone on its host must not see neighbours to share memory with.
+        # A rank alone on its host must not use shared memory with ranks of other hosts.
         "LOCAL_SIZE": str(ranks_per_host),
         "MASTER_ADDR": hosts[0].address,
         "MASTER_PORT": str(port),
@@ -193,7 +196,7 @@ def _rank_env(rank: int, hosts: Sequence[Host], ranks_per_host: int, port: int) 
 def _plug_in(host: Host, switch: str, port: str) -> None:
     assert host.namespace is not None
     _ip("-n", switch, "link", "add", port, "type", "veth", "peer", "name", INTERFACE, "netns", host.namespace)
-    # Without link-local addresses IPv6 stays silent, and the counters see the job's packets only.
+    # Without link-local addresses IPv6 sends nothing, and the counters count the ranks' packets only.
     _ip("-n", switch, "link", "set", port, "addrgenmode", "none", "master", "bridge")
     _ip("-n", switch, "link", "set", port, "up")
     _ip("-n", host.namespace, "link", "set", INTERFACE, "addrgenmode", "none")

@@ -1,14 +1,14 @@
-"""Peak memory of a piece of work, by the operating system's high-water mark of this process' resident set.
+"""Peak memory of a block of code, by the high-water mark of this process's resident set.
 
-Linux keeps the mark (VmHWM) and sets it back to the present size on request (clear_refs). For it to say how
-much was in use, a freed block must leave the process at once, and it does not if malloc keeps it: a later
-block is then as likely to grow into other free pages as into the same. So call `map_every_block` before the
-first large block is ever allocated, and measure times in another phase, after `map_as_usual`.
+Linux maintains the mark (VmHWM) and resets it to the current size on request (clear_refs). It measures memory
+in use only if freed memory returns to the system at once, which malloc prevents where it keeps freed blocks
+for later. So call `map_every_block` before the first large allocation, and measure times separately, after
+`map_as_usual`.
 
-Repeats agree to about 0.2 MiB. What the collective library takes with malloc counts, like tensors, and so do
-a finished collective's tensors as long as one of its threads holds on to them. The kernel's socket buffers do
-not count. (PyTorch's profiler counts tensors alone, but misses the return of a block that a thread of gloo is
-the last to hold.)
+Repeated measurements differ by about 0.2 MiB. Memory that the collective library allocates counts as tensors
+do, and so do the tensors of a finished collective while a thread of the library still refers to them. The
+kernel's socket buffers do not count. (PyTorch's profiler counts tensors alone, and misses the release of one
+whose last reference is held by a thread of gloo.)
 """
 
 from __future__ import annotations
@@ -23,53 +23,54 @@ _libc = ctypes.CDLL(None)
 
 
 def map_every_block() -> None:
-    """From here on malloc maps each block of 64 KiB or more by itself, and unmaps it when freed."""
+    """Make malloc map each block of 64 KiB or more separately, and unmap it when it is freed."""
     _libc.mallopt(_M_MMAP_THRESHOLD, 64 << 10)
 
 
 def map_as_usual() -> None:
-    """Malloc's thresholds as they end up by themselves in a process with blocks of many MiB."""
+    """Set malloc's thresholds to the values that they take by default after blocks of many MiB."""
     _libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
     _libc.mallopt(_M_TRIM_THRESHOLD, 64 << 20)
 
 
 class Watch:
-    """`with watch:` measures the block, and in it the worst call of each `watch.piece(function)`.
+    """`with watch:` measures the peak of a block, and in it of the calls of each `watch.call(function)`.
 
-    Attributes, both in bytes and above the size at the respective beginning:
-        whole_bytes: the block's peak.
-        piece_bytes: the highest peak of a piece.
+    Attributes, both relative to the size at the respective start:
+        block_bytes: the peak of the block.
+        call_bytes: the highest peak of a call.
     """
 
     def __init__(self) -> None:
-        self.whole_bytes = self.piece_bytes = self._start = 0
+        self.block_bytes = self.call_bytes = self._start = 0
 
     def __enter__(self) -> Watch:
-        self._start, self.whole_bytes, self.piece_bytes = self._restart(), 0, 0
+        self._start, self.block_bytes, self.call_bytes = self._reset(), 0, 0
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._note()
+        self._record()
 
-    def piece(self, function: Callable[..., object]) -> Callable[..., object]:
-        """`function`, each of its calls measured by itself too."""
+    def call(self, function: Callable[..., object]) -> Callable[..., object]:
+        """The function with each of its calls measured."""
 
-        def call(*args: object, **kwargs: object) -> object:
-            self._note()
-            start = self._restart()
+        def measured(*args: object, **kwargs: object) -> object:
+            self._record()
+            start = self._reset()
             result = function(*args, **kwargs)
-            self.piece_bytes = max(self.piece_bytes, self._note() - start)
+            self.call_bytes = max(self.call_bytes, self._record() - start)
             return result
 
-        return call
+        return measured
 
-    def _note(self) -> int:
-        """The high-water mark, also taken note of for the whole, since the next piece sets it back."""
+    def _record(self) -> int:
+        """Read the high-water mark, and record it for the block before a call resets it."""
         mark = _status_bytes("VmHWM")
-        self.whole_bytes = max(self.whole_bytes, mark - self._start)
+        self.block_bytes = max(self.block_bytes, mark - self._start)
         return mark
 
-    def _restart(self) -> int:
+    def _reset(self) -> int:
+        """Reset the high-water mark; returns the current size."""
         _libc.malloc_trim(0)
         (_PROCESS / "clear_refs").write_text("5")
         return _status_bytes("VmRSS")

@@ -65,7 +65,7 @@ def _check(options: argparse.Namespace) -> int:
         tables = [cost_table(config, block, clusters)]
         for cluster in clusters if options.params else ():
             tables.append(scale_table(config, block, options.params, cluster, options.tensors))
-    except ConfigError as error:
+    except ValueError as error:
         for line in str(error).splitlines():
             print(f"{path}: {line}", file=sys.stderr)
         return 2

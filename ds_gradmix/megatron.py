@@ -6,8 +6,8 @@
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
     engine, *_ = deepspeed.initialize(model=model, mpu=ParallelState(), config=config)
 
-DeepSpeed was written for the mpu of an older Megatron; `megatron.core.parallel_state` lacks some of what it
-calls, so it cannot be handed over itself.
+DeepSpeed expects the mpu of an older Megatron, and calls functions that `megatron.core.parallel_state` no
+longer has, so that module cannot be passed itself.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ import torch.distributed as dist
 
 
 class ParallelState:
-    """`megatron.core.parallel_state`, with the functions DeepSpeed calls and Megatron-core has dropped.
+    """`megatron.core.parallel_state` with the functions that DeepSpeed calls and Megatron-core has dropped.
 
-    The model parallel group is Megatron's: all ranks that share one replica of the model. DeepSpeed takes the
-    gradient's norm and the decision to skip a step over it, and counts a weight on all its ranks if Megatron
-    marked it `tensor_model_parallel`, or else on the first. Megatron marks none under
-    `perform_initialization=False`; gradient clipping would then go by too small a norm.
+    The model-parallel group is Megatron's: all ranks that share one replica of the model. DeepSpeed reduces
+    the gradient norm and the decision to skip a step over it. A weight counts on all ranks of the group if
+    Megatron has marked it `tensor_model_parallel`, and otherwise on the first alone. Under
+    `perform_initialization=False` Megatron marks none, and gradient clipping would use too small a norm.
 
     Raises:
         ImportError: if megatron-core is not installed.
-        RuntimeError: if `initialize_model_parallel` was not called yet.
-        ValueError: under context parallelism, whose gradients DeepSpeed would not add up.
+        RuntimeError: if `initialize_model_parallel` was not called before.
+        ValueError: under context parallelism, whose gradients DeepSpeed would not sum.
     """
 
     def __init__(self) -> None:
@@ -45,18 +45,23 @@ class ParallelState:
             )
         size = self._state.get_context_parallel_world_size()
         if size > 1:
-            raise ValueError(f"context_parallel_size: {size}, but DeepSpeed only knows 1")
+            raise ValueError(
+                f"context_parallel_size: {size}; DeepSpeed supports 1 only: initialize Megatron with 1"
+            )
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_state":  # a copy that is not built yet
+        if name == "_state":  # in a copy before its state is set
             raise AttributeError(name)
         return getattr(self._state, name)
 
     def get_model_parallel_world_size(self) -> int:
+        """The number of ranks that share a replica of the model."""
         return dist.get_world_size(self._state.get_model_parallel_group())
 
     def get_model_parallel_rank(self) -> int:
+        """This process's rank among those that share its replica."""
         return dist.get_rank(self._state.get_model_parallel_group())
 
     def get_data_parallel_group_ranks(self) -> list[int]:
+        """The global ranks of the data-parallel group."""
         return dist.get_process_group_ranks(self._state.get_data_parallel_group())

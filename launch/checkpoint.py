@@ -1,4 +1,4 @@
-"""Checkpoints that a kill at any moment leaves usable, and what must be the same in a resumed run."""
+"""Checkpoints that stay usable when a run is killed at any moment, and checks before a run is resumed."""
 
 import fcntl
 import json
@@ -20,9 +20,9 @@ def latest_step(folder: Path) -> int:
 
 
 def save(engine: Any, folder: Path, step: int, keep: int) -> None:
-    """Save through the engine, and only when every rank has written its part point `latest` to it.
+    """Save a checkpoint through the engine, and write `latest` after every rank has written its files.
 
-    DeepSpeed would write `latest` in place, from rank 0, before other ranks are done with their files.
+    DeepSpeed's `save_latest` would let rank 0 write `latest` while other ranks still write their files.
     """
     engine.save_checkpoint(str(folder), tag=f"{TAG}{step}", client_state={"step": step}, save_latest=False)
     if dist.get_rank() == 0:
@@ -33,30 +33,29 @@ def save(engine: Any, folder: Path, step: int, keep: int) -> None:
 
 
 def load(engine: Any, folder: Path) -> int:
-    """Resume from the last complete checkpoint; returns the steps done, 0 without one."""
+    """Load the last complete checkpoint, and return its step; 0 if there is none."""
     if not latest_step(folder):
         return 0
-    with torch.no_grad():  # autograd would warn that a pipeline's tied weights are broadcast
+    with torch.no_grad():  # or autograd warns, since a pipeline broadcasts tied weights
         _, client_state = engine.load_checkpoint(str(folder))
     return int(client_state["step"])
 
 
 def check_identity(run: Path, identity: dict[str, Any]) -> None:
-    """Refuse to resume a run with another model, other tokens or other ranks than it had."""
+    """Raise ValueError if the run was started with another model, other tokens or other ranks."""
     path = run / "run.json"
     if not latest_step(run / "checkpoint") or not path.exists():
         return
-    # Runs that were begun before there was a choice do not say.
-    begun_with = {"tensor parallelism": 1, "number of pipeline stages": 1} | json.loads(path.read_text())
+    started_with = json.loads(path.read_text())
     for name, value in json.loads(json.dumps(identity)).items():
-        if begun_with.get(name) != value:
+        if started_with.get(name) != value:
             raise ValueError(
                 f"--out {run} holds a run with another {name}; give another folder, or remove that one"
             )
 
 
 def lock(run: Path) -> TextIO:
-    """Keep a second training out of a run folder for as long as the returned file lives."""
+    """Lock a run folder against a second training, until the returned file is closed."""
     file = (run / ".lock").open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -66,7 +65,7 @@ def lock(run: Path) -> TextIO:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file in one motion."""
+    """Replace a file atomically."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
     os.replace(partial, path)

@@ -1,4 +1,4 @@
-"""Which text files are the corpus, and which of them are held out for validation."""
+"""The text files of the corpus, and their split into training and validation."""
 
 import argparse
 import hashlib
@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# Folders of the standard library that are not its sources: installed packages, tests, compiled files.
+# Folders inside the standard library's that hold installed packages, tests or compiled files.
 NOT_SOURCES = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
 @dataclass(frozen=True)
 class Piece:
-    """The part of a text file between two fractions of its length: all, or a part of the only file."""
+    """A text file, or the part of it between two fractions of its length."""
 
     name: str
     path: Path
@@ -31,12 +31,12 @@ class Piece:
 
 
 def name_hash(name: str) -> float:
-    """A number in [0, 1) that depends on the name alone: the same on every machine and in every run."""
+    """A number in [0, 1) that depends on the name alone, so it is equal on every machine and in every run."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48
 
 
 def standard_library_pieces(max_bytes: int) -> list[Piece]:
-    """The running interpreter's own library sources, whole files in hash order up to `max_bytes`."""
+    """The sources of the running Python's standard library, in hash order, up to `max_bytes`."""
     root = Path(sysconfig.get_path("stdlib"))
     pieces: list[Piece] = []
     total_bytes = 0
@@ -49,7 +49,7 @@ def standard_library_pieces(max_bytes: int) -> list[Piece]:
 
 
 def corpus_pieces(paths: Sequence[Path]) -> list[Piece]:
-    """Every file given, and every file under every folder given; hidden ones are left out."""
+    """The given files, and all files under the given folders except hidden ones."""
     pieces: list[Piece] = []
     for path in paths:
         if path.is_dir():
@@ -62,6 +62,7 @@ def corpus_pieces(paths: Sequence[Path]) -> list[Piece]:
 
 
 def walk(root: Path, suffix: str = "", skip: frozenset[str] | set[str] = frozenset()) -> Iterator[Piece]:
+    """The files under a folder that end with `suffix`, except hidden ones and those in folders to skip."""
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = sorted(name for name in subfolders if name not in skip and not name.startswith("."))
         for file in sorted(files):
@@ -73,15 +74,16 @@ def walk(root: Path, suffix: str = "", skip: frozenset[str] | set[str] = frozens
 def split(pieces: Sequence[Piece], validation_fraction: float) -> tuple[list[Piece], list[Piece]]:
     """Training and validation pieces, both in hash order.
 
-    A file is held out if its name's hash is below the fraction, so adding files moves none of the old ones
-    over. Both sides get at least one file; a corpus of a single file is cut, its end held out.
+    A file is held out for validation if the hash of its name is below the fraction, so adding files does not
+    move another from one side to the other. Both sides get at least one file; a single file is cut in two,
+    and its end is held out.
     """
     if not pieces:
         raise ValueError("the corpus holds no files")
     if len(pieces) == 1:
-        (whole,) = pieces
+        (file,) = pieces
         cut = 1.0 - validation_fraction
-        return [Piece(whole.name, whole.path, end=cut)], [Piece(whole.name, whole.path, begin=cut)]
+        return [Piece(file.name, file.path, end=cut)], [Piece(file.name, file.path, begin=cut)]
     ordered = sorted(pieces, key=lambda piece: (name_hash(piece.name), str(piece.path)))
     num_held_out = sum(name_hash(piece.name) < validation_fraction for piece in ordered)
     num_held_out = min(max(num_held_out, 1), len(ordered) - 1)
@@ -89,7 +91,7 @@ def split(pieces: Sequence[Piece], validation_fraction: float) -> tuple[list[Pie
 
 
 def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that say which text to take."""
+    """Add the options that select the text files."""
     parser.add_argument(
         "--corpus",
         type=Path,
@@ -100,5 +102,5 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen_pieces(args: argparse.Namespace) -> list[Piece]:
-    """The text that these options name."""
+    """The files that the options of `add_corpus_arguments` select."""
     return corpus_pieces(args.corpus) if args.corpus else standard_library_pieces(int(args.max_mb * 1e6))

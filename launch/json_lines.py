@@ -1,4 +1,4 @@
-"""Turns text files into one of JSON lines, `{"text": ...}` each, for the preprocessing of other projects."""
+"""Writes text files as JSON lines, `{"text": ...}` for each file, as Megatron's preprocessing reads them."""
 
 import argparse
 import json
@@ -10,6 +10,7 @@ from corpus import add_corpus_arguments, chosen_pieces
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Write the file that `--out` names."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl")
     add_corpus_arguments(parser)

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`, a line a step, and `summary.png` made from it."""
+"""`metrics.jsonl`, one line for each step, and `summary.png`, which is drawn from it."""
 
 import json
 import math
@@ -10,19 +10,19 @@ Line = dict[str, Any]
 
 
 def finite(value: Any) -> Any:
-    """`value`, or None where JSON has no number for it."""
+    """The value, or None for an infinity or NaN, which JSON has no numbers for."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_lines(path: Path) -> list[Line]:
-    """The whole lines of a file; one cut short by a kill is left out."""
+    """The lines of a file, without a last line that a killed run did not finish."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 class MetricsFile:
-    """Appends to `metrics.jsonl`, after dropping the lines past `last_step`, which will be trained again."""
+    """Appends to `metrics.jsonl`; first removes the lines after `last_step`, which will be trained again."""
 
     def __init__(self, path: Path, last_step: int) -> None:
         kept = [line for line in read_lines(path) if line["step"] <= last_step]
@@ -32,22 +32,24 @@ class MetricsFile:
         self._file = path.open("a")
 
     def write(self, line: Line) -> None:
+        """Append the metrics of a step."""
         self._file.write(
             json.dumps({key: finite(value) for key, value in line.items()}, allow_nan=False) + "\n"
         )
         self._file.flush()
 
     def sync(self) -> None:
-        """To the disk: a checkpoint must not outlive the lines of its steps."""
+        """Force the lines to the disk, before the checkpoint of their steps is saved."""
         os.fsync(self._file.fileno())
 
 
 def validation_losses(lines: list[Line]) -> list[tuple[int, float]]:
+    """The steps with a validation, and its losses."""
     return [(line["step"], line["val_loss"]) for line in lines if line.get("val_loss") is not None]
 
 
 def report(lines: list[Line]) -> str:
-    """First and last validation loss, and how many steps were skipped, in two lines."""
+    """The number of steps and of skipped steps, and the first and last validation loss, in two lines."""
     validations = validation_losses(lines)
     num_skipped = sum(line["skipped"] for line in lines)
     text = f"{len(lines)} steps, {num_skipped} skipped"
@@ -60,7 +62,7 @@ def report(lines: list[Line]) -> str:
 
 
 def draw_summary(lines: list[Line], path: Path) -> None:
-    """Losses above; below, what the rules decided, as far as it lies in [-1, 1], and the skipped steps."""
+    """Plot the losses, and below them the rules' statistics that lie in [-1, 1] and the skipped steps."""
     import matplotlib  # only rank 0 draws, once
 
     matplotlib.use("Agg")
@@ -84,6 +86,7 @@ def draw_summary(lines: list[Line], path: Path) -> None:
 
 
 def draw_losses(axes: Any, lines: list[Line]) -> None:
+    """Plot the training and validation loss."""
     draw_with_mean(axes, lines, "loss", color="C0", label="training")
     validations = validation_losses(lines)
     if validations:
@@ -94,6 +97,7 @@ def draw_losses(axes: Any, lines: list[Line]) -> None:
 
 
 def draw_agreement(axes: Any, lines: list[Line]) -> None:
+    """Plot the statistics of the rules, and mark the skipped steps."""
     for number, name in enumerate(decisions(lines)):
         draw_with_mean(axes, lines, name, color=f"C{number}", label=name.replace("_", " "))
     skipped = [line["step"] for line in lines if line["skipped"]]
@@ -105,7 +109,7 @@ def draw_agreement(axes: Any, lines: list[Line]) -> None:
 
 
 def decisions(lines: list[Line]) -> list[str]:
-    """The names among the metrics that are not ours, whose values lie in [-1, 1] and are not all 0."""
+    """The names of the rules' statistics whose values lie in [-1, 1] and are not all 0."""
     ours = ("step", "loss", "lr", "grad_norm", "skipped", "val_loss")
     names = dict.fromkeys(name for line in lines for name in line if name not in ours)
     known = {name: [line[name] for line in lines if line.get(name) is not None] for name in names}
@@ -115,7 +119,7 @@ def decisions(lines: list[Line]) -> list[str]:
 
 
 def draw_with_mean(axes: Any, lines: list[Line], name: str, color: str, label: str) -> None:
-    """Each step's value thin, the mean over the last twentieth of all steps on top."""
+    """Plot a metric as a thin line, and its mean over the last twentieth of all steps as a thick one."""
     known = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
     steps, values = [step for step, _ in known], [value for _, value in known]
     width = max(1, len(lines) // 20)

@@ -1,8 +1,8 @@
-"""A transformers model cut into the layers of a DeepSpeed pipeline; each rank keeps those of its stage.
+"""A transformers model as the layers of a DeepSpeed pipeline, of which each rank keeps those of its stage.
 
-Between layers travels one tensor, the hidden states. Every decoder layer runs inside a base model of the
-same class that has no other layer, so that masks and rotary embeddings are transformers' own, and a check at
-the start holds all layers together to the ordinary model's output.
+Layers pass one tensor on, the hidden states. Every decoder layer runs inside a base model of the same class
+that has no other layer, so that masks and rotary embeddings are computed by transformers. A check at the
+start compares the output of all layers with that of the ordinary model.
 """
 
 import contextlib
@@ -31,6 +31,7 @@ class Embed(torch.nn.Module):
 
 
 def tied_head(embed: Embed, hidden_BTD: torch.Tensor) -> torch.Tensor:
+    """Hidden states to logits [B, T, V] by the weight of the embedding."""
     return functional.linear(hidden_BTD, embed.embedding.weight)
 
 
@@ -46,7 +47,7 @@ class Head(torch.nn.Module):
 
 
 class Block(torch.nn.Module):
-    """One decoder layer, and the final norm where it is the last."""
+    """One decoder layer; the last one applies the final norm as well."""
 
     def __init__(self, base: torch.nn.Module, index: int) -> None:
         super().__init__()
@@ -54,7 +55,7 @@ class Block(torch.nn.Module):
         config.num_hidden_layers = 1
         if getattr(config, "layer_types", None) is not None:
             config.layer_types = [config.layer_types[index]]
-        with torch.device("meta"):  # for its forward: everything in it is replaced
+        with torch.device("meta"):  # only its forward is used: all of its modules are replaced below
             self.base = type(base)(config)
         self.base.embed_tokens = None
         self.base.layers = torch.nn.ModuleList([base.layers[index]])
@@ -66,7 +67,7 @@ class Block(torch.nn.Module):
 
 
 def missing_parts(config: PretrainedConfig) -> list[str]:
-    """What a model of this config lacks that a pipeline is built from."""
+    """The names of the modules that a pipeline needs and a model of this config does not have."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     base = model.base_model
@@ -75,14 +76,16 @@ def missing_parts(config: PretrainedConfig) -> list[str]:
 
 
 class Layers:
-    """A whole model as the layers of a pipeline, and its loss.
+    """A model as the layers of a pipeline, and its loss.
 
-    Every rank draws the whole model, as without a pipeline, so that the weights are the same; `on_this_stage`
-    lets go of what belongs to other stages.
+    Every rank initializes the full model, as without a pipeline, so that the weights are equal;
+    `on_this_stage` releases the layers of other stages.
+
+    Raises:
+        ValueError: if the layers, one after another, do not compute what the model computes.
     """
 
     def __init__(self, model: Any) -> None:
-        """ValueError if the layers one after another do not compute what the model does."""
         self._loss = partial(model.loss_function, vocab_size=model.config.vocab_size)
         base, embedding, head = model.base_model, model.get_input_embeddings(), model.lm_head
         blocks = [LayerSpec(Block, base, index) for index in range(len(base.layers))]
@@ -94,7 +97,7 @@ class Layers:
         self._check_against(model)
 
     def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
-        """The logits, as all stages together compute them."""
+        """The logits that all stages together compute."""
         hidden = ids_BT
         for spec in self._specs:
             forward_fn = getattr(spec, "forward_fn", None) or torch.nn.Module.__call__
@@ -102,6 +105,7 @@ class Layers:
         return hidden
 
     def loss(self, logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+        """The model's own loss."""
         return self._loss(logits=logits_BTV, labels=labels_BT)
 
     @torch.no_grad()
@@ -111,7 +115,7 @@ class Layers:
         logits_BTV = self.forward(ids_BT)
         expected = model(input_ids=ids_BT, labels=ids_BT)
         model.train()
-        # The operations are the same, and a soft cap moves the small logits of new weights by 1e-5 or less.
+        # The operations are equal, and a soft cap changes the small logits of new weights by 1e-5 or less.
         difference = (logits_BTV - expected.logits).abs().max() / expected.logits.abs().max()
         same_loss = torch.isclose(self.loss(logits_BTV, ids_BT), expected.loss, rtol=1e-6)
         used = {parameter for spec in self._specs for parameter in spec.build().parameters()}
@@ -122,10 +126,11 @@ class Layers:
             )
 
     def on_this_stage(self, num_stages: int) -> PipelineModule:
-        # It prints its plan, and broadcasts tied weights in sight of autograd, which warns.
+        """The pipeline module with the layers of this rank's stage."""
+        # PipelineModule prints its partition, and autograd warns about its broadcast of tied weights.
         with contextlib.redirect_stdout(None), torch.no_grad():
-            # DeepSpeed adds up gradient norms over stages once for each parameter group, and hangs where the
-            # stages' groups differ: every stage gets a decoder layer, which has matrices and vectors.
+            # DeepSpeed reduces gradient norms over stages once for each parameter group, and hangs if stages
+            # have different groups: so every stage gets a decoder layer, which has matrices and vectors.
             module = PipelineModule(
                 self._specs, num_stages, loss_fn=self.loss, partition_method=f"type:{Block.__name__}"
             )
@@ -135,7 +140,7 @@ class Layers:
 
 
 def train_batch(engine: Any, micro_batches: Iterable[torch.Tensor]) -> torch.Tensor:
-    """One optimizer step; the mean loss over micro-batches and pipelines, on every rank."""
+    """Take one optimizer step; returns the mean loss over micro-batches and pipelines, on every rank."""
     return engine.train_batch((batch_BT, batch_BT) for batch_BT in micro_batches)
 
 

@@ -1,7 +1,7 @@
-"""Text files in, token files out: `python launch/prepare.py --out FOLDER [--corpus PATH ...]`.
+"""Turns text files into token files: `python launch/prepare.py --out FOLDER [--corpus PATH ...]`.
 
 The folder then holds `tokenizer.model` (SentencePiece BPE, trained on the training split alone), `train.bin`
-and `validation.bin` (token ids in one row, to be memory-mapped) and `meta.json`. A second call with the same
+and `validation.bin` (arrays of token ids, to be memory-mapped) and `meta.json`. A second call with the same
 corpus does nothing. `meta.json` is removed first and written last, so a folder that has one is complete.
 """
 
@@ -18,9 +18,9 @@ import numpy as np
 import sentencepiece
 from corpus import Piece, add_corpus_arguments, chosen_pieces, split
 
-FORMAT = 1  # a folder in another format is prepared anew
-CHUNK_CHARS = 1 << 17  # what one call of the encoder gets; cut after a line, where no token can span
-TOKENIZER_CHARS = 4_000_000  # the tokenizer learns from this much text; more changes little and takes longer
+FORMAT = 1  # a folder in another format is prepared again
+CHUNK_CHARS = 1 << 17  # for one call of the encoder; cut after a line, since no token contains a line break
+TOKENIZER_CHARS = 4_000_000  # that the tokenizer is trained on; more changes little and takes longer
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -38,6 +38,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Prepare the folder, or exit with a message."""
     args = parse_args(argv)
     try:
         prepare(args)
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def prepare(args: argparse.Namespace) -> None:
+    """Train a tokenizer and encode the corpus, unless the folder holds the result already."""
     pieces = chosen_pieces(args)
     train_pieces, validation_pieces = split(pieces, args.validation_fraction)
     source = source_signature([*train_pieces, *validation_pieces], args.vocab_size, len(train_pieces))
@@ -72,7 +74,7 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def source_signature(pieces: Sequence[Piece], vocab_size: int, num_train: int) -> str:
-    """Changes when a file does, without reading any: names, sizes and times."""
+    """A digest of the names, sizes and times of the files, which changes when a file does."""
     digest = hashlib.sha256(f"{FORMAT} {vocab_size} {num_train}".encode())
     for piece in pieces:
         status = piece.path.stat()
@@ -83,7 +85,7 @@ def source_signature(pieces: Sequence[Piece], vocab_size: int, num_train: int) -
 
 
 def train_tokenizer(pieces: Sequence[Piece], vocab_size: int) -> bytes:
-    """A BPE model that gives every text back exactly: no normalisation, bytes for rare characters."""
+    """A BPE model that decodes every text exactly: no normalisation, and bytes for rare characters."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -107,6 +109,7 @@ def train_tokenizer(pieces: Sequence[Piece], vocab_size: int) -> bytes:
 
 
 def tokenizer_lines(pieces: Sequence[Piece]) -> Iterator[str]:
+    """The lines that the tokenizer is trained on."""
     num_chars = 0
     for piece in pieces:
         for line in (piece.read() or "").splitlines():
@@ -119,7 +122,7 @@ def tokenizer_lines(pieces: Sequence[Piece]) -> Iterator[str]:
 def encoded(
     tokenizer: sentencepiece.SentencePieceProcessor, pieces: Sequence[Piece], dtype: np.dtype
 ) -> Iterator[bytes]:
-    """Each piece's ids with an end-of-text id behind; files that are not UTF-8 are skipped and counted."""
+    """The token ids of each piece and an end-of-text id; files that are not UTF-8 are skipped and counted."""
     num_skipped = 0
     for piece in pieces:
         text = piece.read()
@@ -135,6 +138,7 @@ def encoded(
 
 
 def chunks(text: str) -> Iterator[str]:
+    """The text in parts that end with a line."""
     begin = 0
     while begin < len(text):
         newline = text.find("\n", begin + CHUNK_CHARS)
@@ -144,7 +148,7 @@ def chunks(text: str) -> Iterator[str]:
 
 
 def write_bytes(path: Path, blocks: Iterable[bytes]) -> tuple[int, str]:
-    """Write under another name, then rename, so that `path` is always whole. Returns size and SHA-256."""
+    """Write to a temporary name and rename, so that `path` is never incomplete; returns size and SHA-256."""
     partial = path.with_name(path.name + ".partial")
     num_bytes = 0
     digest = hashlib.sha256()

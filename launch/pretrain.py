@@ -1,17 +1,17 @@
-"""Pretrain a causal language model: an ordinary DeepSpeed script, with or without ds_gradmix.
+"""Pretrains a causal language model: an ordinary DeepSpeed script, with or without ds_gradmix.
 
     deepspeed [--module ds_gradmix] launch/pretrain.py --deepspeed_config DS.json --model MODEL.json \
         --data FOLDER --out RUN --steps N
 
-Also under torchrun and srun, or as one process. The same command resumes an interrupted run; what each rank
-reads at each step depends on the seed alone, so the resumed run goes on as if nothing had happened. SIGINT
-and SIGTERM end it after the step in progress, with a checkpoint. --tensor-parallel or --pipeline-stages
-spread each replica of the model over several ranks.
+It also runs under torchrun and srun, or as one process. The same command resumes an interrupted run: the data
+that a rank reads at a step depends on the seed alone, so the resumed run continues as if it had not been
+interrupted. SIGINT and SIGTERM end a run after the current step, with a checkpoint. --tensor-parallel and
+--pipeline-stages divide each replica of the model over several ranks.
 """
 
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read by transformers when imported; nothing here is fetched
+os.environ["HF_HUB_OFFLINE"] = "1"  # transformers reads it when imported; nothing is downloaded
 
 import argparse
 import json
@@ -72,22 +72,22 @@ def main() -> None:
 
 
 def identity(args: argparse.Namespace, inputs: Inputs) -> dict[str, Any]:
-    """What a checkpoint and its data sequence depend on; rules and optimizer settings may change."""
-    same = {
+    """What must be equal in a resumed run; the rules and the optimizer's settings may change."""
+    values = {
         "model": load_json(args.model, "--model"),
         "tokens": inputs.tokens.sha256,
         "sequence_length": inputs.sequence_length,
         "seed": args.seed,
     }
     if not inputs.ds_config.get("checkpoint", {}).get("load_universal"):
-        same["number of ranks"] = int(os.environ["WORLD_SIZE"])
-        same["tensor parallelism"] = inputs.tensor_parallel
-        same["number of pipeline stages"] = inputs.pipeline_stages
-    return same
+        values["number of ranks"] = int(os.environ["WORLD_SIZE"])
+        values["tensor parallelism"] = inputs.tensor_parallel
+        values["number of pipeline stages"] = inputs.pipeline_stages
+    return values
 
 
 def train(args: argparse.Namespace, inputs: Inputs, model: torch.nn.Module | pipeline.Layers) -> bool:
-    """Train from the last checkpoint up to `args.steps`; False if a signal ended it before."""
+    """Train from the last checkpoint to `args.steps`; returns False if a signal ended the training before."""
     engine = build_engine(args, inputs, model)
     rank, folder = dist.get_rank(), args.out / "checkpoint"
     first = checkpoint.load(engine, folder)
@@ -119,9 +119,10 @@ def train(args: argparse.Namespace, inputs: Inputs, model: torch.nn.Module | pip
 
 
 def build_engine(args: argparse.Namespace, inputs: Inputs, model: torch.nn.Module | pipeline.Layers) -> Any:
+    """The DeepSpeed engine; weight decay applies to matrices only."""
     deepspeed.utils.logger.setLevel("WARNING")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
-    # DeepSpeed would compile this for half a minute, and only its inference collectives use it.
+    # Compiling this operator takes half a minute, and only DeepSpeed's inference uses it.
     getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
     deepspeed.init_distributed()
     if isinstance(model, pipeline.Layers):
@@ -133,7 +134,7 @@ def build_engine(args: argparse.Namespace, inputs: Inputs, model: torch.nn.Modul
     factor = partial(
         cosine_with_warmup, warmup_steps=args.warmup_steps, total_steps=args.steps, floor=args.lr_floor
     )
-    # A schedule of DeepSpeed's own, if its configuration has one, goes before ours.
+    # A scheduler in DeepSpeed's configuration takes precedence.
     schedule = None if "scheduler" in inputs.ds_config else lambda optimizer: LambdaLR(optimizer, factor)
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -141,14 +142,14 @@ def build_engine(args: argparse.Namespace, inputs: Inputs, model: torch.nn.Modul
         model_parameters=[group for group in groups if group["params"]],
         lr_scheduler=schedule,
     )
-    # The engine cast these to the training dtype, too; rotary frequencies in bf16 misplace far tokens.
+    # The engine has cast the buffers as well, but in bf16 rotary frequencies are too coarse for far tokens.
     for name, buffer in model.named_buffers():
         buffer.data = exact_buffers[name].to(buffer.device)
     return engine
 
 
 def build_model(args: argparse.Namespace, inputs: Inputs) -> torch.nn.Module | pipeline.Layers:
-    """Weights drawn on this rank's own device; DeepSpeed then gives every replica those of the first."""
+    """Initialize the weights on this rank's device; DeepSpeed broadcasts those of the first replica."""
     torch.manual_seed(args.seed)
     with torch.device(get_accelerator().device_name(int(os.environ["LOCAL_RANK"]))):
         model = AutoModelForCausalLM.from_config(inputs.model_config, dtype=torch.float32)
@@ -161,9 +162,9 @@ def build_model(args: argparse.Namespace, inputs: Inputs) -> torch.nn.Module | p
 def build_data(
     args: argparse.Namespace, inputs: Inputs, engine: Any
 ) -> tuple[TrainingWindows, list[torch.Tensor]]:
-    """What this rank trains on, and its share of what all validate on.
+    """This rank's training windows and validation batches.
 
-    Ranks that share a replica of the model, by tensor parallelism or a pipeline, read the same.
+    Ranks that share a replica of the model, by tensor parallelism or a pipeline, read the same data.
     """
     rank, world_size = dist.get_rank(engine.data_parallel_group), engine.dp_world_size
     tokens, length = inputs.tokens, inputs.sequence_length
@@ -182,8 +183,8 @@ def build_data(
 def train_step(
     engine: Any, windows: TrainingWindows, step: int, stop: "StopRequest"
 ) -> tuple[dict[str, Any], bool]:
-    """One optimizer step (counted from 1): its metrics, and whether any rank was asked to stop."""
-    # So that dropout, where a model has it, also goes on in a resumed run as it would have.
+    """Take an optimizer step, counted from 1; returns its metrics, and whether a rank received a signal."""
+    # A seed for each step, so that dropout in a resumed run is as in an uninterrupted one.
     torch.manual_seed(int(np.random.SeedSequence((windows.seed, step, windows.rank)).generate_state(1)[0]))
     skipped_before = engine.skipped_steps
     line: dict[str, Any] = {"step": step, "lr": engine.get_lr()[0]}
@@ -201,11 +202,11 @@ def train_step(
             engine.step()
             loss_and_stop[0] += loss.detach().float() / windows.accumulation_steps
     loss_and_stop[1] = float(stop.requested)
-    # Ranks get a signal at different moments, or only one gets it: they stop together or not at all.
+    # Ranks receive a signal at different times, or only one receives it, but all must stop at the same step.
     dist.all_reduce(loss_and_stop)
     loss_sum, num_stopping = loss_and_stop.tolist()
     grad_norm = engine.get_global_grad_norm()
-    line["loss"] = loss_sum / dist.get_world_size()  # ranks that share a replica have the same loss
+    line["loss"] = loss_sum / dist.get_world_size()  # ranks that share a replica have equal losses
     line["grad_norm"] = None if grad_norm is None else float(grad_norm)
     line["skipped"] = engine.skipped_steps > skipped_before
     return line | stats(engine) | line, num_stopping > 0
@@ -213,7 +214,7 @@ def train_step(
 
 @torch.no_grad()
 def validate(engine: Any, batches: list[torch.Tensor]) -> float:
-    """The mean loss over every rank's held-out batches, which are all of one size."""
+    """The mean loss over the validation batches of all ranks, which have equal sizes."""
     if isinstance(engine, PipelineEngine):
         return pipeline.evaluate(engine, batches).item()
     engine.eval()
@@ -227,7 +228,7 @@ def validate(engine: Any, batches: list[torch.Tensor]) -> float:
 
 
 class StopRequest:
-    """Notes SIGINT and SIGTERM instead of dying of them, so that neither ever interrupts a checkpoint."""
+    """Handles SIGINT and SIGTERM by recording them, so that they never interrupt a checkpoint."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -239,7 +240,7 @@ class StopRequest:
 
 
 def progress_bar(first: int, total: int, rank: int) -> tqdm:
-    # Into a log file, a line now and then is enough.
+    # In a log file, a line every 10 seconds is enough.
     seconds = 0.5 if sys.stderr.isatty() else 10.0
     return tqdm(
         initial=first, total=total, unit="step", disable=rank != 0, mininterval=seconds, smoothing=0.1

@@ -1,6 +1,6 @@
-"""What `make pretrain` runs: the `deepspeed` command for a small model, on every GPU or on 4 CPU processes.
+"""Runs the `deepspeed` command for `make pretrain`: a small model on every GPU, or on 4 CPU processes.
 
-Arguments are passed on to pretrain.py, after the ones given here, so they win.
+Arguments are appended to those of pretrain.py here, so they take precedence.
 """
 
 import contextlib
@@ -53,11 +53,11 @@ def main() -> None:
     run = Path(os.environ.get("RUN", "runs/quickstart"))
     arguments = command(run, sys.argv[1:])
     print(shlex.join(arguments), flush=True)
-    # In a session of its own, so that Ctrl-C reaches only this process and not every rank by itself.
+    # In a new session, so that Ctrl-C reaches only this process and not the ranks.
     runner = subprocess.Popen(arguments, cwd=ROOT, env=environment(), start_new_session=True)
 
     def stop(number: int, frame: object) -> None:
-        # The `deepspeed` command dies of a signal without a word to its ranks; its child tells them.
+        # The `deepspeed` command does not forward a signal to its ranks, but its child process does.
         with contextlib.suppress(psutil.NoSuchProcess):
             parent = psutil.Process(runner.pid)
             for process in parent.children() or [parent]:

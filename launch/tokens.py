@@ -1,4 +1,4 @@
-"""Token files, and which windows of them each rank reads at each step."""
+"""Token files, and the windows of them that each rank reads at each step."""
 
 import json
 from dataclasses import dataclass, field
@@ -19,6 +19,7 @@ class Tokens:
 
 
 def open_tokens(folder: Path) -> Tokens:
+    """Open a folder made by prepare.py; ValueError if it is not one."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
         train_N, validation_N = (
@@ -31,17 +32,17 @@ def open_tokens(folder: Path) -> Tokens:
 
 
 def window(tokens_N: np.ndarray, index: int, length: int) -> torch.Tensor:
-    """Window `index` of those that lie side by side, as int64."""
+    """Window `index` of the consecutive windows, as int64."""
     return torch.from_numpy(tokens_N[index * length : (index + 1) * length].astype(np.int64))
 
 
 @dataclass
 class TrainingWindows:
-    """Every window once per epoch, in an order drawn for that epoch; a function of where training stands.
+    """Every window once per epoch, in an order drawn for that epoch, as a function of the step.
 
-    Nothing is remembered between calls (the permutation is only a cache), so a resumed run reads on exactly
-    where the interrupted one stopped, and no two ranks read the same window in an epoch. With the same global
-    batch the order does not depend on the number of ranks either.
+    There is no state between calls (the permutation is only a cache), so a resumed run continues exactly
+    where the interrupted one stopped. No two ranks read the same window in an epoch, and with the same global
+    batch the order does not depend on the number of ranks.
     """
 
     tokens_N: np.ndarray
@@ -54,14 +55,14 @@ class TrainingWindows:
     _cached: tuple[int, np.ndarray] | None = field(default=None, repr=False)
 
     def batch(self, step: int, micro_step: int) -> torch.Tensor:
-        """`batch_size` windows, [B, length] int64, for a micro-step of a step, both counted from 0."""
+        """The windows of a micro-step of a step, both counted from 0: [batch_size, length] int64."""
         batch = (step * self.accumulation_steps + micro_step) * self.world_size + self.rank
         first = batch * self.batch_size
         return torch.stack([self._read(first + i) for i in range(self.batch_size)])
 
     def _read(self, position: int) -> torch.Tensor:
-        epoch, place = divmod(position, len(self.tokens_N) // self.length)
-        return window(self.tokens_N, int(self._order(epoch)[place]), self.length)
+        epoch, index = divmod(position, len(self.tokens_N) // self.length)
+        return window(self.tokens_N, int(self._order(epoch)[index]), self.length)
 
     def _order(self, epoch: int) -> np.ndarray:
         if self._cached is None or self._cached[0] != epoch:
@@ -73,9 +74,10 @@ class TrainingWindows:
 def validation_batches(
     tokens_N: np.ndarray, length: int, batch_size: int, num_windows: int, rank: int, world_size: int
 ) -> list[torch.Tensor]:
-    """This rank's share of `num_windows` windows spread evenly over the held-out tokens, always the same.
+    """This rank's part of `num_windows` windows that are spread evenly over the held-out tokens.
 
-    Rounded so that every rank has equally many full batches: under ZeRO-3 each forward pass is a collective.
+    The number is rounded so that every rank has equally many full batches, since under ZeRO-3 each forward
+    pass communicates.
     """
     available = len(tokens_N) // length
     num_batches = max(1, min(num_windows, available) // (batch_size * world_size))

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ds_gradmix.config import parse_block
-from ds_gradmix.costs.model import Cluster, Costs, block_costs, stock_costs
-from ds_gradmix.costs.report import job_of
+from ds_gradmix.costs.model import Cluster, Costs, block_costs
+from ds_gradmix.costs.report import reduction_plan, workload_of
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "scaling.md"
 BEGIN, END = "<!-- table: written by tests/scaling_table.py -->\n", "<!-- end of table -->"
@@ -64,14 +64,13 @@ def row_of(size: str, ranks: int, rule: str) -> Row:
     block = parse_block(BLOCKS[rule])
     per_worker = {"rank": 1, "node": RANKS_PER_NODE}.get(str(block.worker), block.worker)
     cluster = Cluster(ranks, RANKS_PER_NODE, int(per_worker))
-    job = job_of(config_of(rule), block, SIZES[size], 1000)
-    return Row(
-        size, ranks, rule, block_costs(block, job, cluster) if BLOCKS[rule] else stock_costs(job, cluster)
-    )
+    plan = reduction_plan(config_of(rule), block, cluster.workers)
+    workload = workload_of(config_of(rule), SIZES[size], 1000)
+    return Row(size, ranks, rule, block_costs(plan, workload, cluster))
 
 
 def rows() -> Iterator[Row]:
-    """First every rule at one size, then a few at all sizes."""
+    """All rules at one size, then a few rules at all sizes."""
     for rule in BLOCKS:
         yield row_of(*IN_DETAIL, rule)
     for size in SIZES:
@@ -83,12 +82,12 @@ def rows() -> Iterator[Row]:
 def table() -> str:
     head = "| parameters | ranks | block | GB sent per rank | GB leaving a node | GB of memory | seconds |"
     head += "\n" + "|---" * 7 + "|"
-    every = list(map(str, rows()))
-    return "\n".join([head, *every[: len(BLOCKS)], "", head, *every[len(BLOCKS) :]]) + "\n"
+    lines = list(map(str, rows()))
+    return "\n".join([head, *lines[: len(BLOCKS)], "", head, *lines[len(BLOCKS) :]]) + "\n"
 
 
 def written(text: str) -> str:
-    """The document with the table of now."""
+    """The document with a new table."""
     before, rest = text.split(BEGIN)
     return before + BEGIN + table() + END + rest.split(END)[1]
 

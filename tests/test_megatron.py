@@ -1,5 +1,6 @@
-"""The mpu made of megatron-core: what DeepSpeed calls is there, and what is missing is said. Training with it
-is in test_parallel_harness.py.
+"""The mpu for megatron-core has the functions that DeepSpeed calls, and refuses what it cannot support.
+
+Training with it is in test_parallel_harness.py.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def test_refused(monkeypatch: pytest.MonkeyPatch, state: Any, error: Any, words:
         ParallelState()
 
 
-def _asked() -> list[Any]:
+def _answers() -> list[Any]:
     sys.modules[STATE] = _state()
     mpu = ParallelState()
     return [
@@ -59,4 +60,4 @@ def _asked() -> list[Any]:
 
 
 def test_forwards_and_adds() -> None:
-    assert run_ranks(2, _asked) == [[7, 2, rank, [0, 1], False] for rank in range(2)]
+    assert run_ranks(2, _answers) == [[7, 2, rank, [0, 1], False] for rank in range(2)]

@@ -1,4 +1,4 @@
-"""apex's kernels and torch's give the same; apex's stand-in here has amp_C's own signatures."""
+"""apex's kernels and torch's give equal results; a module with amp_C's own signatures stands in for apex."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def test_dtypes_in_one_list(apex: AmpC | None) -> None:
 
 def test_more_elements_than_32_bits_count(apex: AmpC | None) -> None:
     huge = torch.zeros(2**31, device="meta")
-    assert multi_tensor._kernels([huge]) is None
-    assert (multi_tensor._kernels([huge[:-1]]) is None) == (apex is None)
+    assert multi_tensor._usable_amp_c([huge]) is None
+    assert (multi_tensor._usable_amp_c([huge[:-1]]) is None) == (apex is None)
 
 
 def test_nothing_and_tensors_without_elements(apex: AmpC | None) -> None:
@@ -96,7 +96,9 @@ def test_nothing_and_tensors_without_elements(apex: AmpC | None) -> None:
     multi_tensor.axpby_(1.0, [], 1.0, [])
 
 
-def test_what_breaks_on_import_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_describe_gives_the_reason_of_a_failed_import(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "amp_C.py").write_text("raise RuntimeError('built for another CUDA')")
     monkeypatch.syspath_prepend(str(tmp_path))
     multi_tensor.amp_c.cache_clear()
@@ -104,7 +106,7 @@ def test_what_breaks_on_import_is_told(tmp_path: Path, monkeypatch: pytest.Monke
     multi_tensor.amp_c.cache_clear()
 
 
-def test_env_tells_which(apex: AmpC | None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_env_names_the_kernels(apex: AmpC | None, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["env"]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("multi-tensor"))
     assert line.split(maxsplit=1)[1].startswith(

@@ -1,5 +1,5 @@
-"""docs/scaling.md: its formulas against a count of every message and the kernel's counters, and its table
-against what `ds_gradmix check` prints.
+"""The formulas of docs/scaling.md against a count of every message and the kernel's counters, and its table
+against the output of `ds_gradmix check`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,21 @@ import pytest
 import scaling_table
 
 from ds_gradmix.cli import main
-from ds_gradmix.costs.model import Cluster, all_reduce, inside_workers, to_combiners, to_everyone, to_owners
+from ds_gradmix.costs.model import (
+    Cluster,
+    all_reduce,
+    average_inside_workers,
+    exchange_gradients,
+    gather_on_every_rank,
+    send_to_owners,
+)
 
 ROOT = Path(__file__).parent.parent
 Messages = Iterator[tuple[int, int, float]]  # from a rank, to a rank, elements
 
 
 def ring(ranks: list[int], elements: float) -> Messages:
-    """Of a collective that sends so much to the next."""
+    """A collective in which each rank sends so many elements to the next."""
     for at, rank in enumerate(ranks):
         if len(ranks) > 1:
             yield rank, ranks[(at + 1) % len(ranks)], elements
@@ -35,23 +42,23 @@ def workers_of(d: int, n: int) -> list[list[int]]:
     return [list(range(first, first + n)) for first in range(0, d, n)]
 
 
-def counted(what: str, d: int, n: int) -> Messages:
-    """Every message of a bucket of 1, one by one."""
-    places = list(zip(*workers_of(d, n), strict=True))
+def messages_of(what: str, d: int, n: int) -> Messages:
+    """Every message of a bucket with one element."""
+    across_workers = list(zip(*workers_of(d, n), strict=True))
     if what == "all_reduce":
         yield from ring(list(range(d)), 2 * (d - 1) / d)
-    if what == "to_combiners":
+    if what == "exchange_gradients":
         for ranks in workers_of(d, n):
             yield from ((a, b, 1 / n) for a, b in itertools.permutations(ranks, 2))
-        for ranks in places:
+        for ranks in across_workers:
             yield from ((a, b, 1 / d) for a, b in itertools.permutations(ranks, 2))
-    if what == "inside_workers":
+    if what == "average_inside_workers":
         for ranks in workers_of(d, n):
             yield from ring(ranks, 2 * (n - 1) / n)
-    if what == "to_owners":  # buckets of one owner each, each rank owning as many
+    if what == "send_to_owners":  # buckets of one owner each, each rank owning as many
         yield from ((a, b, 1 / d / d) for a, b in itertools.permutations(range(d), 2))
-    if what == "to_everyone":
-        for ranks in places:
+    if what == "gather_on_every_rank":
+        for ranks in across_workers:
             yield from ring(list(ranks), (len(ranks) - 1) / d)
         for ranks in workers_of(d, n):
             yield from ring(ranks, (n - 1) / n)
@@ -59,10 +66,10 @@ def counted(what: str, d: int, n: int) -> Messages:
 
 FORMULAS: dict[str, Any] = {
     "all_reduce": lambda cluster: [all_reduce(1.0, cluster)],
-    "to_combiners": lambda cluster: to_combiners(1.0, cluster),
-    "inside_workers": lambda cluster: inside_workers(1.0, cluster),
-    "to_owners": lambda cluster: [to_owners(1.0, cluster)],
-    "to_everyone": lambda cluster: to_everyone(1.0, cluster),
+    "exchange_gradients": lambda cluster: exchange_gradients(1.0, cluster),
+    "average_inside_workers": lambda cluster: average_inside_workers(1.0, cluster),
+    "send_to_owners": lambda cluster: [send_to_owners(1.0, cluster)],
+    "gather_on_every_rank": lambda cluster: gather_on_every_rank(1.0, cluster),
 }
 
 
@@ -71,14 +78,14 @@ FORMULAS: dict[str, Any] = {
     "d, k, n", [(2, 1, 1), (4, 2, 2), (8, 8, 2), (8, 4, 1), (16, 4, 2), (16, 2, 8), (8, 4, 8)]
 )
 def test_formulas_count_every_message(what: str, d: int, k: int, n: int) -> None:
-    hops = FORMULAS[what](Cluster(d, k, n))
-    messages = list(counted(what, d, n))
-    assert sum(hop.sent for hop in hops) == pytest.approx(sum(e for *_, e in messages) / d)
+    collectives = FORMULAS[what](Cluster(d, k, n))
+    messages = list(messages_of(what, d, n))
+    assert sum(cost.sent for cost in collectives) == pytest.approx(sum(e for *_, e in messages) / d)
     leaving = sum(elements for a, b, elements in messages if a // k != b // k)
-    assert sum(hop.leaving for hop in hops) == pytest.approx(leaving * k / d)
+    assert sum(cost.leaving for cost in collectives) == pytest.approx(leaving * k / d)
 
 
-MEASURED = {  # the benchmark's options, and which rules must be among what it measured
+MEASURED = {  # the benchmark's options, and the rules that it measures
     "2 ranks": ("--world 2", ["VRGD momentum 0.9", "GAF scope parameter"]),
     "4 ranks on 2 hosts": ("--world 4 --ranks-per-host 2 --engine ZeRO-0", ["GAF", "GAF, worker node"]),
     "8 ranks on 4 hosts": ("--world 8 --ranks-per-host 2", ["GAF", "GAF, worker 4"]),
@@ -87,7 +94,9 @@ MEASURED = {  # the benchmark's options, and which rules must be among what it m
 
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("name", MEASURED)
-def test_formulas_hold_on_the_wire(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_formulas_agree_with_the_kernel_counters(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
     missing = importlib.import_module("benchmarks.hosts").why_no_namespaces()
     if missing is not None:
@@ -107,7 +116,7 @@ def test_formulas_hold_on_the_wire(name: str, tmp_path: Path, monkeypatch: pytes
             assert row["bytes_ratio"] <= 0.6, run.stdout
 
 
-def test_the_table_is_of_now() -> None:
+def test_the_table_is_up_to_date() -> None:
     text = scaling_table.DOCUMENT.read_text()
     assert text == scaling_table.written(text), "run python tests/scaling_table.py"
 
@@ -133,7 +142,7 @@ def test_check_prints_the_table(ranks: int, tmp_path: Path, capsys: pytest.Captu
 LINES = ("GB sent per rank", "GB leaving a node", "GB of memory per rank", "seconds, estimated")
 
 
-def test_its_command_runs() -> None:
+def test_the_command_of_the_document_runs() -> None:
     commands = re.findall(r"```bash\n(.*?)```", scaling_table.DOCUMENT.read_text(), flags=re.DOTALL)
     assert len(commands) == 1
     program, *arguments = commands[0].split()
@@ -155,7 +164,7 @@ def test_its_command_runs() -> None:
 
 
 def test_extrapolation_and_micro_steps(checked: Checked) -> None:
-    """2 reductions of 1e9 elements in bf16, 8 ranks on a node; then one mean of the past gradient."""
+    """2 reductions of 1e9 elements in bf16 on 8 ranks of a node, then one average of the past gradient."""
     rule = {"type": "PastGradient", "params": {"lr": 0.1}}
     block = {**scaling_table.GAF, "extrapolation": rule, "worker": 4}
     lines = checked(block, "--params", "1e9", "--dp", "8", gradient_accumulation_steps=2)
@@ -172,7 +181,7 @@ Checked = Callable[..., list[str]]
 
 @pytest.fixture
 def checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Checked:
-    """Lines that `ds_gradmix check` prints for a block, with options of its own and keys of ds_config."""
+    """A function that returns the lines of `ds_gradmix check` for a block, its options and ds_config keys."""
 
     def check(block: dict[str, Any], *options: str, **config: Any) -> list[str]:
         (tmp_path / "c.json").write_text(json.dumps({"gradmix": block, **scaling_table.CONFIG, **config}))
@@ -183,7 +192,7 @@ def checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Checked:
 
 
 def numbers_of(lines: list[str], name: str) -> list[float]:
-    """Of stock, and of the block."""
+    """The numbers of stock and of the block in a line."""
     (line,) = (line for line in lines if name in line)
     return [float(number) for number in line.split()[-3:-1]]
 
@@ -201,8 +210,8 @@ def test_check_at_any_size(checked: Checked) -> None:
     assert ["8", "1.000", "1.000"] in [line.split() for line in lines], "one worker is stock"
 
 
-def test_check_where_nobody_owns_a_bucket(checked: Checked) -> None:
-    """BF16_Optimizer copies all gradients in bf16; scope model keeps 1.5 tiles of every bucket."""
+def test_check_where_buckets_have_no_owner(checked: Checked) -> None:
+    """BF16_Optimizer copies all gradients in bf16, and scope model keeps 1.5 tiles for every bucket."""
     config = {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}
     options = ("--params", "7e9", "--dp", "64")
     assert numbers_of(checked(scaling_table.GAF, *options, **config), "GB of memory") == [
@@ -219,7 +228,7 @@ def test_check_where_nobody_owns_a_bucket(checked: Checked) -> None:
 
 
 def test_check_of_wider_communication(checked: Checked) -> None:
-    """What DeepSpeed widens before it sends, the exchange does not."""
+    """DeepSpeed converts gradients to a wider communication dtype, and the exchange does not."""
     options = ("--params", "7e9", "--dp", "64")
     narrow = numbers_of(checked(scaling_table.GAF, *options), "GB sent")
     wide = numbers_of(checked(scaling_table.GAF, *options, communication_data_type="fp32"), "GB sent")

@@ -1,4 +1,4 @@
-"""Sums and Gram matrices by parameter against a loop over parameters, for many ways of cutting columns."""
+"""Sums and Gram matrices by parameter against a loop over parameters, for random divisions of the columns."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_against_loops(seed: int) -> None:
     torch.testing.assert_close(segments.expand(given).expand(2, sum(lengths)), expected)
 
 
-def test_what_is_not_finite_stays_with_its_parameter() -> None:
+def test_values_that_are_not_finite_affect_their_parameter_only() -> None:
     segments = Segments([0, 1, 2], [100, 30, 300], 3, CPU, 2)
     values = torch.ones(2, 430)
     values[0, 110] = float("nan")
@@ -40,7 +40,7 @@ def test_what_is_not_finite_stays_with_its_parameter() -> None:
 
 
 def test_gram_is_float64_from_bfloat16() -> None:
-    """A bf16 or float32 product would be off by 1e-3 and 1e-7; and 1e30 squared is no float32."""
+    """The error of a bf16 or float32 product would be 1e-3 or 1e-7, and 1e30 squared overflows float32."""
     values = torch.randn(3, 5000).bfloat16()
     gram = Segments([0], [5000], 1, CPU, 3).gram(values)[0]
     torch.testing.assert_close(gram, values.double() @ values.double().t(), rtol=1e-14, atol=0)

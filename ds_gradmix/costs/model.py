@@ -1,37 +1,37 @@
-"""What a step's reduction costs a rank at a given scale, from formulas: docs/scaling.md derives them.
+"""What reducing the gradients of one optimizer step costs a rank, by formulas; docs/scaling.md derives them.
 
     P   parameters whose gradients a rank reduces: the model's, by its tensor- and pipeline-parallel ranks
-    b   bytes of an element as it travels, B = b P
+    b   bytes of an element as it is communicated, B = b P
     D   data-parallel ranks, of which k are on a node, and n make one of W = D/n workers
     S   decisions: one for a bucket, a parameter tensor, or the model
 
-Every collective is a hop: what a rank sends, and what of a node's ranks' leaves the node. Hops follow each
-other; each takes as long as the slower of its two networks. Bytes are held to the kernel's counters by
-tests/test_scaling.py. Times are estimates for the bandwidths given, without anything overlapped.
+Collectives run one after another, and each takes as long as the slower of its two networks: between nodes,
+and inside a node. tests/test_scaling.py compares the byte counts with the kernel's counters. Times are
+estimates for the given bandwidths, and nothing overlaps. Only the standard library is imported: report.py
+translates a configuration into what is needed here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from ds_gradmix.config import ConfigError, GradmixConfig
-from ds_gradmix.exchange.transport import Transport, choose_transport
+BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default with ZeRO, and its fixed size elsewhere
+KERNELS_PER_WORKER = 9  # launched for a sequential decision (GAF) by the rank that takes it
+_GRAM_COPIES = 5  # of a W x W float64 matrix, alive while a decision is taken
 
-BUCKET = 500_000_000  # elements of a bucket: DeepSpeed's default in ZeRO, and the size elsewhere
-KERNELS_PER_WORKER = 9  # of a sequential decision (GAF) on the rank that takes it
-_GRAM_COPIES = 5  # of W x W float64, while a decision is taken
-
-
-WithoutOwners = Literal["ZeRO-0", "BF16_Optimizer"]
-Owners = Literal["even", "one"] | WithoutOwners
+EngineWithoutOwners = Literal["ZeRO-0", "BF16_Optimizer"]
+Owners = Literal["even", "one"] | EngineWithoutOwners
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Ranks and what connects them; by default nodes of 8 H100 with a 400 Gbit/s adapter each."""
+    """Data-parallel ranks and their networks; the defaults are nodes of 8 H100 with 400 Gbit/s for each.
+
+    Raises ValueError if ranks do not fill workers and nodes, or if workers do not fit nodes.
+    """
 
     ranks: int  # D
     ranks_per_node: int = 8  # of one data-parallel group
@@ -45,72 +45,99 @@ class Cluster:
     def __post_init__(self) -> None:
         n, k = self.ranks_per_worker, self.on_node
         if self.ranks % n:
-            raise ConfigError(f"{self.ranks} data-parallel ranks are no whole number of workers of {n}")
+            raise ValueError(f"{self.ranks} data-parallel ranks are no whole number of workers of {n}")
         if self.ranks % k or (n % k and k % n):
-            raise ConfigError(
+            raise ValueError(
                 f"{self.ranks} data-parallel ranks, {k} on a node, {n} a worker: allowed are whole nodes, "
                 "and workers that are whole nodes or divide them"
             )
 
     @property
     def on_node(self) -> int:
-        """k."""
+        """The data-parallel ranks on a node, k: those of `ranks_per_node` that there are."""
         return min(self.ranks_per_node, self.ranks)
 
     @property
     def workers(self) -> int:
-        """W."""
+        """The number of workers, W = D/n."""
         return self.ranks // self.ranks_per_worker
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is reduced in an optimizer step.
+    """The gradients that are reduced in an optimizer step.
 
-    With ZeRO-1 and ZeRO-2 all ranks own even shares of a bucket, or one, or a few, own all of it. With ZeRO-0
-    and BF16_Optimizer nobody does: every rank needs the result.
+    `owners` says who needs a bucket's result: with ZeRO-1 and ZeRO-2 all ranks own even shares of it, or one
+    rank (or a few) owns all of it; with ZeRO-0 and BF16_Optimizer every rank needs the whole result.
     """
 
     parameters: float  # P
     grad_bytes: int  # b
     owners: Owners
-    stock_bytes: int  # what b is without a block
-    bucket: int = BUCKET  # elements
-    tensors: int = 1000  # that P is made of
-    copies: int = 0  # of the parameters, that extrapolation keeps
-    reductions: int = 1  # in an optimizer step
+    stock_bytes: int  # b where DeepSpeed averages
+    bucket_elements: int = BUCKET_ELEMENTS
+    tensors: int = 1000  # that the parameters consist of
+    reductions: int = 1  # of all gradients, in an optimizer step
 
     @property
     def num_bytes(self) -> float:
-        """B."""
+        """The bytes of all gradients, B."""
         return self.parameters * self.grad_bytes
 
     @property
-    def to_all(self) -> bool:
-        """Whether every rank needs the result."""
+    def every_rank_needs_result(self) -> bool:
+        """Whether buckets have no owners."""
         return self.owners not in ("even", "one")
 
     @property
     def copied_bytes(self) -> float:
-        """What DeepSpeed copies gradients into before it reduces them."""
-        whole = self.owners == "BF16_Optimizer"  # all gradients of a parameter group
-        return (self.parameters if whole else min(self.bucket, self.parameters)) * self.stock_bytes
+        """The size of the buffer that DeepSpeed copies gradients into before it reduces them."""
+        if self.owners == "BF16_Optimizer":  # all gradients of a parameter group
+            return self.parameters * self.stock_bytes
+        return min(self.bucket_elements, self.parameters) * self.stock_bytes
 
     @property
     def buckets(self) -> int:
-        """How many, at most full."""
-        return math.ceil(self.parameters / self.bucket)
+        """How many buckets a reduction has if they are full."""
+        return math.ceil(self.parameters / self.bucket_elements)
+
+
+@dataclass(frozen=True)
+class ReductionPlan:
+    """What a gradmix block does with the gradients: without arguments, nothing.
+
+    `transport` is "stock" where DeepSpeed averages, "weighted" where it sums gradients that each worker has
+    multiplied by its weight, and "exchange" where a rank receives all workers' gradients for its share.
+    """
+
+    transport: Literal["stock", "weighted", "exchange"] = "stock"
+    scope: Literal["bucket", "parameter", "model"] = "bucket"
+    needs_gram: bool = False  # weights depend on the Gram matrix of the workers' gradients
+    scales: bool = False  # there is a scaling rule
+    has_momentum: bool = False  # its factors have a running mean
+    averages_past_gradient: bool = False  # over a worker's ranks, for extrapolation
+    parameter_copies: int = 0  # kept by extrapolation
+    tile_bytes: int = 0
+
+    @property
+    def decides_for_model(self) -> bool:
+        """Whether one decision needs the gradients of all buckets."""
+        return self.needs_gram and self.scope == "model"
+
+    def decisions(self, workload: Workload) -> int:
+        """The number of decisions of a reduction, S."""
+        return {"bucket": workload.buckets, "parameter": workload.tensors, "model": 1}[self.scope]
 
 
 class CollectiveCost(NamedTuple):
-    """One collective over all gradients."""
+    """The cost of one collective operation on all gradients."""
 
     sent: float  # bytes, by a rank
-    leaving: float  # bytes, by a node
+    leaving: float  # bytes that leave a node, from all of its ranks
 
 
 class Costs(NamedTuple):
-    """Of an optimizer step, for a rank."""
+    """The costs of an optimizer step for a rank."""
 
     sent: float  # bytes
     leaving: float  # bytes that leave a node, from all of its ranks
@@ -119,144 +146,128 @@ class Costs(NamedTuple):
 
 
 def all_reduce(num_bytes: float, cluster: Cluster) -> CollectiveCost:
-    """A ring: 2 (D-1)/D B."""
-    sent = 2 * (cluster.ranks - 1) / cluster.ranks * num_bytes
-    return CollectiveCost(sent, _ring(sent, cluster))
+    """An all-reduce over all ranks by a ring: a rank sends 2 (D-1)/D B."""
+    return _ring(2 * (cluster.ranks - 1) / cluster.ranks * num_bytes, cluster)
 
 
-def to_combiners(num_bytes: float, cluster: Cluster) -> list[CollectiveCost]:
-    """Inside a worker (n-1)/n B, across workers (W-1)/W B/n."""
+def exchange_gradients(num_bytes: float, cluster: Cluster) -> list[CollectiveCost]:
+    """Each rank gets all workers' gradients for its share: (n-1)/n B inside workers, (W-1)/W B/n across."""
     k, n, w = cluster.on_node, cluster.ranks_per_worker, cluster.workers
     inside = CollectiveCost((n - 1) / n * num_bytes, k * max(n - k, 0) / n * num_bytes)
-    near = max(k // n, 1)  # workers on a rank's node, its own included
-    across = CollectiveCost((w - 1) / w * num_bytes / n, k * (w - near) / w * num_bytes / n)
-    return [hop for hop in (inside, across) if hop.sent]
+    workers_on_node = max(k // n, 1)
+    across = CollectiveCost((w - 1) / w * num_bytes / n, k * (w - workers_on_node) / w * num_bytes / n)
+    return [cost for cost in (inside, across) if cost.sent]
 
 
-def to_owners(num_bytes: float, cluster: Cluster) -> CollectiveCost:
-    """Combined shares to the owners of a few pieces: (D-1)/D B/D."""
+def send_to_owners(num_bytes: float, cluster: Cluster) -> CollectiveCost:
+    """The combined shares go to the one owner, or the few, of a bucket: (D-1)/D B/D."""
     d, k = cluster.ranks, cluster.on_node
     return CollectiveCost((d - 1) / d * num_bytes / d, k * (d - k) / d * num_bytes / d)
 
 
-def to_everyone(num_bytes: float, cluster: Cluster) -> list[CollectiveCost]:
-    """Combined shares to all ranks, by rings: across workers (W-1)/W B/n, then inside (n-1)/n B."""
+def gather_on_every_rank(num_bytes: float, cluster: Cluster) -> list[CollectiveCost]:
+    """The combined shares go to every rank by rings: (W-1)/W B/n across workers, then (n-1)/n B inside."""
     d, k, n, w = cluster.ranks, cluster.on_node, cluster.ranks_per_worker, cluster.workers
     share = (w - 1) / w * num_bytes / n
     across = CollectiveCost(share, min(n, k) * share if d > k else 0.0)
     inside = (n - 1) / n * num_bytes
-    return [hop for hop in (across, CollectiveCost(inside, inside if n > k else 0.0)) if hop.sent]
+    return [cost for cost in (across, CollectiveCost(inside, inside if n > k else 0.0)) if cost.sent]
 
 
-def inside_workers(num_bytes: float, cluster: Cluster) -> list[CollectiveCost]:
-    """The mean of a worker's past gradients, on all of its ranks, by a ring: 2 (n-1)/n B."""
+def average_inside_workers(num_bytes: float, cluster: Cluster) -> list[CollectiveCost]:
+    """A worker's ranks average their past gradients by a ring: 2 (n-1)/n B."""
     sent = 2 * (cluster.ranks_per_worker - 1) / cluster.ranks_per_worker * num_bytes
     return [CollectiveCost(sent, sent if cluster.ranks_per_worker > cluster.on_node else 0.0)] if sent else []
 
 
-def _ring(sent: float, cluster: Cluster) -> float:
+def _ring(sent: float, cluster: Cluster) -> CollectiveCost:
     """A ring through all ranks leaves each node by one link."""
-    return sent if cluster.ranks > cluster.on_node else 0.0
+    return CollectiveCost(sent, sent if cluster.ranks > cluster.on_node else 0.0)
 
 
-def stock_costs(job: Workload, cluster: Cluster) -> Costs:
-    """DeepSpeed's own averaging: an all-reduce of a copy of the bucket."""
-    num_bytes = job.parameters * job.stock_bytes
-    hops = [all_reduce(num_bytes, cluster)] * job.reductions
-    return _costs(hops, job.copied_bytes, 2 * num_bytes * job.reductions, 0.0, cluster)
+def stock_costs(workload: Workload, cluster: Cluster) -> Costs:
+    """The costs of DeepSpeed's own averaging: it copies a bucket, and all-reduces the copy."""
+    return block_costs(ReductionPlan(), replace(workload, grad_bytes=workload.stock_bytes), cluster)
 
 
-def block_costs(block: GradmixConfig, job: Workload, cluster: Cluster) -> Costs:
-    """A block's."""
-    hops = gradient_hops(block, job, cluster)
-    once = []
-    if block.extrapolation is not None and block.extrapolation.needs_gradient:
-        once = inside_workers(job.num_bytes, cluster)
-    memory = job.copies * job.parameters * job.grad_bytes
-    if not exchanges(block, cluster):
-        memory += job.copied_bytes
-        touched = 2 * job.num_bytes
-        if choose_transport(block, cluster.workers) is not Transport.STOCK:
-            memory += block.tile_bytes
-            touched += 16 * job.parameters
-        return _costs([*hops * job.reductions, *once], memory, touched * job.reductions, 0.0, cluster)
-    memory += 3 * block.tile_bytes
-    if job.owners == "ZeRO-0":
-        memory += job.copied_bytes
-    if job.to_all and block.decides_for_model:
-        memory += 1.5 * block.tile_bytes * job.buckets  # that wait for the decision
-    if _smooths(block):
-        memory += 8 * job.parameters / cluster.ranks
-    seconds, w = 0.0, cluster.workers
-    if block.mixing.needs_gram:
-        together = math.ceil(_decisions(block, job) / job.buckets)
-        memory += _GRAM_COPIES * 8 * w * w * together
-        seconds += 2 * w * job.parameters / cluster.ranks_per_worker / cluster.fp64_rate
-        rounds = 1 if block.scope == "model" else job.buckets
-        seconds += rounds * KERNELS_PER_WORKER * w * cluster.launch_s
-    hops += _decision_hops(block, job, cluster)
-    hops = [*hops * job.reductions, *once]
-    touched = _touched(block, job, cluster) * job.reductions
-    return _costs(hops, memory, touched, seconds * job.reductions, cluster)
+def block_costs(plan: ReductionPlan, workload: Workload, cluster: Cluster) -> Costs:
+    """The costs with a gradmix block."""
+    collectives = gradient_collectives(plan, workload, cluster)
+    if plan.transport == "exchange":
+        collectives += _decision_collectives(plan, workload, cluster)
+    collectives *= workload.reductions
+    if plan.averages_past_gradient:
+        collectives += average_inside_workers(workload.num_bytes, cluster)
+    seconds = _decision_seconds(plan, workload, cluster) * workload.reductions
+    read_and_written = _read_and_written_bytes(plan, workload, cluster) * workload.reductions
+    seconds += read_and_written / cluster.memory_bandwidth
+    for cost in collectives:
+        inside_node = cost.sent - cost.leaving / cluster.on_node
+        seconds += max(cost.leaving / cluster.node_bandwidth, inside_node / cluster.link_bandwidth)
+    sent, leaving = sum(cost.sent for cost in collectives), sum(cost.leaving for cost in collectives)
+    return Costs(sent, leaving, _memory_bytes(plan, workload, cluster), seconds)
 
 
-def exchanges(block: GradmixConfig, cluster: Cluster) -> bool:
-    """Whether gradients of all workers meet, or are weighed and summed by DeepSpeed."""
-    return cluster.workers > 1 and block.exchanges
+def gradient_collectives(plan: ReductionPlan, workload: Workload, cluster: Cluster) -> list[CollectiveCost]:
+    """The collectives of one reduction that carry gradients."""
+    num_bytes = workload.num_bytes
+    if plan.transport != "exchange":
+        return [all_reduce(workload.parameters * workload.stock_bytes, cluster)]
+    collectives = exchange_gradients(num_bytes, cluster)
+    if workload.every_rank_needs_result:
+        return collectives + gather_on_every_rank(num_bytes, cluster)
+    if plan.decides_for_model:
+        collectives *= 2  # the first time for the decision alone
+    if workload.owners == "one":
+        collectives.append(send_to_owners((2 if plan.has_momentum else 1) * num_bytes, cluster))
+    return collectives
 
 
-def gradient_hops(block: GradmixConfig, job: Workload, cluster: Cluster) -> list[CollectiveCost]:
-    """What happens to the gradients themselves."""
-    num_bytes = job.num_bytes
-    if not exchanges(block, cluster):
-        return [all_reduce(job.parameters * job.stock_bytes, cluster)]
-    hops = to_combiners(num_bytes, cluster)
-    if job.to_all:
-        return hops + to_everyone(num_bytes, cluster)
-    if block.decides_for_model:
-        hops = hops * 2  # the first time for the decision alone
-    if job.owners == "one":
-        hops.append(to_owners((2 if _smooths(block) else 1) * num_bytes, cluster))
-    return hops
-
-
-def _decision_hops(block: GradmixConfig, job: Workload, cluster: Cluster) -> Iterator[CollectiveCost]:
+def _decision_collectives(
+    plan: ReductionPlan, workload: Workload, cluster: Cluster
+) -> Iterable[CollectiveCost]:
+    """Gram matrices are summed and weights broadcast; a scaling rule sums a mean for every tensor."""
     w = cluster.workers
-    if block.mixing.needs_gram:
-        told = 8.0 * _decisions(block, job) * (w * w + w + 2)
-        yield CollectiveCost(told, _ring(told, cluster))
-    if block.scaling is not None:
-        yield all_reduce(16.0 * job.tensors, cluster)
+    if plan.needs_gram:
+        yield _ring(8.0 * plan.decisions(workload) * (w * w + w + 2), cluster)
+    if plan.scales:
+        yield all_reduce(16.0 * workload.tensors, cluster)
 
 
-def _decisions(block: GradmixConfig, job: Workload) -> int:
-    """S."""
-    return {"bucket": job.buckets, "parameter": job.tensors, "model": 1}[block.scope]
+def _decision_seconds(plan: ReductionPlan, workload: Workload, cluster: Cluster) -> float:
+    """Gram matrices, and the small kernels of the decisions, which a bucket's parameters share."""
+    if plan.transport != "exchange" or not plan.needs_gram:
+        return 0.0
+    w, rounds = cluster.workers, 1 if plan.scope == "model" else workload.buckets
+    seconds = 2 * w * workload.parameters / cluster.ranks_per_worker / cluster.fp64_rate
+    return seconds + rounds * KERNELS_PER_WORKER * w * cluster.launch_s
 
 
-def _smooths(block: GradmixConfig) -> bool:
-    return block.scaling is not None and block.scaling.factor_momentum > 0
+def _memory_bytes(plan: ReductionPlan, workload: Workload, cluster: Cluster) -> float:
+    num_bytes = plan.parameter_copies * workload.parameters * workload.grad_bytes
+    if plan.transport != "exchange":
+        return num_bytes + workload.copied_bytes + (plan.tile_bytes if plan.transport == "weighted" else 0)
+    num_bytes += 3 * plan.tile_bytes
+    if workload.owners == "ZeRO-0":
+        num_bytes += workload.copied_bytes
+    if workload.every_rank_needs_result and plan.decides_for_model:
+        num_bytes += 1.5 * plan.tile_bytes * workload.buckets  # that wait for the decision
+    if plan.has_momentum:
+        num_bytes += 8 * workload.parameters / cluster.ranks
+    if plan.needs_gram:
+        decisions_per_bucket = math.ceil(plan.decisions(workload) / workload.buckets)
+        num_bytes += _GRAM_COPIES * 8 * cluster.workers**2 * decisions_per_bucket
+    return num_bytes
 
 
-def _touched(block: GradmixConfig, job: Workload, cluster: Cluster) -> float:
-    """Bytes that operations on gradients read and write: of the P that a rank sends, and of the P/n that it
-    combines.
-    """
-    b, n = job.grad_bytes, cluster.ranks_per_worker
-    sends = 2.0 * b + (b if n > 1 else 0)
-    combines = 16.0 + b if n > 1 else 0.0  # a worker's mean
-    if block.mixing.needs_gram:
-        combines += 16 + b + 4 * b  # products in float64; kept in the bucket, and read again
-    combines += 44 + b if block.scaling is not None else 8 + b
-    return job.parameters * (sends + combines / n)
-
-
-def _costs(
-    hops: Iterable[CollectiveCost], memory: float, touched: float, seconds: float, cluster: Cluster
-) -> Costs:
-    hops = list(hops)
-    seconds += touched / cluster.memory_bandwidth
-    for hop in hops:
-        near = hop.sent - hop.leaving / cluster.on_node
-        seconds += max(hop.leaving / cluster.node_bandwidth, near / cluster.link_bandwidth)
-    return Costs(sum(hop.sent for hop in hops), sum(hop.leaving for hop in hops), memory, seconds)
+def _read_and_written_bytes(plan: ReductionPlan, workload: Workload, cluster: Cluster) -> float:
+    """By operations on the P gradients that a rank sends, and on the P/n that it combines."""
+    if plan.transport != "exchange":
+        return 2 * workload.num_bytes + (16 * workload.parameters if plan.transport == "weighted" else 0)
+    b, n = workload.grad_bytes, cluster.ranks_per_worker
+    sending = 2.0 * b + (b if n > 1 else 0)
+    combining = 16.0 + b if n > 1 else 0.0  # a worker's mean
+    if plan.needs_gram:
+        combining += 16 + b + 4 * b  # products in float64; gradients are kept in the bucket and read again
+    combining += 44 + b if plan.scales else 8 + b
+    return workload.parameters * (sending + combining / n)

@@ -1,7 +1,7 @@
-"""Operations on many tensors at once: NVIDIA apex's `amp_C` kernels where they can be imported, and
-`torch._foreach_*` otherwise. The one place that decides.
+"""Operations on many tensors at once: by NVIDIA apex's `amp_C` kernels where they can be imported and take
+the tensors, and by `torch._foreach_*` otherwise.
 
-apex is optional, and is not what PyPI calls `apex`: it is known by its extension `amp_C`.
+apex is optional. PyPI's `apex` is another project, so NVIDIA's is recognized by its extension `amp_C`.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_CHUNK = 2048 * 32  # elements a block of amp_C's kernels works on
+_CHUNK_SIZE = 2048 * 32  # elements that a thread block of amp_C's kernels works on
 _DTYPES = (torch.float32, torch.float16)  # that all versions of amp_C have kernels for
 
 
 @functools.cache
 def amp_c() -> tuple[Any, str]:
-    """apex's extension, or None, and why not."""
+    """apex's extension and an empty string, or None and the reason why it cannot be used."""
     try:
         return importlib.import_module("amp_C"), ""
     except ModuleNotFoundError:
         return None, "NVIDIA apex is not installed"
-    except Exception as error:  # built for another torch, or another CUDA: it is optional
+    except Exception as error:  # apex built for another torch or CUDA must not end the training
         return None, f"amp_C: {error}"
 
 
 def describe() -> str:
-    """Which kernels serve, in words."""
+    """The kernels that are used, for `ds_gradmix env`."""
     module, why_not = amp_c()
     if module is None:
         return f"torch._foreach ({why_not})"
@@ -38,10 +38,11 @@ def describe() -> str:
 
 
 def norms(tensors: Sequence[Tensor]) -> Tensor:
-    """Euclidean norm of each of P tensors, `[P]`, in float32 whatever their dtype."""
-    module = _kernels(tensors)
+    """The Euclidean norm of each of P tensors, `[P]`, in float32 whatever their dtype."""
+    module = _usable_amp_c(tensors)
     if module is not None:
-        return torch.as_tensor(module.multi_tensor_l2norm(_CHUNK, _flag(tensors), [list(tensors)], True)[1])
+        arguments = _CHUNK_SIZE, _overflow_flag(tensors), [list(tensors)], True
+        return torch.as_tensor(module.multi_tensor_l2norm(*arguments)[1])
     return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=torch.float32))
 
 
@@ -49,18 +50,20 @@ def axpby_(a: float, xs: Sequence[Tensor], b: float, ys: Sequence[Tensor]) -> No
     """`y <- a x + b y` for each pair, in place; x may be of another dtype."""
     if not ys:
         return
-    module = _kernels(xs, ys)
+    module = _usable_amp_c(xs, ys)
     if module is not None:
-        module.multi_tensor_axpby(_CHUNK, _flag(ys), [list(xs), list(ys), list(ys)], a, b, -1)
+        lists = [list(xs), list(ys), list(ys)]
+        module.multi_tensor_axpby(_CHUNK_SIZE, _overflow_flag(ys), lists, a, b, -1)
         return
     if b != 1:
         torch._foreach_mul_(list(ys), b)
     torch._foreach_add_(list(ys), [x.to(y.dtype) for x, y in zip(xs, ys, strict=True)], alpha=a)
 
 
-def _kernels(*lists: Sequence[Tensor]) -> Any:
-    """amp_C, if it is there and takes these lists: it looks at the dtype of a list's first tensor alone, and
-    counts elements in 32 bits.
+def _usable_amp_c(*lists: Sequence[Tensor]) -> Any:
+    """amp_C if it can be used for these lists, or None.
+
+    It reads the dtype of a list's first tensor alone, and counts elements in 32 bits.
     """
     for tensors in lists:
         if len({t.dtype for t in tensors}) != 1 or tensors[0].dtype not in _DTYPES:
@@ -70,10 +73,10 @@ def _kernels(*lists: Sequence[Tensor]) -> Any:
     return amp_c()[0]
 
 
-def _is_cuda(tensor: Tensor) -> bool:
+def _is_cuda(tensor: Tensor) -> bool:  # replaced by a test
     return tensor.is_cuda
 
 
-def _flag(tensors: Sequence[Tensor]) -> Tensor:
-    """Where amp_C notes that something is not finite; the result has it, too."""
+def _overflow_flag(tensors: Sequence[Tensor]) -> Tensor:
+    """amp_C writes here whether a value is not finite; nobody reads it, since the result shows it as well."""
     return torch.zeros(1, dtype=torch.int32, device=tensors[0].device)

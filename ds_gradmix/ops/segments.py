@@ -1,8 +1,8 @@
-"""Sums and inner products by parameter over the columns of a `[W, C]` tensor, without a loop over parameters.
+"""Sums and Gram matrices by parameter over the columns of a `[W, C]` tensor, without a loop over parameters.
 
-The columns are cut into blocks of equal length. A block inside one parameter is summed as it stands; one that
-several parameters share is copied once for each of them, with the others' columns set to zero. So every
-reduction is a batched product or sum of equal shapes followed by one `index_add` of a few numbers.
+The columns are divided into blocks of equal length. A block inside one parameter is summed as it is; a block
+that several parameters share is copied once for each of them, with the columns of the others set to zero. So
+every reduction is a batched product or sum of equal shapes, followed by one `index_add` of a few numbers.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_LONGEST_BLOCK = 4096
-_SHORTEST_BLOCK = 64
-_MANY_ROWS = 32  # from here on one matrix product keeps a GPU busy; with fewer, blocks of columns do
+_MAX_BLOCK_SIZE = 4096
+_MIN_BLOCK_SIZE = 64
+_ROWS_FOR_ONE_PRODUCT = 32  # with so many rows one matrix product keeps a GPU busy, with fewer a batched one
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
@@ -26,7 +26,7 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
 
 
 def weighted_sum(values_WC: Tensor, weights_WC: Tensor) -> Tensor:
-    """`sum_i w_i x_i` over the workers, `[C]`; weights are `[W, 1]` or `[W, C]`, both of one dtype."""
+    """`sum_i w_i x_i` over the workers, `[C]`; weights are `[W, 1]` or `[W, C]`, of the same dtype."""
     if weights_WC.shape[1] == 1:
         return torch.mv(values_WC.t(), weights_WC[:, 0])
     return (values_WC * weights_WC).sum(0)
@@ -35,19 +35,15 @@ def weighted_sum(values_WC: Tensor, weights_WC: Tensor) -> Tensor:
 class Segments:
     """Which of S segments (parameters) each of C columns belongs to.
 
-    `ids` and `lengths` describe consecutive runs of columns; one segment may have several runs. With S = 1
-    nothing is gathered and `expand` broadcasts. `num_rows` is the largest number of rows that `gram` will
-    see.
-    """
+    With S = 1 nothing is gathered, and `expand` leaves the columns to broadcasting.
 
-    _run_ids: Tensor
-    _run_lengths: Tensor
-    _whole_blocks: Tensor
-    _whole_ids: Tensor
-    _part_blocks: Tensor
-    _part_ids: Tensor
-    _part_low: Tensor
-    _part_high: Tensor
+    Args:
+        ids: the segment of each run of consecutive columns; a segment may have several runs, or none.
+        lengths: the number of columns of each run.
+        num_segments: S.
+        device: where the values that are reduced are.
+        num_rows: the largest number of rows that `gram` will get.
+    """
 
     def __init__(
         self,
@@ -58,82 +54,82 @@ class Segments:
         num_rows: int = 1,
     ) -> None:
         self.num_segments = num_segments
-        self.num_columns = int(sum(lengths))
-        wanted = self.num_columns // (8 if num_segments == 1 else max(len(lengths), 1))
-        # No shorter than there are rows, or the Gram matrices of the blocks would outgrow the blocks.
-        shortest = max(_SHORTEST_BLOCK, 1 << (num_rows - 1).bit_length())
-        self.block = max(min(1 << max(wanted, 1).bit_length() - 1, _LONGEST_BLOCK), shortest)
-        self.num_padded = -(-self.num_columns // self.block) * self.block
         self._device = device
+        self._num_columns = int(sum(lengths))
+        wanted = self._num_columns // (8 if num_segments == 1 else max(len(lengths), 1))
+        # No smaller than the number of rows, or the Gram matrices of the blocks would outgrow the blocks.
+        smallest = max(_MIN_BLOCK_SIZE, 1 << (num_rows - 1).bit_length())
+        self._block_size = max(min(1 << max(wanted, 1).bit_length() - 1, _MAX_BLOCK_SIZE), smallest)
         if num_segments > 1:
-            self._cut(np.asarray(ids, dtype=np.int64), np.asarray(lengths, dtype=np.int64))
+            self._divide(np.asarray(ids, dtype=np.int64), np.asarray(lengths, dtype=np.int64))
 
-    def _cut(self, ids: np.ndarray, lengths: np.ndarray) -> None:
+    def _divide(self, ids: np.ndarray, lengths: np.ndarray) -> None:
+        """Set the tables of all pairs of a run and a block that overlap."""
+        size = self._block_size
         ids, lengths = ids[lengths > 0], lengths[lengths > 0]
-        ends = np.cumsum(lengths)
-        starts = ends - lengths
-        first, last = starts // self.block, (ends - 1) // self.block
-        runs = np.repeat(np.arange(len(ids)), last - first + 1)  # the run of every (run, block) pair
-        offsets = np.arange(len(runs)) - np.repeat(
-            np.cumsum(last - first + 1) - (last - first + 1), last - first + 1
+        run_ends = np.cumsum(lengths)
+        run_begins = run_ends - lengths
+        first_blocks = run_begins // size
+        num_blocks = (run_ends - 1) // size - first_blocks + 1
+        runs = np.repeat(np.arange(len(ids)), num_blocks)
+        blocks = np.arange(len(runs)) + np.repeat(
+            first_blocks + num_blocks - np.cumsum(num_blocks), num_blocks
         )
-        blocks = first[runs] + offsets
-        low = np.maximum(starts[runs] - blocks * self.block, 0)
-        high = np.minimum(ends[runs] - blocks * self.block, self.block)
-        whole = high - low == self.block
-        tables = {
-            "_run_ids": ids[runs],  # runs cut at blocks: on a GPU one warp repeats one run
-            "_run_lengths": high - low,
-            "_whole_blocks": blocks[whole],
-            "_whole_ids": ids[runs[whole]],
-            "_part_blocks": blocks[~whole],
-            "_part_ids": ids[runs[~whole]],
-            "_part_low": low[~whole],
-            "_part_high": high[~whole],
-        }
-        for name, table in tables.items():
-            setattr(self, name, to_device(torch.from_numpy(np.ascontiguousarray(table)), self._device))
+        begins = np.maximum(run_begins[runs] - blocks * size, 0)
+        ends = np.minimum(run_ends[runs] - blocks * size, size)
+        full = ends - begins == size
 
-    def pad(self, values_RC: Tensor, dtype: torch.dtype) -> Tensor:
-        """A copy of `[R, C]` in `dtype`, padded with zero columns to whole blocks."""
-        padded = torch.empty(values_RC.shape[0], self.num_padded, dtype=dtype, device=values_RC.device)
-        padded[:, : self.num_columns].copy_(values_RC)
-        padded[:, self.num_columns :].zero_()
-        return padded
+        def table(values: np.ndarray) -> Tensor:
+            return to_device(torch.from_numpy(np.ascontiguousarray(values)), self._device)
+
+        self._run_segments = table(ids[runs])  # runs end with blocks: on a GPU one warp repeats one run
+        self._run_lengths = table(ends - begins)
+        self._full_blocks, self._full_segments = table(blocks[full]), table(ids[runs[full]])
+        self._shared_blocks, self._shared_segments = table(blocks[~full]), table(ids[runs[~full]])
+        self._shared_begins, self._shared_ends = table(begins[~full]), table(ends[~full])
 
     def gram(self, values_WC: Tensor) -> Tensor:
         """Gram matrices `[S, W, W]` of `[W, C]`, in float64: no overflow, and no tensor-core rounding."""
         num_rows = values_WC.shape[0]
-        if self.num_segments == 1 and num_rows >= _MANY_ROWS:
+        if self.num_segments == 1 and num_rows >= _ROWS_FOR_ONE_PRODUCT:
             exact_WC = values_WC.double()
             return torch.mm(exact_WC, exact_WC.t())[None]
-        blocks_BWC = self.pad(values_WC, torch.float64).view(num_rows, -1, self.block).transpose(0, 1)
+        blocks_BWC = self._blocks(values_WC, torch.float64).transpose(0, 1)
         if self.num_segments == 1:
             return torch.bmm(blocks_BWC, blocks_BWC.transpose(1, 2)).sum(0, keepdim=True)
         out_SWW = blocks_BWC.new_zeros(self.num_segments, num_rows, num_rows)
-        whole = torch.bmm(blocks_BWC, blocks_BWC.transpose(1, 2))
-        out_SWW.index_add_(0, self._whole_ids, whole.index_select(0, self._whole_blocks))
-        part = blocks_BWC.index_select(0, self._part_blocks).masked_fill_(self._outside()[:, None], 0)
-        return out_SWW.index_add_(0, self._part_ids, torch.bmm(part, part.transpose(1, 2)))
+        grams_BWW = torch.bmm(blocks_BWC, blocks_BWC.transpose(1, 2))
+        out_SWW.index_add_(0, self._full_segments, grams_BWW.index_select(0, self._full_blocks))
+        shared = blocks_BWC.index_select(0, self._shared_blocks).masked_fill_(self._foreign()[:, None], 0)
+        return out_SWW.index_add_(0, self._shared_segments, torch.bmm(shared, shared.transpose(1, 2)))
 
     def sum(self, values_C: Tensor) -> Tensor:
         """Sums `[S]` of `[C]`, in float64."""
         if self.num_segments == 1:
             return values_C.sum(dtype=torch.float64).view(1)
-        blocks_BC = self.pad(values_C[None], values_C.dtype).view(-1, self.block)
+        blocks_BC = self._blocks(values_C[None], values_C.dtype)[0]
         out_S = torch.zeros(self.num_segments, dtype=torch.float64, device=values_C.device)
-        whole = blocks_BC.sum(1, dtype=torch.float64)
-        out_S.index_add_(0, self._whole_ids, whole.index_select(0, self._whole_blocks))
-        part = blocks_BC.index_select(0, self._part_blocks).masked_fill_(self._outside(), 0)
-        return out_S.index_add_(0, self._part_ids, part.sum(1, dtype=torch.float64))
+        sums_B = blocks_BC.sum(1, dtype=torch.float64)
+        out_S.index_add_(0, self._full_segments, sums_B.index_select(0, self._full_blocks))
+        shared = blocks_BC.index_select(0, self._shared_blocks).masked_fill_(self._foreign(), 0)
+        return out_S.index_add_(0, self._shared_segments, shared.sum(1, dtype=torch.float64))
 
     def expand(self, values_RS: Tensor) -> Tensor:
-        """`[R, S]` spread over the columns: `[R, C]`, or `[R, 1]` where S is 1."""
+        """`[R, S]` repeated over the columns: `[R, C]`, or `[R, 1]` where S is 1."""
         if self.num_segments == 1:
             return values_RS
-        runs_RS = values_RS.index_select(1, self._run_ids)
-        return runs_RS.repeat_interleave(self._run_lengths, dim=1, output_size=self.num_columns)
+        runs_RS = values_RS.index_select(1, self._run_segments)
+        return runs_RS.repeat_interleave(self._run_lengths, dim=1, output_size=self._num_columns)
 
-    def _outside(self) -> Tensor:
-        place = torch.arange(self.block, device=self._device)
-        return (place < self._part_low[:, None]) | (place >= self._part_high[:, None])
+    def _blocks(self, values_RC: Tensor, dtype: torch.dtype) -> Tensor:
+        """A copy of `[R, C]` in `dtype` as `[R, B, block size]`, padded with zeros."""
+        num_padded = -(-self._num_columns // self._block_size) * self._block_size
+        padded = torch.empty(values_RC.shape[0], num_padded, dtype=dtype, device=values_RC.device)
+        padded[:, : self._num_columns].copy_(values_RC)
+        padded[:, self._num_columns :].zero_()
+        return padded.view(len(padded), -1, self._block_size)
+
+    def _foreign(self) -> Tensor:
+        """A mask of the columns of each shared block that belong to other segments."""
+        columns = torch.arange(self._block_size, device=self._device)
+        return (columns < self._shared_begins[:, None]) | (columns >= self._shared_ends[:, None])

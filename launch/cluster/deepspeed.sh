@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Trains what settings.sh says on the hosts of its hostfile, from any of them; again: resumes.
-# Arguments go to the `deepspeed` command. Ctrl-C ends the training with a checkpoint.
+# Runs the training of settings.sh on the hosts of its hostfile, from any of them; the same command resumes it.
+# Arguments are passed to the `deepspeed` command. Ctrl-C ends the training with a checkpoint.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source launch/cluster/settings.sh
 
-# pdsh tells that a host is lost, or failed, but waits for the others; and their ranks wait for that host's.
-end_together() {
+# When a host fails, pdsh prints a message but waits for the other hosts, whose ranks wait for the failed one.
+stop_all_when_one_fails() {
     local line ending=
     while IFS= read -r line || [[ -n $line ]]; do
         printf '%s\n' "$line"
@@ -19,11 +19,11 @@ end_together() {
 }
 
 trap launch/cluster/stop.sh INT TERM
-# In a session of its own: Ctrl-C would make pdsh drop its hosts before they have saved anything.
+# In a new session, since Ctrl-C would make pdsh disconnect from its hosts before they have saved a checkpoint.
 {
-    setsid deepspeed --hostfile "$HOSTFILE" "$@" --module ds_gradmix "${TRAINING[@]}" 2>&1 | end_together
+    setsid deepspeed --hostfile "$HOSTFILE" "$@" --module ds_gradmix "${TRAINING[@]}" 2>&1 | stop_all_when_one_fails
 } &
-while # a trapped signal ends `wait`, not the training
+while # a trapped signal ends `wait`, but not the training
     status=0
     wait $! || status=$?
     kill -0 $! 2>/dev/null

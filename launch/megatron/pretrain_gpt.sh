@@ -1,37 +1,37 @@
 #!/usr/bin/env bash
-# Pretrains a GPT by Megatron-DeepSpeed's own pretrain_gpt.py under ds_gradmix, on TP x PP x DP accelerators.
-# Edit the values up to the line, or give them by the environment; what they need is in docs/megatron.md.
+# Pretrains a GPT with Megatron-DeepSpeed's pretrain_gpt.py and ds_gradmix, on TP x PP x DP accelerators.
+# Edit the values above the line, or set environment variables of these names; docs/megatron.md explains them.
 set -euo pipefail
 
-: "${MEGATRON:=}"         # folder of Megatron-DeepSpeed
-: "${DATA:=}"             # what it preprocessed: DATA.bin and DATA.idx
-: "${TOKENIZER:=}"        # sentencepiece model that did
-: "${SAVE:=runs/megatron/gpt}" # checkpoints, on a file system all nodes see; the same command again resumes
-: "${CONFIG:=$(dirname "$0")/../../configs/megatron/gaf_zero1.json}" # batch sizes and steps_per_print are set here
+: "${MEGATRON:=}"         # the Megatron-DeepSpeed repository
+: "${DATA:=}"             # preprocessed data without the extensions: DATA.bin and DATA.idx
+: "${TOKENIZER:=}"        # the SentencePiece model of the data
+: "${SAVE:=runs/megatron/gpt}" # checkpoints, on a file system that all nodes share; the same command resumes
+: "${CONFIG:=$(dirname "$0")/../../configs/megatron/gaf_zero1.json}" # copied with other batch sizes and steps_per_print
 
-: "${GPUS:=}"             # ranks on this node; empty: TP x PP x DP, or 8
-: "${HOSTFILE:=}"         # several nodes: DeepSpeed's hostfile, whose slots then count instead of GPUS
+: "${GPUS:=}"             # ranks on this node; if empty, TP x PP x DP, or 8
+: "${HOSTFILE:=}"         # for several nodes, DeepSpeed's hostfile, whose slots replace GPUS
 : "${PORT:=29500}"
 : "${TP:=1}"              # tensor parallel ranks
-: "${PP:=1}"              # pipeline stages; 0 is training without DeepSpeed's pipeline, which ZeRO-2 needs
-: "${DP:=}"               # data-parallel replicas; empty: as many as there are ranks for
+: "${PP:=1}"              # pipeline stages; 0 trains without DeepSpeed's pipeline, as ZeRO-2 requires
+: "${DP:=}"               # data-parallel replicas; if empty, as many as the ranks allow
 
 : "${LAYERS:=24}"
 : "${HIDDEN:=2048}"
 : "${HEADS:=16}"
 : "${SEQUENCE:=2048}"     # tokens
-: "${MICRO_BATCH:=4}"     # sequences of a rank in one forward
-: "${GLOBAL_BATCH:=256}"  # sequences of a step, over all workers and micro-batches
+: "${MICRO_BATCH:=4}"     # sequences per rank and forward pass
+: "${GLOBAL_BATCH:=256}"  # sequences per optimizer step, over all workers and micro-batches
 : "${STEPS:=100000}"
 : "${LR:=3e-4}"
 : "${MIN_LR:=3e-5}"
-: "${LOG_EVERY:=10}"      # steps; of Megatron's lines and of ds_gradmix's
+: "${LOG_EVERY:=10}"      # steps between the log lines of Megatron and of ds_gradmix
 : "${SAVE_EVERY:=1000}"
 : "${EVAL_EVERY:=1000}"
-: "${EXTRA:=}"            # more options of pretrain_gpt.py, say "--use-flash-attn-v2"
-: "${DRY_RUN:=}"          # not empty: print the command instead of running it
+: "${EXTRA:=}"            # more options of pretrain_gpt.py, for example "--use-flash-attn-v2"
+: "${DRY_RUN:=}"          # if not empty, the command is printed and not run
 
-# ------------------------------------------------------------------------------------------ nothing to edit below
+# ------------------------------------------------------------------------------------------ nothing to set below
 
 die() {
     echo "pretrain_gpt.sh: error: $1" >&2
@@ -39,7 +39,7 @@ die() {
 }
 
 for name in MEGATRON DATA TOKENIZER; do
-    [ -n "${!name}" ] || die "$name is not set: edit the top of $0, or give it by the environment"
+    [ -n "${!name}" ] || die "$name is not set: edit the top of $0, or set it in the environment"
 done
 for name in TP LAYERS HIDDEN HEADS SEQUENCE MICRO_BATCH GLOBAL_BATCH STEPS LOG_EVERY SAVE_EVERY EVAL_EVERY; do
     [[ ${!name} =~ ^[1-9][0-9]*$ ]] || die "$name is \"${!name}\": it must be a whole number, 1 or more"
@@ -67,7 +67,7 @@ workers=$((ranks / (TP * stages)))
 [ $((GLOBAL_BATCH % (MICRO_BATCH * workers))) -eq 0 ] ||
     die "GLOBAL_BATCH is $GLOBAL_BATCH: it must be a multiple of MICRO_BATCH x workers = $MICRO_BATCH x $workers"
 
-# Megatron takes batch sizes, precision and ZeRO stage from its options, DeepSpeed from its config: made to agree.
+# Megatron reads batch sizes, precision and ZeRO stage from its options, and DeepSpeed from its config: set both.
 written=/dev/null
 [ -n "$DRY_RUN" ] || { mkdir -p "$SAVE" && written=$SAVE/ds_config.json; }
 agreed=$(python3 - "$CONFIG" "$written" "$GLOBAL_BATCH" "$MICRO_BATCH" "$LOG_EVERY" <<'PYTHON'

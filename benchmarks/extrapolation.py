@@ -1,7 +1,8 @@
-"""What PastGradient costs in time: paired steps of two engines that differ in nothing else, on 2 ranks here.
+"""Measures the time that PastGradient takes: pairs of steps of engines with it and without, on 2 ranks.
 
-The model is a stack of matrices, the batch as many tokens as a small language model has on a rank, so that a
-step computes about as much for each parameter as training does. Quote the median; single steps are noisy.
+The model is a sequence of matrices, and the batch has as many tokens as that of a small language model on a
+rank, so that a step computes about as much for each parameter as in training. Quote the median, since single
+steps vary.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ RULE = {"extrapolation": {"type": "PastGradient", "params": {"lr": 0.01}}}
 
 
 def build(width: int, depth: int, block: dict[str, Any], stage: int, dtype: str) -> Any:
-    """An engine with that block."""
+    """An engine with a gradmix block."""
     import deepspeed
 
     import ds_gradmix
@@ -41,7 +42,7 @@ def build(width: int, depth: int, block: dict[str, Any], stage: int, dtype: str)
 
 
 def step_seconds(engine: Any, tokens: int) -> float:
-    """One training step, from all ranks ready to this rank done."""
+    """The seconds of a training step on this rank, from a barrier on."""
     parameter = next(engine.parameters())
     x = torch.randn(tokens, parameter.shape[0]).to(parameter.dtype)
     torch.distributed.barrier()
@@ -52,13 +53,13 @@ def step_seconds(engine: Any, tokens: int) -> float:
 
 
 def rank_main(rank: int, options: argparse.Namespace, port: int) -> None:
-    """On a rank: time pairs of steps; rank 0 prints."""
+    """Measure pairs of steps as a rank; rank 0 prints the result."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
     os.environ.update(MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would have to be compiled
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled first
     deepspeed.init_distributed("gloo", verbose=False)
     shape = (options.width, options.depth)
     engines = [build(*shape, block, options.stage, options.dtype) for block in ({}, RULE)]
@@ -77,7 +78,7 @@ def rank_main(rank: int, options: argparse.Namespace, port: int) -> None:
 
 
 def main() -> None:
-    """Parse, start two ranks."""
+    """Parse the options and start two ranks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=RAW)
     parser.add_argument("--stage", type=int, choices=(1, 2), default=2)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
