@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
 from ds_gradmix.comm.groups import ranks_of
@@ -20,7 +19,7 @@ from ds_gradmix.config import GradmixConfig
 from ds_gradmix.exchange.bucket import Bucket, CommDtypes, ParamSpan, ParamTable, runs_of
 from ds_gradmix.exchange.exchange import Exchange, PendingExchange
 from ds_gradmix.exchange.factor_momentum import FactorMomentum
-from ds_gradmix.exchange.state import RuleState, SavedWeights
+from ds_gradmix.exchange.state import RuleState, WorkerWeights
 from ds_gradmix.exchange.step_stats import StepStats
 from ds_gradmix.exchange.transport import Transport, choose_transport
 from ds_gradmix.log import logger
@@ -36,14 +35,6 @@ _UNEVEN = (
 )
 
 Grads = Sequence[tuple[int, Tensor]]  # position and gradient of parameters
-
-
-class WorkerWeights(SavedWeights, Protocol):
-    """The extrapolated weights, as far as the reduction is concerned."""
-
-    def keep_gradients(self, indices: Sequence[int], parts: Sequence[Tensor], *, last: bool) -> None: ...
-    def end_backward(self, *, last: bool, gradient_scale: float) -> None: ...
-    def post_step(self, *, keep: bool) -> None: ...
 
 
 @dataclass
@@ -93,7 +84,7 @@ class GradientReducer:
             self._exchanges[workers.ranks] = exchange
         self._backward = Backward()
 
-    def workers_of(self, group: dist.ProcessGroup | None) -> WorkerGroup:
+    def workers_of(self, group: Any) -> WorkerGroup:
         """The workers of a process group: the data-parallel one, or one of experts."""
         return self._exchanges[ranks_of(group)].workers
 

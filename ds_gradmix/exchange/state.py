@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from pydantic import BaseModel
+from torch import Tensor
 
 from ds_gradmix.config import GradmixConfig
 from ds_gradmix.exchange.factor_momentum import FactorMomentum
@@ -12,12 +14,26 @@ from ds_gradmix.exchange.factor_momentum import FactorMomentum
 CHECKPOINT_KEY = "gradmix"
 
 
-class SavedWeights(Protocol):
-    """The extrapolated weights, as far as a checkpoint is concerned."""
+class WorkerWeights(Protocol):
+    """The extrapolated weights (weights/extrapolated.py), as the reduction sees them."""
 
-    def forget(self) -> None: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, saved: dict[str, Any]) -> bool: ...
+    def keep_gradients(self, indices: Sequence[int], parts: Sequence[Tensor], *, last: bool) -> None:
+        """Take note of a worker's own gradients before they are reduced."""
+
+    def end_backward(self, *, last: bool, gradient_scale: float) -> None:
+        """All gradients of a backward pass are reduced."""
+
+    def post_step(self, *, keep: bool) -> None:
+        """The optimizer has taken the step or left it out."""
+
+    def forget(self) -> None:
+        """Start afresh, since somebody else has written the parameters."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's part of a checkpoint."""
+
+    def load_state_dict(self, saved: dict[str, Any]) -> bool:
+        """Take over a checkpoint's state, if it fits."""
 
 
 class RuleState:
@@ -34,7 +50,7 @@ class RuleState:
         self,
         config: GradmixConfig,
         momentum: FactorMomentum | None,
-        weights: SavedWeights | None,
+        weights: WorkerWeights | None,
         layout: int,
     ) -> None:
         self.loads = 0  # checkpoints loaded with optimizer states
