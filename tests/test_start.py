@@ -210,7 +210,7 @@ def test_a_rank_without_a_block_ends_every_rank(scripts: Path, late_s: str) -> N
 
 
 def test_enable_leaves_the_exception_hook_alone(scripts: Path) -> None:
-    hook = "import sys, ds_gradmix; before = sys.excepthook; ds_gradmix.enable(); assert sys.excepthook is before"
+    hook = "import sys, ds_gradmix; hook = sys.excepthook; ds_gradmix.enable(); assert sys.excepthook is hook"
     done = run(sys.executable, "-c", hook, cwd=scripts)
     assert done.returncode == 0, done.stderr
 
@@ -226,7 +226,7 @@ def one_rank() -> dict[str, str]:
 
 
 def test_launch_inside_a_batch_shell_is_one_process(scripts: Path) -> None:
-    """Where SLURM_NTASKS is there, but no job step; in one, launch/ finds its ranks as `-m ds_gradmix` does."""
+    """There SLURM_NTASKS is set, without a job step; in one, launch/ finds its ranks as `-m ds_gradmix`."""
     tell = (
         "import os, settings; settings.set_process_environment();"
         " print(*(os.environ[name] for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR')))"

@@ -99,7 +99,7 @@ class PeerCheck:
             built.set()
 
     def leave(self) -> None:
-        """Wait a moment for the others to read what was announced, since the store may end with this rank."""
+        """Wait a moment for the others to read what was announced: the store may end with this rank."""
         with contextlib.suppress(RuntimeError):
             self._count("seen", 1)
             _poll(lambda: self._size in (self._count("seen"), self._count("faults")), _NOTICE_S)
@@ -110,10 +110,8 @@ class PeerCheck:
         if not faults or not self._count("blocks"):
             return None
         told = [self._store.get(f"fault {i + 1}").decode() for i in range(faults)]
-        return (
-            f"building the engine: {'; '.join(sorted(told))}, while others have one; give every rank the same "
-            "config"
-        )
+        whose = "; ".join(sorted(told))
+        return f"building the engine: {whose}, while others have one; give every rank the same config"
 
     def _count(self, name: str, more: int = 0) -> int:
         return int(self._store.add(name, more))
