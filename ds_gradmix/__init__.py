@@ -14,18 +14,33 @@ from ds_gradmix.combine import combine
 from ds_gradmix.config import ConfigError
 
 __version__ = "0.1.0"
-__all__ = ["ConfigError", "__version__", "combine", "enable", "initialize", "stats"]
+__all__ = ["ConfigError", "__version__", "combine", "disable", "enable", "initialize", "stats"]
 
 
 def enable() -> None:
     """Make every DeepSpeed engine built from here on honour the `gradmix` block of its config.
 
     `python -m ds_gradmix script.py` calls this before the script. An engine without a block stays DeepSpeed's
-    own, and says so in one line.
-    """
-    from ds_gradmix.engines.install import enable as enable_hook  # DeepSpeed takes seconds to import
+    own, and a warning says so. Calling it again changes nothing.
 
-    enable_hook()
+    Raises:
+        RuntimeError: if a function of the installed DeepSpeed has another signature than in the tested
+            version; a function whose code alone has changed is named in a warning.
+    """
+    from ds_gradmix.engines import install  # DeepSpeed takes seconds to import
+
+    install.enable()
+
+
+def disable() -> None:
+    """Undo `enable`: engines built from here on are DeepSpeed's own, those built before keep their rules.
+
+    Where other code has wrapped DeepSpeed's constructor after `enable`, a warning says so; ours then stays
+    below that, and passes calls on unchanged.
+    """
+    from ds_gradmix.engines import install
+
+    install.disable()
 
 
 def initialize(*args: Any, **kwargs: Any) -> Any:
@@ -51,7 +66,7 @@ def stats(engine: Any) -> dict[str, float]:
         often one was left out of a reduction (`nonfinite: "drop"`), and `skipped`, 1 if the step was skipped.
         The same on every rank.
     """
-    from ds_gradmix.engines.install import seam_of
+    from ds_gradmix.engines.install import reducer_of
 
-    seam = seam_of(engine)
-    return {} if seam is None else dict(seam.stats)
+    reducer = reducer_of(engine)
+    return {} if reducer is None else dict(reducer.stats)

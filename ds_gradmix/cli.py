@@ -15,7 +15,8 @@ from ds_gradmix.config import KEY, ConfigError, GradmixConfig, misspelt_key, par
 from ds_gradmix.config_messages import key_text
 from ds_gradmix.costs.model import Cluster, Workload
 from ds_gradmix.costs.report import cost_table, scale_table
-from ds_gradmix.engines.compatibility import TESTED_DEEPSPEED, refused_settings
+from ds_gradmix.engines.compatibility import refused_settings
+from ds_gradmix.engines.deepspeed_api import TESTED_VERSIONS
 from ds_gradmix.ops import multi_tensor
 
 VERBS = ("check", "env")
@@ -156,7 +157,7 @@ def _env() -> int:
             version = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             version = "not installed"
-        tested = f" (tested: {', '.join(TESTED_DEEPSPEED)})" if package == "deepspeed" else ""
+        tested = f" (tested: {', '.join(TESTED_VERSIONS)})" if package == "deepspeed" else ""
         print(f"{package:14s} {version}{tested}")
     print(f"{'multi-tensor':14s} {multi_tensor.describe()}")
     print(f"{'python':14s} {sys.version.split()[0]}")

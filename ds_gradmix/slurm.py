@@ -1,3 +1,5 @@
+"""Slurm's variables, in the form that torch.distributed and DeepSpeed read."""
+
 from __future__ import annotations
 
 import re
@@ -5,8 +7,7 @@ from collections.abc import Mapping
 
 
 def rank_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """What `srun python -m ds_gradmix` lacks: the variables by which DeepSpeed finds its ranks, from Slurm's
-    own.
+    """What `srun python script.py` lacks: the variables by which DeepSpeed finds its ranks, from Slurm's own.
 
     Empty where they are already there, or where there is no job step of several tasks (a batch script's own
     shell has SLURM_NTASKS too, but is one process). MASTER_ADDR is the first host of the step, MASTER_PORT a

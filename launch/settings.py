@@ -3,7 +3,7 @@
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,13 @@ import pipeline
 import torch
 from tokens import Tokens, open_tokens
 from transformers import AutoConfig, PretrainedConfig
+
+try:
+    from ds_gradmix.slurm import rank_environment
+except ImportError:  # plain DeepSpeed
+
+    def rank_environment(environment: Mapping[str, str]) -> dict[str, str]:
+        return {}
 
 
 @dataclass(frozen=True)
@@ -172,12 +179,11 @@ def load_json(path: Path, option: str) -> dict[str, Any]:
 
 
 def set_process_environment() -> None:
-    """Fill in what torch.distributed reads where the launcher did not: under srun, or without any."""
+    """Fill in what torch.distributed reads where the launcher did not: under srun, or as one process."""
     environment = os.environ
-    environment.setdefault("RANK", environment.get("SLURM_PROCID", "0"))
-    environment.setdefault("WORLD_SIZE", environment.get("SLURM_NTASKS", "1"))
-    # A Slurm task may see only the GPUs that are its own.
-    num_visible = torch.cuda.device_count() or int(environment["WORLD_SIZE"])
-    environment.setdefault("LOCAL_RANK", str(int(environment.get("SLURM_LOCALID", "0")) % num_visible))
-    environment.setdefault("MASTER_ADDR", environment.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
-    environment.setdefault("MASTER_PORT", "29500")
+    found = rank_environment(environment)
+    if "LOCAL_RANK" in found:  # a Slurm task may see only the GPUs that are its own
+        num_visible = torch.cuda.device_count() or int(found.get("WORLD_SIZE", "1"))
+        found["LOCAL_RANK"] = str(int(found["LOCAL_RANK"]) % num_visible)
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    environment |= {**alone, "MASTER_PORT": "29500", **found, **environment}

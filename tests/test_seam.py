@@ -84,7 +84,6 @@ def refusals() -> dict[str, str]:
     """What is refused when an engine is built, and in which words."""
 
     tries: dict[str, Any] = {
-        "falsy": lambda: build_with({"zero_optimization": {"stage": 2, "contiguous_gradients": 0}}),
         "stage 3": lambda: build_with({"zero_optimization": {"stage": 3}}),
         "misspelt rule": lambda: build_with({"gradmix": {"mixing": {"type": "gfa"}}}),
         "model scope": lambda: build_with({"gradmix": {**GAF, "scope": "model"}}),
@@ -103,7 +102,6 @@ def test_refused_when_the_engine_is_built() -> None:
     first, second = run_ranks(2, refusals)
     assert first == second
     words = {
-        "falsy": "contiguous_gradients",
         "stage 3": "zero_optimization.stage: 3",
         "misspelt rule": 'did you mean "GAF"?',
         "model scope": "set stage to 1",
@@ -126,21 +124,6 @@ def announcements() -> dict[str, list[str]]:
             deepspeed.initialize(model=Model(), optimizer=None, config={**base, **config})
         said[name] = list(lines)
     return said
-
-
-def untested_version() -> list[str]:
-    from ds_gradmix.engines import hook
-
-    hook.TESTED_DEEPSPEED = ("0.1.0",)
-    with log_lines() as lines:
-        hook.enable()
-        hook.enable()
-    return lines
-
-
-def test_an_untested_deepspeed_is_warned_about() -> None:
-    (lines,) = run_ranks(1, untested_version)
-    assert len(lines) == 1 and "is untested (tested: 0.1.0)" in lines[0]
 
 
 def monitored(folder: str) -> list[tuple[list[str], dict[str, float]]]:

@@ -178,6 +178,43 @@ def test_a_mistake_ends_every_rank_with_one_message(scripts: Path) -> None:
     assert alone.returncode == 1 and "Traceback" not in alone.stderr, alone.stderr
 
 
+ONE_WITHOUT = """
+import json, os, sys, time
+import torch
+import deepspeed
+assert sys.excepthook is not sys.__excepthook__
+deepspeed.init_distributed()
+config = json.load(open("ds_config.json"))
+if torch.distributed.get_rank() == 1:
+    time.sleep(float(sys.argv[1]))
+    del config["gradmix"]
+model = torch.nn.Linear(8, 8)
+engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+print("BUILT")
+"""
+
+
+@pytest.mark.parametrize("late_s", ["0", "5"])
+def test_a_rank_without_a_block_ends_every_rank(scripts: Path, late_s: str) -> None:
+    """Also if it comes when the others no longer wait for what it announces, but in a collective."""
+    config(scripts, {"mixing": {"type": "GAF"}})
+    (scripts / "one_without.py").write_text(ONE_WITHOUT)
+    launcher = ["torchrun", "--nproc_per_node", "3", "--master_port", str(free_port()), "--log-dir", "logs"]
+    options = ["--redirects", "3", "-m", "ds_gradmix", "one_without.py", late_s]
+    done = run(*launcher, *options, cwd=scripts, timeout=100, GRADMIX_PEER_TIMEOUT="2")
+    assert done.returncode != 0
+    errors = [path.read_text() for path in sorted(scripts.glob("logs/**/stderr.log"))]
+    told = 'building the engine: rank 1 has no "gradmix" block, while others have one'
+    assert len(errors) == 3 and all(told in error for error in errors), errors
+    assert all(("only 2 of 3 ranks" in errors[rank]) == (late_s == "5") for rank in (0, 2))
+
+
+def test_enable_leaves_the_exception_hook_alone(scripts: Path) -> None:
+    hook = "import sys, ds_gradmix; hook = sys.excepthook; ds_gradmix.enable(); assert sys.excepthook is hook"
+    done = run(sys.executable, "-c", hook, cwd=scripts)
+    assert done.returncode == 0, done.stderr
+
+
 def one_rank() -> dict[str, str]:
     return {
         "RANK": "0",
@@ -186,6 +223,21 @@ def one_rank() -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
     }
+
+
+def test_launch_inside_a_batch_shell_is_one_process(scripts: Path) -> None:
+    """There SLURM_NTASKS is set, without a job step; in one, launch/ finds its ranks as `-m ds_gradmix`."""
+    tell = (
+        "import os, settings; settings.set_process_environment();"
+        " print(*(os.environ[name] for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR')))"
+    )
+    launch = str(Path(__file__).parent.parent / "launch")
+    shell = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7"}
+    step = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NODELIST": "gpu[07-09]"}
+    path = {"PYTHONPATH": os.pathsep.join([launch, os.environ.get("PYTHONPATH", "")])}
+    for variables, expected in ((shell, "0 1 0 127.0.0.1"), (shell | step, "5 8 0 gpu07")):
+        done = run(sys.executable, "-c", tell, cwd=scripts, **path, **variables)
+        assert done.stdout.strip() == expected, done.stderr
 
 
 def test_slurm_environment() -> None:

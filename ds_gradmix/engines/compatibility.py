@@ -1,15 +1,14 @@
-"""What of DeepSpeed ds_gradmix does not support, as a table; everything in it is refused when the engine is
-built.
+"""Every combination of DeepSpeed's settings and models that ds_gradmix refuses, and why.
+
+All of it is known from the config, the model and the mpu, so it is raised before DeepSpeed builds anything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from ds_gradmix.config import GradmixConfig
-
-TESTED_DEEPSPEED = ("0.19.8",)
+from ds_gradmix.config import KEY, ConfigError, GradmixConfig
 
 
 class Refusal(NamedTuple):
@@ -21,11 +20,30 @@ class Refusal(NamedTuple):
     advice: str
 
 
+class EngineRequest(NamedTuple):
+    """What is known of an engine before it is built.
+
+    Args:
+        parallelism: the kinds besides that over data: "tensor", "pipeline", "experts", "sequence".
+        optimizer: the name of the optimizer's class or type, None if there is no optimizer.
+        num_replicas: ranks of the data-parallel group, None if DeepSpeed has yet to make it.
+        pipeline_size: what an mpu without a PipelineModule says of pipeline parallelism.
+        ranks: those that build the engine, None if they are all of the world's.
+    """
+
+    parallelism: frozenset[str] = frozenset()
+    optimizer: str | None = "AdamW"
+    num_replicas: int | None = None
+    pipeline_size: int = 1
+    ranks: Collection[int] | None = None
+
+
 def _is_true(value: object) -> bool:
-    return value is True
+    return str(value).lower() in ("true", "1", "on", "t", "yes", "y")  # as DeepSpeed's pydantic has it
 
 
 _UNSUPPORTED = "is not supported by this version: "
+_MUON = "reduces whole matrices to several owners (Muon): use another optimizer"
 
 REFUSALS: tuple[Refusal, ...] = (
     Refusal("zero_optimization.stage", 0, lambda v: v not in (0, 1, 2), _UNSUPPORTED + "set it to 1 or 2"),
@@ -41,18 +59,7 @@ REFUSALS: tuple[Refusal, ...] = (
         _is_true,
         "reduces inside the compiled graph (DeepCompile): set it to false",
     ),
-    Refusal(
-        "optimizer.type",
-        None,
-        lambda v: isinstance(v, str) and "muon" in v.lower(),
-        "reduces whole matrices to several owners (Muon): use another optimizer",
-    ),
-    Refusal(
-        "optimizer.type",
-        None,
-        lambda v: isinstance(v, str) and v.lower().replace("_", "").startswith(("onebit", "zeroone")),
-        "compresses and reduces gradients itself (1-bit optimizers): use another optimizer",
-    ),
+    Refusal("optimizer.type", None, lambda v: "muon" in str(v).lower(), _MUON),
     Refusal(
         "expert_parallel.enabled",
         False,
@@ -61,13 +68,22 @@ REFUSALS: tuple[Refusal, ...] = (
         "deepspeed.moe.layer.MoE",
     ),
     Refusal("torch_autocast.enabled", False, _is_true, _UNSUPPORTED + "use the bf16 or fp16 section"),
-    Refusal("amp.enabled", False, _is_true, _UNSUPPORTED + "use the bf16 or fp16 section"),
     Refusal("hybrid_engine.enabled", False, _is_true, _UNSUPPORTED + "set it to false"),
-    Refusal("sparse_gradients", False, _is_true, _UNSUPPORTED + "set it to false"),
     Refusal(
         "prescale_gradients", False, _is_true, "scales gradients before the rules see them: set it to false"
     ),
 )
+
+
+def check_request(config: Mapping[str, Any], block: GradmixConfig, request: EngineRequest) -> None:
+    """Refuse an engine that is about to be built.
+
+    Raises:
+        ConfigError: with one line for everything that has to be changed.
+    """
+    refused = [*refused_settings(config, block), *_refused_request(config, block, request)]
+    if refused:
+        raise ConfigError("\n".join(dict.fromkeys(refused)))
 
 
 def refused_settings(config: Mapping[str, Any], block: GradmixConfig) -> Iterator[str]:
@@ -78,6 +94,39 @@ def refused_settings(config: Mapping[str, Any], block: GradmixConfig) -> Iterato
             shown = f'"{value}"' if isinstance(value, str) else str(value).lower()
             yield f"{refusal.path}: {shown} {refusal.advice}"
     yield from _refused_combinations(config, block)
+
+
+def _refused_request(
+    config: Mapping[str, Any], block: GradmixConfig, request: EngineRequest
+) -> Iterator[str]:
+    kind, parallelism = f"ZeRO-{lookup(config, 'zero_optimization.stage', 0)}", request.parallelism
+    reasons = [
+        refused_engine(kind, "fp32", parallelism) if kind != "ZeRO-3" else None,
+        refused_model_scope(block, parallelism),
+        refused_worker(block, parallelism),
+        refused_optimizer(request.optimizer),
+    ]
+    yield from (f'"{KEY}" with {kind}: {why}; or remove the "{KEY}" block' for why in reasons if why)
+    if request.num_replicas and isinstance(block.worker, int) and request.num_replicas % block.worker:
+        yield refused_worker_size(block.worker, request.num_replicas)
+    if request.pipeline_size > 1:
+        yield (
+            f"mpu.get_pipeline_model_parallel_world_size(): {request.pipeline_size}, but the model is no "
+            "PipelineModule, whose schedule DeepSpeed would run: pass a deepspeed.pipe.PipelineModule"
+        )
+    if request.ranks is not None:
+        yield (
+            f"mpu.get_data_parallel_group(): ranks {sorted(request.ranks)} are not all ranks, and an engine "
+            f'with a "{KEY}" block is built by all of them: remove the block from this engine, or start its '
+            "ranks as a job of their own"
+        )
+
+
+def refused_optimizer(name: str | None) -> str | None:
+    """Why an optimizer, by the name of its class, is refused, or None."""
+    if name is None:
+        return "the engine has no optimizer: add an optimizer section, or pass one to deepspeed.initialize"
+    return f"the optimizer {name} {_MUON}" if "muon" in name.lower() else None
 
 
 def _refused_combinations(config: Mapping[str, Any], block: GradmixConfig) -> Iterator[str]:
@@ -156,6 +205,15 @@ def refused_worker(block: GradmixConfig, parallelism: frozenset[str]) -> str | N
             'over other ranks than the rest: set it to "rank"'
         )
     return None
+
+
+def refused_worker_size(worker: str | int, group_size: int, found: str = "") -> str:
+    """That a data-parallel group cannot be divided into workers of this size; `found` on the nodes."""
+    shown = '"node"' if worker == "node" else str(worker)
+    return (
+        f"gradmix.worker: {shown}, but a data-parallel group has {group_size} ranks{found}; allowed is a "
+        'number that divides it, or "rank"'
+    )
 
 
 def lookup(config: Mapping[str, Any], path: str, default: Any) -> Any:

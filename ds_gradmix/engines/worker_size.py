@@ -13,6 +13,7 @@ import torch.distributed as dist
 from ds_gradmix.comm.groups import RankGroup, gather_objects, group_of
 from ds_gradmix.comm.workers import WorkerLevels
 from ds_gradmix.config import ConfigError
+from ds_gradmix.engines.compatibility import refused_worker_size
 
 
 class RankLocation(NamedTuple):
@@ -70,10 +71,7 @@ def ranks_per_worker(
     shown = '"node"' if worker == "node" else str(worker)
     found = f" (every node has {size} ranks of a group)" if worker == "node" else ""
     if any(len(ranks) % size for ranks in sets):
-        raise ConfigError(
-            f"gradmix.worker: {shown}, but a data-parallel group has {len(sets[0])} ranks{found}; allowed is "
-            'a number that divides it, or "rank"'
-        )
+        raise ConfigError(refused_worker_size(worker, len(sets[0]), found))
     if size % ranks_per_replica:
         raise ConfigError(
             f"gradmix.worker: {shown}, but {ranks_per_replica} ranks share a replica by sequence "
@@ -99,7 +97,7 @@ def _node_size(sets: Sequence[Sequence[int]], seats: Sequence[RankLocation]) -> 
 
 
 def _nodes(seats: Sequence[RankLocation]) -> list[tuple[str, int]]:
-    """The node of every rank. Hosts may have one name (containers), so local ranks tell where one begins."""
+    """The node of every rank. Containers may share a host name, so local ranks say where a node begins."""
     counted = all(seat.local_rank is not None for seat in seats)
     nodes = [(seat.host, rank - (seat.local_rank or 0) if counted else 0) for rank, seat in enumerate(seats)]
     for node, first, local_ranks in _runs(nodes, seats):

@@ -30,15 +30,15 @@ from ds_gradmix.weights.gradient_window import ParamLayout
 class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
     """`DeepSpeedZeroOptimizer` with the rules of a gradmix block; its arguments are DeepSpeed's.
 
-    The engine's context is a class attribute of a subclass that is made for each engine (install.py).
+    `gradmix_context` is the engine's.
     """
 
-    gradmix_context: EngineContext
     check_grad_overflow: bool
     overflow: bool
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, gradmix_context: EngineContext, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.gradmix_context = gradmix_context
         parameters = [self.param_dict[i] for i in range(len(self.param_dict))]
         named = [(self.param_names.get(p, f"parameter {i}"), p) for i, p in enumerate(parameters)]
         self.gradmix, self._gradmix_weights = build_reducer(
