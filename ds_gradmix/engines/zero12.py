@@ -20,6 +20,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
 from ds_gradmix.engines.context import EngineContext, build_reducer
+from ds_gradmix.engines.deepspeed_api import check_attributes
 from ds_gradmix.engines.recorded_bucket import OwnedSlice, RecordedBucket, ReduceCall, pieces_of
 from ds_gradmix.exchange.bucket import Bucket, CommDtypes, ParamSpan
 from ds_gradmix.exchange.state import CHECKPOINT_KEY
@@ -38,6 +39,7 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
 
     def __init__(self, *args: Any, gradmix_context: EngineContext, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        check_attributes(self, "DeepSpeedZeroOptimizer")
         self.gradmix_context = gradmix_context
         parameters = [self.param_dict[i] for i in range(len(self.param_dict))]
         named = [(self.param_names.get(p, f"parameter {i}"), p) for i, p in enumerate(parameters)]
