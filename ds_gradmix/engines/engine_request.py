@@ -86,8 +86,8 @@ def request_of(
 
 
 def _subset_of(groups: list[tuple[int, ...]]) -> tuple[int, ...] | None:
-    """The ranks of an engine that is sure not to take in all of the world's: a group that no other one reaches
-    out of. With several kinds of parallelism one rank cannot know that.
+    """The ranks of an engine that is sure not to take in all of the world's: one that no other group
+    reaches out of. With several kinds of parallelism one rank cannot know that.
     """
     reached = set().union(*groups)
     closed = any(set(ranks) == reached for ranks in groups) and len(reached) < dist.get_world_size()
