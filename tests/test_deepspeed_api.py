@@ -366,7 +366,9 @@ def on_some_ranks() -> list[str]:
 def test_engines_on_some_of_the_ranks() -> None:
     first, second, third = run_ranks(3, on_some_ranks, timeout=100)
     assert first == second and third == ["True"] and first[1] == "True"
-    assert first[0].startswith("ConfigError: mpu.get_data_parallel_group(): ranks [0, 1] are not all ranks")
+    assert first[0].startswith(
+        "ConfigError: mpu: its groups have the ranks [0, 1], which are not all there are"
+    )
 
 
 def refused_before(folder: str) -> None:

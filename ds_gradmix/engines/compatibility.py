@@ -116,9 +116,9 @@ def _refused_request(
         )
     if request.ranks is not None:
         yield (
-            f"mpu.get_data_parallel_group(): ranks {sorted(request.ranks)} are not all ranks, and an engine "
-            f'with a "{KEY}" block is built by all of them: remove the block from this engine, or start its '
-            "ranks as a job of their own"
+            f"mpu: its groups have the ranks {sorted(request.ranks)}, which are not all there are, and all "
+            f'build an engine with a "{KEY}" block: remove the block from this engine, or start its ranks as a job of '
+            "their own"
         )
 
 

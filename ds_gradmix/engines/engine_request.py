@@ -16,17 +16,10 @@ from ds_gradmix.engines.compatibility import EngineRequest, lookup
 from ds_gradmix.engines.deepspeed_api import parameters_of
 
 _PARAMETERS = parameters_of("deepspeed.runtime.engine.DeepSpeedEngine.__init__")
-# All groups by which an mpu may tell that an engine takes in more ranks than those of its data parallelism.
-_OTHER_GROUPS = [
-    f"get_{kind}_group"
-    for kind in (
-        "model_parallel",
-        "tensor_model_parallel",
-        "pipeline_model_parallel",
-        "sequence_parallel",
-        "sequence_data_parallel",
-        "context_parallel",
-    )
+# Groups all of whose ranks build the same engine.
+_GROUPS = [
+    f"get_{kind}_parallel_group"
+    for kind in ("data", "sequence_data", "sequence", "context", "model", "tensor_model", "pipeline_model")
 ]
 
 
@@ -48,13 +41,20 @@ def groups_of(given: Mapping[str, Any]) -> list[tuple[int, ...]]:
         return []
     if mpu is None or isinstance(given.get("model"), PipelineModule):  # whose grid is made of all ranks
         return [tuple(range(dist.get_world_size()))]
-    names = ("get_data_parallel_group", "get_model_parallel_group")
-    return [ranks_of(getattr(mpu, name)()) for name in names if hasattr(mpu, name)]
+    found = []
+    for name in _GROUPS:
+        with contextlib.suppress(AssertionError):  # Megatron's for a group that is not made
+            if hasattr(mpu, name):
+                found.append(ranks_of(getattr(mpu, name)()))
+    return list(dict.fromkeys(found))
 
 
-def request_of(config: Mapping[str, Any], given: Mapping[str, Any]) -> EngineRequest:
+def request_of(
+    config: Mapping[str, Any], given: Mapping[str, Any], groups: list[tuple[int, ...]]
+) -> EngineRequest:
     """What an engine is refused or accepted by."""
-    model, mpu, mesh = given.get("model"), given.get("mpu"), given.get("mesh_device")
+    model, mesh = given.get("model"), given.get("mesh_device")
+    mpu: Any = given.get("mpu")
     is_pipeline = isinstance(model, PipelineModule)
     sequence = int(getattr(mpu, "get_sequence_parallel_world_size", lambda: 1)())
     if mesh is not None:
@@ -72,25 +72,23 @@ def request_of(config: Mapping[str, Any], given: Mapping[str, Any]) -> EngineReq
     if optimizer is not None and not isinstance(optimizer, str):
         optimizer = getattr(optimizer, "__name__", type(optimizer).__name__)
     replicas = None  # where DeepSpeed has yet to make the group
-    if sequence == 1 and (mpu is not None or tensor <= 1):
-        replicas = dist.get_world_size() if mpu is None else int(mpu.get_data_parallel_world_size())
+    if sequence == 1 and hasattr(mpu, "get_data_parallel_world_size"):
+        replicas = int(mpu.get_data_parallel_world_size())
+    elif sequence == 1 and mpu is None and tensor <= 1:
+        replicas = dist.get_world_size()
     return EngineRequest(
         frozenset(kind for kind, there in kinds.items() if there),
         optimizer,
         replicas,
         1 if is_pipeline else int(getattr(mpu, "get_pipeline_model_parallel_world_size", lambda: 1)()),
-        None if mpu is None or is_pipeline else _ranks_of_subset(mpu),
+        _subset_of(groups),
     )
 
 
-def _ranks_of_subset(mpu: Any) -> tuple[int, ...] | None:
-    """The ranks of an engine that is sure not to take in all of the world's: those of a data-parallel group
-    that no other group reaches out of. With other parallelism one rank cannot know that.
+def _subset_of(groups: list[tuple[int, ...]]) -> tuple[int, ...] | None:
+    """The ranks of an engine that is sure not to take in all of the world's: one that no other group
+    reaches out of. With several kinds of parallelism one rank cannot know that.
     """
-    own = set(ranks_of(mpu.get_data_parallel_group()))
-    reached = set(own)
-    for name in _OTHER_GROUPS:
-        with contextlib.suppress(AssertionError):  # Megatron's for a group that is not made
-            if hasattr(mpu, name):
-                reached.update(ranks_of(getattr(mpu, name)()))
-    return tuple(sorted(own)) if reached == own and len(own) < dist.get_world_size() else None
+    reached = set().union(*groups)
+    closed = any(set(ranks) == reached for ranks in groups) and len(reached) < dist.get_world_size()
+    return tuple(sorted(reached)) if closed else None

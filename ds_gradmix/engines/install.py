@@ -97,7 +97,7 @@ def _parse(
         return None
     try:
         block = parse_block(config[KEY])
-        check_request(config, block, request_of(config, given))
+        check_request(config, block, request_of(config, given, groups))
     except ConfigError:
         for check in announce(groups, f'a "{KEY}" block that is refused'):
             check.leave()
