@@ -117,8 +117,8 @@ def _refused_request(
     if request.ranks is not None:
         yield (
             f"mpu: its groups have the ranks {sorted(request.ranks)}, which are not all there are, and all "
-            f'build an engine with a "{KEY}" block: remove the block from this engine, or start its ranks as a job of '
-            "their own"
+            f'build an engine with a "{KEY}" block: remove the block from this engine, or start its ranks as '
+            "a job of their own"
         )
 
 
