@@ -4,7 +4,7 @@ parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -81,8 +81,6 @@ def find_parallel_groups(engine: Any, everyone: ConsistencyCheck, worker: str | 
     tensor = _tensor_group(engine, sequence_size)
     is_pipeline = isinstance(engine.module, PipelineModule)
     pipe = engine.mpu.get_pipe_parallel_group() if is_pipeline else None
-    if not is_pipeline and engine.mpu is not None:
-        pipe = _megatron_pipeline(engine.mpu)
     sequence = RankGroup(groups._get_sequence_parallel_group()) if sequence_size > 1 else None
     apart = sequence is not None and not _shares_replicas(ranks_of(data), ranks_of(sequence.group))
     near = [ranks_of(data), ranks_of(tensor), *([ranks_of(sequence.group)] if sequence is not None else [])]
@@ -114,16 +112,6 @@ def _tensor_group(engine: Any, sequence_size: int) -> dist.ProcessGroup | None:
     if sequence_size > 1 and not hasattr(mpu, "get_tensor_model_parallel_world_size"):
         return None  # DeepSpeed's own calls its sequence-parallel group the model-parallel one, too
     return bwc_tensor_model_parallel_group(mpu)
-
-
-def _megatron_pipeline(mpu: Any) -> dist.ProcessGroup | None:
-    size: Callable[[], int] | None = getattr(mpu, "get_pipeline_model_parallel_world_size", None)
-    if size is not None and size() > 1:
-        raise ConfigError(
-            f"mpu.get_pipeline_model_parallel_world_size(): {size()}, but the model is no PipelineModule, "
-            "whose schedule DeepSpeed would run: pass a deepspeed.pipe.PipelineModule"
-        )
-    return None
 
 
 def _connected(own_sets: Iterable[Sequence[Sequence[int]]]) -> list[list[int]]:
