@@ -1,4 +1,4 @@
-"""What only the seam to `engine.allreduce_bucket` meets: ZeRO-0 with plain torch optimizers and DeepSpeed's
+"""What only the adapter to engines that all-reduce meets: ZeRO-0 with plain torch optimizers and DeepSpeed's
 16-bit ones, and BF16_Optimizer.
 """
 
@@ -20,7 +20,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from test_extrapolation import equal, past
-from test_seam import ENGINES, GAF, SMOOTH, TINY, fused_descent, log_lines
+from test_steps import ENGINES, GAF, SMOOTH, TINY, fused_descent, log_lines
 from training import LR, Case, Model, build, ds_config, loss_of, train, weights_of
 
 ALL: dict[str, Any] = {**GAF, **SMOOTH, **TINY, **past(lr=0.1)}
@@ -244,7 +244,7 @@ def refreshed() -> None:
 
 def updated() -> None:
     """BF16_Optimizer's parameters made anew from master weights, in the middle of a window: the offset does
-    not come back with them. A step does the same and keeps the gradient it will look ahead by.
+    not come back with them. A step does the same and keeps the gradient of the next offset.
     """
     case = case_of("BF16_Optimizer", PAST, accumulation=2)
     engine = build(case)
@@ -427,6 +427,16 @@ def checkpoints() -> None:
         shutil.rmtree(folders[0])
 
 
+def nowhere() -> None:
+    """A checkpoint without a folder is DeepSpeed's error, and leaves nothing behind."""
+    for name in KINDS:
+        engine = build(case_of(name, {**GAF, **SMOOTH}))
+        for save_dir in (None, ""):
+            with pytest.raises(ValueError, match="save_dir must be a non-empty string"):
+                engine.save_checkpoint(save_dir)
+        assert not Path("global_step0").exists()
+
+
 def _checkpoints_of(name: str, folder: Path) -> None:
     case, plain, momentum = (case_of(name, block) for block in (ALL, None, {**GAF, **SMOOTH}))
     engine = build(case)
@@ -489,6 +499,7 @@ CHECKS: dict[str, Callable[[], None]] = {
         at_once,
         differing,
         checkpoints,
+        nowhere,
         engines_share_groups,
     )
 }

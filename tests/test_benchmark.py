@@ -1,4 +1,4 @@
-"""The benchmark's hosts, and its quick mode: an exchange is held to its bounds on the wire here."""
+"""The benchmark's hosts, and its quick mode: what an exchange sends is held to its bounds here."""
 
 from __future__ import annotations
 

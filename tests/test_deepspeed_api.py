@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
-from test_seam import log_lines
+from test_steps import log_lines
 from training import Case, Model, build, ds_config, train
 
 from ds_gradmix.comm import peers

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
-from test_seam import ENGINES, log_lines
+from test_steps import ENGINES, log_lines
 from test_zero import BOTH, ONE_OWNER, TINY, relative
 from training import LR, Case, Model, build, loss_of, replay, run_cases, train, weights_of
 
@@ -429,11 +429,11 @@ def extents() -> list[list[int]]:
         (past(lr=0.1), 2, 2),
         (NOISE, 2, 2),
     ):
-        lookahead = build(
+        weights = build(
             Case(block, stage=stage, accumulation=accumulation, dtype="bf16")
         ).optimizer.gradmix.weights
-        buffers = [*lookahead._buffer, *((lookahead._window and lookahead._window._sums) or ())]
-        parameters = sum(flat.numel() for flat in lookahead._layout.flats)
+        buffers = [*weights._buffer, *((weights._window and weights._window._sums) or ())]
+        parameters = sum(flat.numel() for flat in weights._layout.flats)
         assert all(buffer.dtype == torch.bfloat16 for buffer in buffers)
         found.append(sum(buffer.numel() for buffer in buffers) // parameters)
     return found

@@ -15,7 +15,7 @@ from ranks import run_ranks
 from solo import reduce_bucket
 from test_path import BLOCKS, OWNERS
 from test_rules import NASTY, RULES, SIZES, gaussian
-from test_seam import build_with
+from test_steps import build_with
 from training import weights_of
 
 from ds_gradmix import combine

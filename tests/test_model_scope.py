@@ -37,7 +37,7 @@ CASES = {
     "ZeRO-0 bf16": Case(MODEL, stage=0, dtype="bf16"),
     "BF16_Optimizer": Case(MODEL, **BF16_OPTIMIZER),
     "BF16_Optimizer, two groups": Case({**MODEL, **SMOOTH}, two_groups=True, **BF16_OPTIMIZER),
-    "look-ahead": Case({**MODEL, **AHEAD}, stage=0),
+    "extrapolated": Case({**MODEL, **AHEAD}, stage=0),
     "drop": Case({**MODEL, **AHEAD, "nonfinite": "drop"}, stage=0, nan_at=(1, 1)),
     "skip": Case({**MODEL, "mixing": {"type": "GAF", "params": {"threshold": 0.0}}}, stage=0),
 }

@@ -1,4 +1,4 @@
-"""What the seam does besides combining: refusing, skipping, overflowing, checkpointing, noticing that ranks
+"""What a step does besides combining: refusing, skipping, overflowing, checkpointing, noticing that ranks
 differ.
 """
 
@@ -221,6 +221,8 @@ def overflowing() -> list[Any]:
     """fp16 with dynamic loss scaling: DeepSpeed must see one worker's overflow, whatever the rule."""
     from deepspeed.accelerator import get_accelerator
 
+    import ds_gradmix
+
     get_accelerator().is_fp16_supported = lambda: True  # slow on a CPU, but true arithmetic
     told = []
     blocks = [GAF, {**GAF, "scope": "parameter"}, {"scaling": {"type": "VRGD"}}, {**GAF, **SMOOTH}]
@@ -243,6 +245,7 @@ def overflowing() -> list[Any]:
             engine.step()
             same = all(np.array_equal(a, before[n]) for n, a in weights_of(engine).items())
             scales.append((engine.optimizer.loss_scale, engine.skipped_steps, same))
+            assert all(np.isfinite(value) for value in ds_gradmix.stats(engine).values())
         told.append(scales)
     return told
 
