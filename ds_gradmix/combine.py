@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,15 +6,7 @@ from torch import Tensor
 
 from ds_gradmix.config import GradmixConfig, parse_block
 from ds_gradmix.ops.segments import Segments
-from ds_gradmix.rules import GradientFreeMixing, GramianMixing, MixingDecision, RngKey
-from ds_gradmix.rules.apply import (
-    decide_from_gram,
-    decide_without_gradients,
-    layer_sums,
-    mix,
-    scaling_factors,
-    scaling_statistics,
-)
+from ds_gradmix.rules import GradientFreeMixing, GramianMixing, MixingDecision, RngKey, apply
 
 
 def combine(
@@ -62,20 +52,18 @@ def _combine(
     by_param = config.mixing.by_parameter or (config.mixing.needs_gram and config.scope == "parameter")
     segments = params if by_param else Segments([0], [grads_WN.shape[1]], 1, grads_WN.device)
     decision = _decide(config, grads_WN, segments, present_W, key)
-    weights_WS = decision.weights_SW.t().to(
-        torch.float64 if grads_WN.dtype == torch.float64 else torch.float32
-    )
+    weights_WS = decision.weights_SW.t().to(torch.promote_types(grads_WN.dtype, torch.float32))
     weights = decision.weights_SW if by_param else decision.weights_SW[0]
     info: dict[str, Any] = {"weights": weights, "skipped": not bool(decision.agreed_S.any())}
-    if config.scaling is None or len(grads_WN) == 1:
-        combined_N = mix(grads_WN, weights_WS, segments)
-        if config.scaling is not None:
-            info["factors"] = torch.ones_like(combined_N)
-        return combined_N, info
-    statistics_KN = scaling_statistics(config.scaling, grads_WN, weights_WS, segments)
-    sums_2P = layer_sums(config.scaling, statistics_KN, params)
-    info["factors"] = scaling_factors(config.scaling, statistics_KN, sums_2P, params)
-    return info["factors"] * statistics_KN[0], info
+    if config.scaling is None:
+        return apply.mix(grads_WN, weights_WS, segments), info
+    if len(grads_WN) == 1:
+        combined_N = apply.mix(grads_WN, weights_WS, segments)
+        return combined_N, {**info, "factors": torch.ones_like(combined_N)}
+    statistics_KN = apply.scaling_statistics(config.scaling, grads_WN, weights_WS, segments)
+    sums_2P = apply.layer_sums(config.scaling, statistics_KN, params)
+    factors_N = apply.scaling_factors(config.scaling, statistics_KN, sums_2P, params)
+    return factors_N * statistics_KN[0], {**info, "factors": factors_N}
 
 
 def _decide(
@@ -86,17 +74,16 @@ def _decide(
         one_S1 = torch.ones(segments.num_segments, 1, dtype=torch.float64, device=grads_WN.device)
         return MixingDecision(one_S1 * present_W, present_W.expand(segments.num_segments))
     if isinstance(config.mixing, GramianMixing):
-        return decide_from_gram(config.mixing, segments.gram(grads_WN), present_W, key)
+        return apply.decide_from_gram(config.mixing, segments.gram(grads_WN), present_W, key)
     assert isinstance(config.mixing, GradientFreeMixing)
     weights = config.mixing.weights(key, num_workers, segments.num_segments)
-    return decide_without_gradients(torch.from_numpy(weights), present_W)
+    return apply.decide_without_gradients(torch.from_numpy(weights), present_W)
 
 
 def _check(grads_WN: Tensor, sizes: Sequence[int] | None) -> list[int]:
     if not isinstance(grads_WN, Tensor):
-        raise ValueError(
-            f"grads_WN: a {type(grads_WN).__name__}; allowed is a tensor [W, N]; stack the gradients"
-        )
+        kind = type(grads_WN).__name__
+        raise ValueError(f"grads_WN: a {kind}; allowed is a tensor [W, N]; stack the gradients")
     if grads_WN.dim() != 2 or grads_WN.shape[0] == 0 or not grads_WN.is_floating_point():
         raise ValueError(
             f"grads_WN: {grads_WN.dtype} of shape {tuple(grads_WN.shape)}; allowed is a floating-point "

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from typing import Literal
 
 import numpy as np
@@ -23,27 +21,20 @@ class GradientMix(GradientFreeMixing):
     `lambda ~ Beta(alpha, alpha)`.
     """
 
-    alpha: float = Field(
-        1.0, gt=0, le=1e12, allow_inf_nan=False, description="concentration; large means the mean"
-    )
+    alpha: float = Field(1.0, gt=0, le=1e12, allow_inf_nan=False, description="concentration; large is the mean")
     distribution: Literal["dirichlet", "beta"] = Field("dirichlet", description="how weights are drawn")
-    granularity: Literal["model", "parameter"] = Field(
-        "model", description="one draw for all parameters, or each"
-    )
+    granularity: Literal["model", "parameter"] = Field("model", description="what has a draw of its own")
     start_step: int = Field(0, ge=0, description="first optimizer step at which it acts")
     end_step: int | None = Field(None, ge=0, description="first optimizer step at which it no longer acts")
 
     @model_validator(mode="after")
     def _phase_is_not_empty(self) -> Self:
         if self.end_step is not None and self.end_step <= self.start_step:
-            raise ValueError(
-                f"end_step must be greater than start_step ({self.start_step}), got {self.end_step}"
-            )
+            raise ValueError(f"end_step must be greater than start_step ({self.start_step}), got {self.end_step}")
         return self
 
     @property
     def by_parameter(self) -> bool:
-        """Granularity `"parameter"`."""
         return self.granularity == "parameter"
 
     def weights(self, key: RngKey, num_workers: int, num_parameters: int) -> npt.NDArray[np.float64]:
