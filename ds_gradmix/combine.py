@@ -55,14 +55,13 @@ def _combine(
     weights_WS = decision.weights_SW.t().to(torch.promote_types(grads_WN.dtype, torch.float32))
     weights = decision.weights_SW if by_param else decision.weights_SW[0]
     info: dict[str, Any] = {"weights": weights, "skipped": not bool(decision.agreed_S.any())}
-    if config.scaling is None:
-        return apply.mix(grads_WN, weights_WS, segments), info
-    if len(grads_WN) == 1:
+    scaling = config.scaling
+    if scaling is None or len(grads_WN) == 1:
         combined_N = apply.mix(grads_WN, weights_WS, segments)
-        return combined_N, {**info, "factors": torch.ones_like(combined_N)}
-    statistics_KN = apply.scaling_statistics(config.scaling, grads_WN, weights_WS, segments)
-    sums_2P = apply.layer_sums(config.scaling, statistics_KN, params)
-    factors_N = apply.scaling_factors(config.scaling, statistics_KN, sums_2P, params)
+        return combined_N, info if scaling is None else {**info, "factors": torch.ones_like(combined_N)}
+    statistics_KN = apply.scaling_statistics(scaling, grads_WN, weights_WS, segments)
+    sums_2P = apply.layer_sums(scaling, statistics_KN, params)
+    factors_N = apply.scaling_factors(scaling, statistics_KN, sums_2P, params)
     return factors_N * statistics_KN[0], {**info, "factors": factors_N}
 
 

@@ -28,7 +28,7 @@ class GAF(GramianMixing):
 
     threshold: float = Field(1.0, ge=0, le=2, allow_inf_nan=False, description="largest cosine distance kept")
     merge: Literal["mean", "midpoint"] = Field("mean", description="mean of the kept, or repeated midpoint")
-    order: Literal["shuffled", "rank"] = Field("shuffled", description="of the workers; the first is the anchor")
+    order: Literal["shuffled", "rank"] = Field("shuffled", description="of workers; the first is the anchor")
     on_disagreement: Literal["skip", "mean"] = Field("skip", description="what to do if nobody agrees")
 
     def decide(self, gram_SWW: Tensor, present_W: Tensor, key: RngKey) -> MixingDecision:

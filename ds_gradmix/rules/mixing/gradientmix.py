@@ -21,7 +21,7 @@ class GradientMix(GradientFreeMixing):
     `lambda ~ Beta(alpha, alpha)`.
     """
 
-    alpha: float = Field(1.0, gt=0, le=1e12, allow_inf_nan=False, description="concentration; large is the mean")
+    alpha: float = Field(1.0, gt=0, le=1e12, allow_inf_nan=False, description="the larger, the nearer to 1/W")
     distribution: Literal["dirichlet", "beta"] = Field("dirichlet", description="how weights are drawn")
     granularity: Literal["model", "parameter"] = Field("model", description="what has a draw of its own")
     start_step: int = Field(0, ge=0, description="first optimizer step at which it acts")
@@ -29,8 +29,9 @@ class GradientMix(GradientFreeMixing):
 
     @model_validator(mode="after")
     def _phase_is_not_empty(self) -> Self:
-        if self.end_step is not None and self.end_step <= self.start_step:
-            raise ValueError(f"end_step must be greater than start_step ({self.start_step}), got {self.end_step}")
+        start, end = self.start_step, self.end_step
+        if end is not None and end <= start:
+            raise ValueError(f"end_step must be greater than start_step ({start}), got {end}")
         return self
 
     @property
