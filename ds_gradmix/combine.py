@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ds_gradmix.config import GradmixConfig, parse_block
 from ds_gradmix.ops.segments import Segments
-from ds_gradmix.rules import GradientFreeMixing, GramianMixing, MixingDecision, RngKey, apply
+from ds_gradmix.rules import GradientFreeMixing, GramianMixing, Mean, MixingDecision, RngKey, apply
 
 
 def combine(
@@ -17,8 +17,8 @@ def combine(
 ) -> tuple[Tensor, dict[str, Any]]:
     """Apply a gradmix block to a stack of W workers' gradients, in one process: `g = r * sum_i w_i g_i`.
 
-    It does so by the functions that training uses; the stack is one bucket. `extrapolation` has no part in
-    it, since the gradients are already taken, and momentum of the factors has no effect without a history.
+    The functions are those of training, and the stack is one bucket. `extrapolation` and the momentum of
+    factors have no effect here.
 
     Args:
         grads_WN: gradients `[W, N]`, one worker a row, float16, bfloat16, float32 or float64; not modified.
@@ -68,15 +68,12 @@ def _combine(
 def _decide(
     config: GradmixConfig, grads_WN: Tensor, segments: Segments, present_W: Tensor, key: RngKey
 ) -> MixingDecision:
-    num_workers = grads_WN.shape[0]
-    if num_workers == 1:
-        one_S1 = torch.ones(segments.num_segments, 1, dtype=torch.float64, device=grads_WN.device)
-        return MixingDecision(one_S1 * present_W, present_W.expand(segments.num_segments))
-    if isinstance(config.mixing, GramianMixing):
-        return apply.decide_from_gram(config.mixing, segments.gram(grads_WN), present_W, key)
-    assert isinstance(config.mixing, GradientFreeMixing)
-    weights = config.mixing.weights(key, num_workers, segments.num_segments)
-    return apply.decide_without_gradients(torch.from_numpy(weights), present_W)
+    mixing = config.mixing if len(grads_WN) > 1 else Mean()
+    if isinstance(mixing, GramianMixing):
+        return apply.decide_from_gram(mixing, segments.gram(grads_WN), present_W, key)
+    assert isinstance(mixing, GradientFreeMixing)
+    weights_SW = torch.from_numpy(mixing.weights(key, len(grads_WN), segments.num_segments))
+    return apply.decide_without_gradients(weights_SW.expand(segments.num_segments, -1), present_W)
 
 
 def _check(grads_WN: Tensor, sizes: Sequence[int] | None) -> list[int]:

@@ -45,13 +45,8 @@ def find_levels(
 def ranks_per_worker(
     sets: Sequence[Sequence[int]], seats: Sequence[RankLocation], worker: str | int, ranks_per_replica: int
 ) -> int:
-    """How many consecutive ranks of each data-parallel group make a worker.
-
-    Args:
-        sets: the ranks of the data-parallel groups.
-        seats: where each rank of the world runs.
-        worker: `"rank"`, `"node"`, or a number.
-        ranks_per_replica: of sequence parallelism.
+    """How many consecutive ranks of each data-parallel group, one of `sets`, make a worker; `seats` are where
+    all ranks run.
     """
     if worker in ("rank", 1):
         return ranks_per_replica

@@ -22,7 +22,6 @@ from ds_gradmix.weights.gradient_window import GradientWindow, ParamLayout
 
 _CHUNK_ON_CPU, _CHUNK = 2**17, 2**24  # elements moved at a time; on a CPU what stays in its cache
 
-
 # Where a worker stands in an optimizer step; `ExtrapolatedWeights` says what is true in each phase.
 Phase = enum.Enum(
     "Phase", "NO_GRADIENT READY EXTRAPOLATED SET_ASIDE REDUCING REDUCING_WITHOUT_OFFSET REDUCED"
@@ -58,8 +57,6 @@ class ExtrapolatedWeights:
     occur; if gradients are added up in a second buffer, they are there until end_backward.
 
     Args:
-        rule: the offset.
-        layout: the parameters.
         key: seed and number of the worker, for what is drawn at random.
         accumulates: whether gradients of one step come in several reductions.
         shards: if several ranks of a replica keep a parameter, or have parts of it.
@@ -86,8 +83,7 @@ class ExtrapolatedWeights:
         self._order: list[list[int]] = [[] for _ in layout.flats]  # each group's parameters, as in memory
         for i, (group, _, _) in sorted(enumerate(layout.places), key=lambda place: place[1][1]):
             self._order[group].append(i)
-        on_cpu = all(flat.device.type == "cpu" for flat in layout.flats)
-        self._chunk = _CHUNK_ON_CPU if on_cpu else _CHUNK
+        self._chunk = _CHUNK_ON_CPU if all(flat.is_cpu for flat in layout.flats) else _CHUNK
         self._buffer = layout.new_buffer()
         self._window = GradientWindow(layout, accumulates=accumulates) if rule.needs_gradient else None
         self._gradient_scale = 1.0
@@ -140,9 +136,7 @@ class ExtrapolatedWeights:
 
     @torch.no_grad()
     def keep_gradients(self, indices: Sequence[int], parts: Sequence[Tensor], *, last: bool) -> None:
-        """These parameters' gradients, flat and still this worker's own, are about to be reduced. `last` says
-        that it is the gradient accumulation boundary, where nothing needs the parameters any more.
-        """
+        """This worker's own flat gradients are about to be reduced; `last` at the accumulation boundary."""
         if not indices:
             return
         if last:
@@ -224,10 +218,8 @@ class ExtrapolatedWeights:
     def _norms(self) -> list[Tensor]:
         """For each group `[3, P]`: every parameter's norm, that of its past gradient, and its elements."""
         order = [i for indices in self._order for i in indices]
-        rows = [
-            multi_tensor.norms(self._layout.views(flats, order)).double().square()
-            for flats in (self._layout.flats, self._buffer)
-        ]
+        pair = (self._layout.views(flats, order) for flats in (self._layout.flats, self._buffer))
+        rows = [multi_tensor.norms(tensors).double().square() for tensors in pair]
         sizes = [self._layout.places[i][2] for i in order]
         counts = [self._shards is None or self._shards.counts[i] for i in order]
         elements_P, counts_P = to_device(torch.tensor([sizes, counts], dtype=torch.float64), rows[0].device)
@@ -253,9 +245,7 @@ class ExtrapolatedWeights:
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> bool:
-        """Take over a checkpoint's state; False, and no offset for one step, if it is of other sizes, or of
-        workers of another size.
-        """
+        """Load a checkpoint's state; False, and no offset for a step, if it is of other sizes."""
         self.forget()
         if self._window is None:
             return True

@@ -41,8 +41,6 @@ class Noise(Extrapolation):
     def scale(self, learning_rate: float) -> float | None:
         return self.std
 
-    def scales(
-        self, weight_norms_P: Tensor, past_norms_P: Tensor, elements_P: Tensor, learning_rate: float
-    ) -> Tensor:
+    def scales(self, norms_P: Tensor, past_norms_P: Tensor, sizes_P: Tensor, learning_rate: float) -> Tensor:
         """`std_ratio ||theta_l|| / sqrt(n_l)`."""
-        return (self.std_ratio or 0.0) * weight_norms_P / elements_P.clamp(min=1).sqrt()
+        return (self.std_ratio or 0.0) * norms_P / sizes_P.clamp(min=1).sqrt()

@@ -41,12 +41,10 @@ class PastGradient(Extrapolation):
     def scale(self, learning_rate: float) -> float | None:
         return None if self.layerwise else -self._step_size(learning_rate)
 
-    def scales(
-        self, weight_norms_P: Tensor, past_norms_P: Tensor, elements_P: Tensor, learning_rate: float
-    ) -> Tensor:
+    def scales(self, norms_P: Tensor, past_norms_P: Tensor, sizes_P: Tensor, learning_rate: float) -> Tensor:
         """`-lr ||theta_l|| / ||g_l||`."""
         step = self._step_size(learning_rate)
-        return torch.where(past_norms_P > 0, -step * weight_norms_P / past_norms_P, 0.0)
+        return torch.where(past_norms_P > 0, -step * norms_P / past_norms_P, 0.0)
 
     def _step_size(self, learning_rate: float) -> float:
         return self.lr if self.lr is not None else learning_rate * (self.lr_ratio or 0.0)
