@@ -124,5 +124,5 @@ class Extrapolation(Rule):
         """The scale of all parameters at the optimizer's learning rate; None where `scales` gives it."""
 
     def scales(self, norms_P: Tensor, past_norms_P: Tensor, sizes_P: Tensor, learning_rate: float) -> Tensor:
-        """The scale of every parameter, `[P]` float32, from 2-norms (its own, its past gradient's) and sizes."""
+        """The scale of every parameter, `[P]` float32, from 2-norms, of its past gradient too, and sizes."""
         raise RuntimeError(f"{type(self).__name__} has one scale for all parameters")
