@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ds_gradmix.config import GradmixConfig, parse_block
 from ds_gradmix.ops.segments import Segments
-from ds_gradmix.rules import GradientFreeMixing, GramianMixing, Mean, MixingDecision, RngKey, apply
+from ds_gradmix.rules import GradientFreeMixing, GramianMixing, Mean, RngKey, apply
 
 
 def combine(
@@ -51,7 +51,14 @@ def _combine(
     params = Segments(list(range(len(lengths))), lengths, max(len(lengths), 1), grads_WN.device)
     by_param = config.mixing.by_parameter or (config.mixing.needs_gram and config.scope == "parameter")
     segments = params if by_param else Segments([0], [grads_WN.shape[1]], 1, grads_WN.device)
-    decision = _decide(config, grads_WN, segments, present_W, key)
+    mixing = config.mixing if len(grads_WN) > 1 else Mean()
+    if isinstance(mixing, GramianMixing):
+        decision = apply.decide_from_gram(mixing, segments.gram(grads_WN), present_W, key)
+    else:
+        assert isinstance(mixing, GradientFreeMixing)
+        drawn_SW = torch.from_numpy(mixing.weights(key, len(grads_WN), segments.num_segments))
+        weights_SW = drawn_SW.expand(segments.num_segments, -1).contiguous()  # may be pinned
+        decision = apply.decide_without_gradients(weights_SW, present_W)
     weights_WS = decision.weights_SW.t().to(torch.promote_types(grads_WN.dtype, torch.float32))
     weights = decision.weights_SW if by_param else decision.weights_SW[0]
     info: dict[str, Any] = {"weights": weights, "skipped": not bool(decision.agreed_S.any())}
@@ -63,17 +70,6 @@ def _combine(
     sums_2P = apply.layer_sums(scaling, statistics_KN, params)
     factors_N = apply.scaling_factors(scaling, statistics_KN, sums_2P, params)
     return factors_N * statistics_KN[0], {**info, "factors": factors_N}
-
-
-def _decide(
-    config: GradmixConfig, grads_WN: Tensor, segments: Segments, present_W: Tensor, key: RngKey
-) -> MixingDecision:
-    mixing = config.mixing if len(grads_WN) > 1 else Mean()
-    if isinstance(mixing, GramianMixing):
-        return apply.decide_from_gram(mixing, segments.gram(grads_WN), present_W, key)
-    assert isinstance(mixing, GradientFreeMixing)
-    weights_SW = torch.from_numpy(mixing.weights(key, len(grads_WN), segments.num_segments))
-    return apply.decide_without_gradients(weights_SW.expand(segments.num_segments, -1), present_W)
 
 
 def _check(grads_WN: Tensor, sizes: Sequence[int] | None) -> list[int]:

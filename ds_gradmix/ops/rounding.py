@@ -29,7 +29,7 @@ def _to_adjacent(values: Tensor, dtype: torch.dtype, random: torch.Generator) ->
     # Finite floats are ordered as their bits are, so the adjacent number is one step of the bits away.
     step = (values.abs() > rounded.abs()).to(torch.int16) * 2 - 1
     from_zero = (rounded == 0) & (values != 0)
-    smallest = torch.where(values < 0, -32767, 1).to(torch.int16)  # its bits, by sign
+    smallest = torch.where(values < 0, -32767, 1).to(torch.int16)  # bits of the smallest of that sign
     other = torch.where(from_zero, smallest, nearest.view(torch.int16) + step).view(dtype)
     probability = (values - rounded) / (other.float() - rounded)
     drawn = torch.empty_like(values).uniform_(generator=random) < probability

@@ -74,15 +74,12 @@ class Segments:
         begins = np.maximum(run_begins[runs] - blocks * size, 0)
         ends = np.minimum(run_ends[runs] - blocks * size, size)
         full = ends - begins == size
-
-        def table(values: np.ndarray) -> Tensor:
-            return to_device(torch.from_numpy(values), self._device)
-
-        self._run_segments = table(ids[runs])  # runs end with blocks: on a GPU one warp repeats one run
-        self._run_lengths = table(ends - begins)
-        self._full_blocks, self._full_segments = table(blocks[full]), table(ids[runs[full]])
-        self._shared_blocks, self._shared_segments = table(blocks[~full]), table(ids[runs[~full]])
-        self._shared_begins, self._shared_ends = table(begins[~full]), table(ends[~full])
+        table = np.stack([ids[runs], blocks, begins, ends, ends - begins])
+        parts = table, table.compress(full, axis=1), table.compress(~full, axis=1)
+        every, inside, shared = (to_device(torch.from_numpy(part), self._device) for part in parts)
+        self._run_segments, *_, self._run_lengths = every  # on a GPU one warp repeats one run in one block
+        self._full_segments, self._full_blocks, *_ = inside
+        self._shared_segments, self._shared_blocks, self._shared_begins, self._shared_ends, _ = shared
 
     def gram(self, values_WC: Tensor) -> Tensor:
         """Gram matrices `[S, W, W]` of `[W, C]`, in float64: no overflow, and no tensor-core rounding."""

@@ -46,9 +46,6 @@ class GradientMix(GradientFreeMixing):
         random = key.generator()
         if self.distribution == "dirichlet":
             return random.dirichlet(np.full(num_workers, self.alpha), size=rows)
-        return self._halves(random, rows, num_workers)
-
-    def _halves(self, random: np.random.Generator, rows: int, num_workers: int) -> npt.NDArray[np.float64]:
         half = max(num_workers // 2, 1)
         share = random.beta(self.alpha, self.alpha, size=(rows, 1))
         places = random.permuted(np.tile(np.arange(num_workers), (rows, 1)), axis=1)
