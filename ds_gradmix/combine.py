@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,15 +6,7 @@ from torch import Tensor
 
 from ds_gradmix.config import GradmixConfig, parse_block
 from ds_gradmix.ops.segments import Segments
-from ds_gradmix.rules import GradientFreeMixing, GramianMixing, MixingDecision, RngKey
-from ds_gradmix.rules.apply import (
-    decide_from_gram,
-    decide_without_gradients,
-    layer_sums,
-    mix,
-    scaling_factors,
-    scaling_statistics,
-)
+from ds_gradmix.rules import GradientFreeMixing, GramianMixing, Mean, RngKey, apply
 
 
 def combine(
@@ -27,8 +17,8 @@ def combine(
 ) -> tuple[Tensor, dict[str, Any]]:
     """Apply a gradmix block to a stack of W workers' gradients, in one process: `g = r * sum_i w_i g_i`.
 
-    It does so by the functions that training uses; the stack is one bucket. `extrapolation` has no part in
-    it, since the gradients are already taken, and momentum of the factors has no effect without a history.
+    The functions are those of training, and the stack is one bucket. `extrapolation` and the momentum of
+    factors have no effect here.
 
     Args:
         grads_WN: gradients `[W, N]`, one worker a row, float16, bfloat16, float32 or float64; not modified.
@@ -61,42 +51,31 @@ def _combine(
     params = Segments(list(range(len(lengths))), lengths, max(len(lengths), 1), grads_WN.device)
     by_param = config.mixing.by_parameter or (config.mixing.needs_gram and config.scope == "parameter")
     segments = params if by_param else Segments([0], [grads_WN.shape[1]], 1, grads_WN.device)
-    decision = _decide(config, grads_WN, segments, present_W, key)
-    weights_WS = decision.weights_SW.t().to(
-        torch.float64 if grads_WN.dtype == torch.float64 else torch.float32
-    )
+    mixing = config.mixing if len(grads_WN) > 1 else Mean()
+    if isinstance(mixing, GramianMixing):
+        decision = apply.decide_from_gram(mixing, segments.gram(grads_WN), present_W, key)
+    else:
+        assert isinstance(mixing, GradientFreeMixing)
+        drawn_SW = torch.from_numpy(mixing.weights(key, len(grads_WN), segments.num_segments))
+        weights_SW = drawn_SW.expand(segments.num_segments, -1).contiguous()  # may be pinned
+        decision = apply.decide_without_gradients(weights_SW, present_W)
+    weights_WS = decision.weights_SW.t().to(torch.promote_types(grads_WN.dtype, torch.float32))
     weights = decision.weights_SW if by_param else decision.weights_SW[0]
     info: dict[str, Any] = {"weights": weights, "skipped": not bool(decision.agreed_S.any())}
-    if config.scaling is None or len(grads_WN) == 1:
-        combined_N = mix(grads_WN, weights_WS, segments)
-        if config.scaling is not None:
-            info["factors"] = torch.ones_like(combined_N)
-        return combined_N, info
-    statistics_KN = scaling_statistics(config.scaling, grads_WN, weights_WS, segments)
-    sums_2P = layer_sums(config.scaling, statistics_KN, params)
-    info["factors"] = scaling_factors(config.scaling, statistics_KN, sums_2P, params)
-    return info["factors"] * statistics_KN[0], info
-
-
-def _decide(
-    config: GradmixConfig, grads_WN: Tensor, segments: Segments, present_W: Tensor, key: RngKey
-) -> MixingDecision:
-    num_workers = grads_WN.shape[0]
-    if num_workers == 1:
-        one_S1 = torch.ones(segments.num_segments, 1, dtype=torch.float64, device=grads_WN.device)
-        return MixingDecision(one_S1 * present_W, present_W.expand(segments.num_segments))
-    if isinstance(config.mixing, GramianMixing):
-        return decide_from_gram(config.mixing, segments.gram(grads_WN), present_W, key)
-    assert isinstance(config.mixing, GradientFreeMixing)
-    weights = config.mixing.weights(key, num_workers, segments.num_segments)
-    return decide_without_gradients(torch.from_numpy(weights), present_W)
+    scaling = config.scaling
+    if scaling is None or len(grads_WN) == 1:
+        combined_N = apply.mix(grads_WN, weights_WS, segments)
+        return combined_N, info if scaling is None else {**info, "factors": torch.ones_like(combined_N)}
+    statistics_KN = apply.scaling_statistics(scaling, grads_WN, weights_WS, segments)
+    sums_2P = apply.layer_sums(scaling, statistics_KN, params)
+    factors_N = apply.scaling_factors(scaling, statistics_KN, sums_2P, params)
+    return factors_N * statistics_KN[0], {**info, "factors": factors_N}
 
 
 def _check(grads_WN: Tensor, sizes: Sequence[int] | None) -> list[int]:
     if not isinstance(grads_WN, Tensor):
-        raise ValueError(
-            f"grads_WN: a {type(grads_WN).__name__}; allowed is a tensor [W, N]; stack the gradients"
-        )
+        kind = type(grads_WN).__name__
+        raise ValueError(f"grads_WN: a {kind}; allowed is a tensor [W, N]; stack the gradients")
     if grads_WN.dim() != 2 or grads_WN.shape[0] == 0 or not grads_WN.is_floating_point():
         raise ValueError(
             f"grads_WN: {grads_WN.dtype} of shape {tuple(grads_WN.shape)}; allowed is a floating-point "

@@ -6,11 +6,8 @@
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
     engine, *_ = deepspeed.initialize(model=model, mpu=ParallelState(), config=config)
 
-DeepSpeed expects the mpu of an older Megatron, and calls functions that `megatron.core.parallel_state` no
-longer has, so that module cannot be passed itself.
+`parallel_state` itself does not do: it no longer has some of the functions that DeepSpeed calls.
 """
-
-from __future__ import annotations
 
 import importlib
 from typing import Any
@@ -32,6 +29,8 @@ class ParallelState:
         ValueError: under context parallelism, whose gradients DeepSpeed would not sum.
     """
 
+    _state: Any = None  # in a copy, before its state is set
+
     def __init__(self) -> None:
         try:
             self._state = importlib.import_module("megatron.core.parallel_state")
@@ -50,8 +49,6 @@ class ParallelState:
             )
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_state":  # in a copy before its state is set
-            raise AttributeError(name)
         return getattr(self._state, name)
 
     def get_model_parallel_world_size(self) -> int:

@@ -1,7 +1,5 @@
 """Who sees the extrapolated weights: training forwards and backwards do, and nothing else."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -18,17 +16,15 @@ def attach(
     reload: Callable[[str], None],
     loads: Callable[[], int],
 ) -> None:
-    """Move an engine's parameters to the extrapolated point for training, and back for everything else.
+    """Extrapolate an engine's parameters for training, and set the offset aside for everything else.
 
     A forward of the engine's module is training if the module is in training mode and gradients are enabled.
     Other forwards, `engine.eval()`, and whatever reads the module's state dict (checkpoints and exports do)
     see theta, and theta stays until training goes on.
 
     Args:
-        engine: DeepSpeed's.
-        extrapolated: of the engine's optimizer.
         extrapolate: calls `extrapolated.extrapolate`.
-        reload: is told why a checkpoint that was loaded has no state for us.
+        reload: is given the reason why a loaded checkpoint has no state for `extrapolated`.
         loads: how many times state was loaded, or `reload` called.
     """
 
@@ -53,23 +49,17 @@ def attach(
 class _ModuleHook:
     """A hook of an engine's module; it does nothing in a copy of the module, whose parameters are others."""
 
-    def __init__(self, action: Callable[[torch.nn.Module], None]) -> None:
+    def __init__(self, action: Callable[[torch.nn.Module], None] = lambda _: None) -> None:
         self._action = action
 
     def __call__(self, module: torch.nn.Module, *_: Any) -> None:
         self._action(module)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _ModuleHook, (_do_nothing,)
+        return _ModuleHook, ()
 
 
-def _do_nothing(_: torch.nn.Module) -> None:
-    pass
-
-
-def _reloading(
-    load: Callable[..., Any], reload: Callable[[str], None], loads: Callable[[], int]
-) -> Callable[..., Any]:
+def _reloading(load: Any, reload: Callable[[str], None], loads: Callable[[], int]) -> Callable[..., Any]:
     """Loading a checkpoint's weights alone passes the optimizer by, so past gradients are missing then."""
 
     @functools.wraps(load)

@@ -1,10 +1,8 @@
 """Which ranks make a worker, where it is larger than one: `gradmix.worker`, and sequence parallelism."""
 
-from __future__ import annotations
-
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -20,19 +18,13 @@ class RankLocation(NamedTuple):
     """Where a rank runs."""
 
     host: str
-    local_rank: int | None  # None where no launcher has told
+    local_rank: int | None  # None where the launcher did not set LOCAL_RANK
 
 
 def find_levels(
     data: dist.ProcessGroup | None, worker: str | int, ranks_per_replica: int
 ) -> WorkerLevels | None:
-    """This rank's team in its data-parallel group, or None if a worker is one rank; all ranks must ask
-    together.
-
-    Args:
-        data: the data-parallel group.
-        worker: `"rank"`, `"node"`, or a number of consecutive ranks.
-        ranks_per_replica: neighbours in the group that share one replica.
+    """The ranks of this rank's worker in a data-parallel group, None if it is one rank; a call of all ranks.
 
     Raises:
         ConfigError: on all ranks, if some group cannot be divided into such workers.
@@ -40,32 +32,24 @@ def find_levels(
     if worker in ("rank", 1) and ranks_per_replica == 1:
         return None
     local_rank = os.environ.get("LOCAL_RANK")
-    seat = RankLocation(socket.gethostname(), None if local_rank is None else int(local_rank))
-    told = gather_objects((dist.get_process_group_ranks(data), seat))
-    sets = sorted({tuple(ranks) for ranks, _ in told})
-    size = ranks_per_worker(sets, [seat for _, seat in told], worker, ranks_per_replica)
+    location = RankLocation(socket.gethostname(), None if local_rank is None else int(local_rank))
+    gathered = gather_objects((dist.get_process_group_ranks(data), location))
+    sets = sorted({tuple(ranks) for ranks, _ in gathered})
+    size = ranks_per_worker(sets, [location for _, location in gathered], worker, ranks_per_replica)
     if size == 1:
         return None
-    inside = group_of([ranks[i : i + size] for ranks in sets for i in range(0, len(ranks), size)])
-    across = group_of([ranks[place::size] for ranks in sets for place in range(size)])
-    return WorkerLevels(RankGroup(inside), RankGroup(across), size // ranks_per_replica)
+    intra = group_of([ranks[i : i + size] for ranks in sets for i in range(0, len(ranks), size)])
+    inter = group_of([ranks[place::size] for ranks in sets for place in range(size)])
+    return WorkerLevels(RankGroup(intra), RankGroup(inter), size // ranks_per_replica)
 
 
 def ranks_per_worker(
     sets: Sequence[Sequence[int]], seats: Sequence[RankLocation], worker: str | int, ranks_per_replica: int
 ) -> int:
-    """How many consecutive ranks of each data-parallel group make a worker.
-
-    Args:
-        sets: the ranks of the data-parallel groups.
-        seats: of all ranks.
-        worker: `"rank"`, `"node"`, or a number.
-        ranks_per_replica: of sequence parallelism.
-
-    Raises:
-        ConfigError: if they cannot be divided so.
+    """How many consecutive ranks of each data-parallel group, one of `sets`, make a worker; `seats` are where
+    all ranks run.
     """
-    if worker == "rank" or worker == 1:
+    if worker in ("rank", 1):
         return ranks_per_replica
     size = _node_size(sets, seats) if worker == "node" else int(worker)
     shown = '"node"' if worker == "node" else str(worker)
@@ -82,12 +66,11 @@ def ranks_per_worker(
 
 def _node_size(sets: Sequence[Sequence[int]], seats: Sequence[RankLocation]) -> int:
     nodes = _nodes(seats)
-    sizes = set()
+    sizes: set[int] = set()
     for ranks in sets:
-        runs = [len(list(run)) for _, run in groupby(nodes[rank] for rank in ranks)]
-        if len(runs) > len({nodes[rank] for rank in ranks}):
-            runs = []
-        sizes.update(runs or [0])
+        own = [nodes[rank] for rank in ranks]
+        runs = [len(list(run)) for _, run in groupby(own)]
+        sizes.update(runs if len(runs) == len(set(own)) > 0 else [0])
     if len(sizes) > 1 or 0 in sizes:
         raise ConfigError(
             'gradmix.worker: "node", but data-parallel groups do not have the same number of consecutive '
@@ -100,21 +83,12 @@ def _nodes(seats: Sequence[RankLocation]) -> list[tuple[str, int]]:
     """The node of every rank. Containers may share a host name, so local ranks say where a node begins."""
     counted = all(seat.local_rank is not None for seat in seats)
     nodes = [(seat.host, rank - (seat.local_rank or 0) if counted else 0) for rank, seat in enumerate(seats)]
-    for node, first, local_ranks in _runs(nodes, seats):
-        if (counted and local_ranks != list(range(len(local_ranks)))) or nodes.index(node) != first:
+    for rank, (node, seat) in enumerate(zip(nodes, seats, strict=True)):
+        is_first = rank == 0 or node != nodes[rank - 1]
+        if is_first and (seat.local_rank != 0 if counted else nodes.index(node) != rank):
             raise ConfigError(
                 f'gradmix.worker: "node", but the ranks of node {node[0]} do not follow each other (rank '
-                f"{first} has LOCAL_RANK {local_ranks[0]}); allowed are launchers that fill one node after "
+                f"{rank} has LOCAL_RANK {seat.local_rank}); allowed are launchers that fill one node after "
                 'another, or a number of ranks, or "rank"'
             )
     return nodes
-
-
-def _runs(
-    nodes: Sequence[tuple[str, int]], seats: Sequence[RankLocation]
-) -> Iterator[tuple[tuple[str, int], int, list[int | None]]]:
-    first = 0
-    for node, run in groupby(nodes):
-        length = len(list(run))
-        yield node, first, [seat.local_rank for seat in seats[first : first + length]]
-        first += length

@@ -1,10 +1,6 @@
 """Operations on many tensors at once: by NVIDIA apex's `amp_C` kernels where they can be imported and take
-the tensors, and by `torch._foreach_*` otherwise.
-
-apex is optional. PyPI's `apex` is another project, so NVIDIA's is recognized by its extension `amp_C`.
+the tensors, and by `torch._foreach_*` otherwise. (PyPI's `apex` is another project.)
 """
-
-from __future__ import annotations
 
 import functools
 import importlib
@@ -39,10 +35,9 @@ def describe() -> str:
 
 def norms(tensors: Sequence[Tensor]) -> Tensor:
     """The Euclidean norm of each of P tensors, `[P]`, in float32 whatever their dtype."""
-    module = _usable_amp_c(tensors)
-    if module is not None:
-        arguments = _CHUNK_SIZE, _overflow_flag(tensors), [list(tensors)], True
-        return torch.as_tensor(module.multi_tensor_l2norm(*arguments)[1])
+    if (module := _usable_amp_c(tensors)) is not None:
+        found = module.multi_tensor_l2norm(_CHUNK_SIZE, _overflow_flag(tensors), [list(tensors)], True)
+        return torch.as_tensor(found[1])
     return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=torch.float32))
 
 
@@ -50,8 +45,7 @@ def axpby_(a: float, xs: Sequence[Tensor], b: float, ys: Sequence[Tensor]) -> No
     """`y <- a x + b y` for each pair, in place; x may be of another dtype."""
     if not ys:
         return
-    module = _usable_amp_c(xs, ys)
-    if module is not None:
+    if (module := _usable_amp_c(xs, ys)) is not None:
         lists = [list(xs), list(ys), list(ys)]
         module.multi_tensor_axpby(_CHUNK_SIZE, _overflow_flag(ys), lists, a, b, -1)
         return
@@ -61,10 +55,7 @@ def axpby_(a: float, xs: Sequence[Tensor], b: float, ys: Sequence[Tensor]) -> No
 
 
 def _usable_amp_c(*lists: Sequence[Tensor]) -> Any:
-    """amp_C if it can be used for these lists, or None.
-
-    It reads the dtype of a list's first tensor alone, and counts elements in 32 bits.
-    """
+    """amp_C, or None for lists that it cannot take: of several dtypes, or elements over int32."""
     for tensors in lists:
         if len({t.dtype for t in tensors}) != 1 or tensors[0].dtype not in _DTYPES:
             return None

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -12,9 +10,7 @@ def round_stochastically(values: Tensor, dtype: torch.dtype, random: torch.Gener
     """
     if dtype == torch.float32:
         return values
-    if dtype == torch.bfloat16:
-        return _to_bfloat16(values, random)
-    return _to_adjacent(values, dtype, random)
+    return _to_bfloat16(values, random) if dtype == torch.bfloat16 else _to_adjacent(values, dtype, random)
 
 
 def _to_bfloat16(values: Tensor, random: torch.Generator) -> Tensor:
@@ -32,10 +28,8 @@ def _to_adjacent(values: Tensor, dtype: torch.dtype, random: torch.Generator) ->
     rounded = nearest.float()
     # Finite floats are ordered as their bits are, so the adjacent number is one step of the bits away.
     step = (values.abs() > rounded.abs()).to(torch.int16) * 2 - 1
-    smallest = torch.where(values < 0, -32767, 1).to(
-        torch.int16
-    )  # the bits of the smallest number of that sign
     from_zero = (rounded == 0) & (values != 0)
+    smallest = torch.where(values < 0, -32767, 1).to(torch.int16)  # bits of the smallest of that sign
     other = torch.where(from_zero, smallest, nearest.view(torch.int16) + step).view(dtype)
     probability = (values - rounded) / (other.float() - rounded)
     drawn = torch.empty_like(values).uniform_(generator=random) < probability

@@ -5,9 +5,7 @@ that several parameters share is copied once for each of them, with the columns 
 every reduction is a batched product or sum of equal shapes, followed by one `index_add` of a few numbers.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -72,47 +70,31 @@ class Segments:
         first_blocks = run_begins // size
         num_blocks = (run_ends - 1) // size - first_blocks + 1
         runs = np.repeat(np.arange(len(ids)), num_blocks)
-        blocks = np.arange(len(runs)) + np.repeat(
-            first_blocks + num_blocks - np.cumsum(num_blocks), num_blocks
-        )
+        blocks = np.arange(len(runs)) + (first_blocks + num_blocks - np.cumsum(num_blocks))[runs]
         begins = np.maximum(run_begins[runs] - blocks * size, 0)
         ends = np.minimum(run_ends[runs] - blocks * size, size)
         full = ends - begins == size
-
-        def table(values: np.ndarray) -> Tensor:
-            return to_device(torch.from_numpy(np.ascontiguousarray(values)), self._device)
-
-        self._run_segments = table(ids[runs])  # runs end with blocks: on a GPU one warp repeats one run
-        self._run_lengths = table(ends - begins)
-        self._full_blocks, self._full_segments = table(blocks[full]), table(ids[runs[full]])
-        self._shared_blocks, self._shared_segments = table(blocks[~full]), table(ids[runs[~full]])
-        self._shared_begins, self._shared_ends = table(begins[~full]), table(ends[~full])
+        table = np.stack([ids[runs], blocks, begins, ends, ends - begins])
+        parts = table, table.compress(full, axis=1), table.compress(~full, axis=1)
+        every, inside, shared = (to_device(torch.from_numpy(part), self._device) for part in parts)
+        self._run_segments, *_, self._run_lengths = every  # on a GPU one warp repeats one run in one block
+        self._full_segments, self._full_blocks, *_ = inside
+        self._shared_segments, self._shared_blocks, self._shared_begins, self._shared_ends, _ = shared
 
     def gram(self, values_WC: Tensor) -> Tensor:
         """Gram matrices `[S, W, W]` of `[W, C]`, in float64: no overflow, and no tensor-core rounding."""
-        num_rows = values_WC.shape[0]
-        if self.num_segments == 1 and num_rows >= _ROWS_FOR_ONE_PRODUCT:
+        if self.num_segments == 1 and len(values_WC) >= _ROWS_FOR_ONE_PRODUCT:
             exact_WC = values_WC.double()
             return torch.mm(exact_WC, exact_WC.t())[None]
-        blocks_BWC = self._blocks(values_WC, torch.float64).transpose(0, 1)
-        if self.num_segments == 1:
-            return torch.bmm(blocks_BWC, blocks_BWC.transpose(1, 2)).sum(0, keepdim=True)
-        out_SWW = blocks_BWC.new_zeros(self.num_segments, num_rows, num_rows)
-        grams_BWW = torch.bmm(blocks_BWC, blocks_BWC.transpose(1, 2))
-        out_SWW.index_add_(0, self._full_segments, grams_BWW.index_select(0, self._full_blocks))
-        shared = blocks_BWC.index_select(0, self._shared_blocks).masked_fill_(self._foreign()[:, None], 0)
-        return out_SWW.index_add_(0, self._shared_segments, torch.bmm(shared, shared.transpose(1, 2)))
+        blocks_BWC = self._blocks(values_WC, torch.float64)
+        return self._sum_blocks(blocks_BWC, lambda x_BWC: torch.bmm(x_BWC, x_BWC.transpose(1, 2)))
 
     def sum(self, values_C: Tensor) -> Tensor:
         """Sums `[S]` of `[C]`, in float64."""
         if self.num_segments == 1:
             return values_C.sum(dtype=torch.float64).view(1)
-        blocks_BC = self._blocks(values_C[None], values_C.dtype)[0]
-        out_S = torch.zeros(self.num_segments, dtype=torch.float64, device=values_C.device)
-        sums_B = blocks_BC.sum(1, dtype=torch.float64)
-        out_S.index_add_(0, self._full_segments, sums_B.index_select(0, self._full_blocks))
-        shared = blocks_BC.index_select(0, self._shared_blocks).masked_fill_(self._foreign(), 0)
-        return out_S.index_add_(0, self._shared_segments, shared.sum(1, dtype=torch.float64))
+        blocks_B1C = self._blocks(values_C[None], values_C.dtype)
+        return self._sum_blocks(blocks_B1C, lambda x_B1C: x_B1C[:, 0].sum(1, dtype=torch.float64))
 
     def expand(self, values_RS: Tensor) -> Tensor:
         """`[R, S]` repeated over the columns: `[R, C]`, or `[R, 1]` where S is 1."""
@@ -122,14 +104,21 @@ class Segments:
         return runs_RS.repeat_interleave(self._run_lengths, dim=1, output_size=self._num_columns)
 
     def _blocks(self, values_RC: Tensor, dtype: torch.dtype) -> Tensor:
-        """A copy of `[R, C]` in `dtype` as `[R, B, block size]`, padded with zeros."""
+        """A copy of `[R, C]` in `dtype` as `[B, R, block size]`, padded with zeros."""
         num_padded = -(-self._num_columns // self._block_size) * self._block_size
         padded = torch.empty(values_RC.shape[0], num_padded, dtype=dtype, device=values_RC.device)
         padded[:, : self._num_columns].copy_(values_RC)
         padded[:, self._num_columns :].zero_()
-        return padded.view(len(padded), -1, self._block_size)
+        return padded.view(len(padded), -1, self._block_size).transpose(0, 1)
 
-    def _foreign(self) -> Tensor:
-        """A mask of the columns of each shared block that belong to other segments."""
+    def _sum_blocks(self, blocks_BRC: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+        """A reduction of every block, summed over the blocks of each segment."""
+        reduced = reduce(blocks_BRC)
+        if self.num_segments == 1:
+            return reduced.sum(0, keepdim=True)
+        out = reduced.new_zeros(self.num_segments, *reduced.shape[1:])
+        out.index_add_(0, self._full_segments, reduced.index_select(0, self._full_blocks))
         columns = torch.arange(self._block_size, device=self._device)
-        return (columns < self._shared_begins[:, None]) | (columns >= self._shared_ends[:, None])
+        foreign = (columns < self._shared_begins[:, None]) | (columns >= self._shared_ends[:, None])
+        shared = blocks_BRC.index_select(0, self._shared_blocks).masked_fill_(foreign[:, None], 0)
+        return out.index_add_(0, self._shared_segments, reduce(shared))

@@ -1,39 +1,20 @@
 """The rules, and what the author of one needs: the bases, `RngKey` and `MixingDecision`."""
 
-from ds_gradmix.rules.base import (
-    Extrapolation,
-    GradientFreeMixing,
-    GramianMixing,
-    Mixing,
-    RngKey,
-    Rule,
-    Scaling,
-)
-from ds_gradmix.rules.decision import MixingDecision
-from ds_gradmix.rules.extrapolation import Noise, PastGradient
-from ds_gradmix.rules.mixing import GAF, GradientMix, Mean
-from ds_gradmix.rules.scaling import VRGD
+from ds_gradmix.rules.base import Extrapolation as Extrapolation
+from ds_gradmix.rules.base import GradientFreeMixing as GradientFreeMixing
+from ds_gradmix.rules.base import GramianMixing as GramianMixing
+from ds_gradmix.rules.base import Mixing as Mixing
+from ds_gradmix.rules.base import RngKey as RngKey
+from ds_gradmix.rules.base import Rule as Rule
+from ds_gradmix.rules.base import Scaling as Scaling
+from ds_gradmix.rules.decision import MixingDecision as MixingDecision
+from ds_gradmix.rules.extrapolation.noise import Noise as Noise
+from ds_gradmix.rules.extrapolation.pastgradient import PastGradient as PastGradient
+from ds_gradmix.rules.mixing.gaf import GAF as GAF
+from ds_gradmix.rules.mixing.gradientmix import GradientMix as GradientMix
+from ds_gradmix.rules.mixing.mean import Mean as Mean
+from ds_gradmix.rules.scaling.vrgd import VRGD as VRGD
 
 MIXING: tuple[type[Mixing], ...] = (GAF, GradientMix, Mean)
 SCALING: tuple[type[Scaling], ...] = (VRGD,)
 EXTRAPOLATION: tuple[type[Extrapolation], ...] = (Noise, PastGradient)
-
-__all__ = [
-    "EXTRAPOLATION",
-    "GAF",
-    "MIXING",
-    "SCALING",
-    "VRGD",
-    "Extrapolation",
-    "GradientFreeMixing",
-    "GradientMix",
-    "GramianMixing",
-    "Mean",
-    "Mixing",
-    "MixingDecision",
-    "Noise",
-    "PastGradient",
-    "RngKey",
-    "Rule",
-    "Scaling",
-]

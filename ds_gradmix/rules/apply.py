@@ -4,8 +4,6 @@
 that is spread over ranks; both call these functions. Nothing here communicates.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -15,9 +13,7 @@ from ds_gradmix.rules.decision import MixingDecision
 
 
 def decide_without_gradients(weights_SW: Tensor, present_W: Tensor) -> MixingDecision:
-    """Weights drawn before the gradients are known, float64, on the host, renormalised over the workers
-    present.
-    """
+    """Weights drawn on the host in float64, renormalised over the workers present."""
     weights_SW = to_device(weights_SW, present_W.device) * present_W
     total_S = weights_SW.sum(1)
     # A draw may give (numerically) everything to a worker that is not there; then the others share equally.

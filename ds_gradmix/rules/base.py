@@ -4,8 +4,6 @@ A rule touches no process group, no optimizer and no step counter, so it can be 
 without a cluster. Its fields are its `params` in ds_config.json.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from typing import ClassVar, NamedTuple
 
@@ -69,17 +67,16 @@ class GramianMixing(Mixing):
 
     @abstractmethod
     def decide(self, gram_SWW: Tensor, present_W: Tensor, key: RngKey) -> MixingDecision:
-        """Decide for S segments from Gram matrices `[S, W, W]`, float64.
-
-        `present_W`, bool, is False for workers that are left out because their gradient is not finite.
+        """Decide for S segments from Gram matrices `[S, W, W]`, float64; workers whose gradient is not finite
+        are left out where `present_W`, bool, is False.
         """
 
 
 class Scaling(Rule):
     """Base of the rules that give every coordinate a factor.
 
-    What one pass over the workers' gradients tells about C coordinates is a tensor `[1 + K, C]`, whose first
-    row is the weighted mean over the workers, and whose others are the rule's own.
+    Statistics of C coordinates are a tensor `[1 + K, C]`: the first row is the weighted mean over the
+    workers, and the others are the rule's own.
     """
 
     min_workers: ClassVar[int] = 1  # with fewer, rank 0 warns
@@ -97,9 +94,8 @@ class Scaling(Rule):
 
     @abstractmethod
     def statistics(self, grads_WC: Tensor, weights_WC: Tensor) -> Tensor:
-        """Statistics `[1 + K, C]` of gradients `[W, C]`, of any dtype, which are not changed.
-
-        `weights_WC` is `[W, C]` or `[W, 1]`, in float32 or float64, which is what is computed in.
+        """Statistics `[1 + K, C]` of gradients `[W, C]`, of any dtype, which are not changed; computed in the
+        dtype of the weights `[W, C]` or `[W, 1]`, float32 or float64.
         """
 
     @abstractmethod
@@ -114,8 +110,7 @@ class Scaling(Rule):
 class Extrapolation(Rule):
     """Base of the rules that move a worker's weights before it takes its gradient.
 
-    The offset of a parameter is `scale * direction`: one number for the tensor, one direction for every
-    element.
+    The offset of a parameter is `scale * direction`: a number for the tensor, and a direction of its shape.
     """
 
     needs_gradient: ClassVar[bool]  # of the step before, this worker's own
@@ -128,8 +123,6 @@ class Extrapolation(Rule):
     def scale(self, learning_rate: float) -> float | None:
         """The scale of all parameters at the optimizer's learning rate; None where `scales` gives it."""
 
-    def scales(
-        self, weight_norms_P: Tensor, past_norms_P: Tensor, elements_P: Tensor, learning_rate: float
-    ) -> Tensor:
-        """The scale of every parameter, `[P]` float32, from 2-norms and sizes."""
+    def scales(self, norms_P: Tensor, past_norms_P: Tensor, sizes_P: Tensor, learning_rate: float) -> Tensor:
+        """The scale of every parameter, `[P]` float32, from 2-norms, of its past gradient too, and sizes."""
         raise RuntimeError(f"{type(self).__name__} has one scale for all parameters")

@@ -1,7 +1,3 @@
-"""What a mixing rule decides: the workers' weights, and what is worth reporting of how it came to them."""
-
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
@@ -21,11 +17,10 @@ class MixingDecision(NamedTuple):
 
     def packed(self) -> Tensor:
         """One `[S, W + 2]` float64 tensor, to be sent to other ranks."""
-        weights_SW, agreed_S, cosine_S = self
-        assert cosine_S is not None
-        return torch.cat([weights_SW, agreed_S.to(weights_SW.dtype)[:, None], cosine_S[:, None]], dim=1)
+        assert self.mean_cosine_S is not None
+        return torch.column_stack([self.weights_SW, self.agreed_S, self.mean_cosine_S])
 
     @staticmethod
-    def unpacked(packed: Tensor) -> MixingDecision:
+    def unpacked(packed: Tensor) -> "MixingDecision":
         """The inverse of `packed`."""
         return MixingDecision(packed[:, :-2], packed[:, -2] != 0, packed[:, -1])

@@ -4,11 +4,9 @@ One buffer of the parameters' size and dtype is enough, because parameters and b
 exactly, and without another rank. Only gradients that come in several reductions a step need a second one.
 """
 
-from __future__ import annotations
-
 import enum
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,24 +22,17 @@ from ds_gradmix.weights.gradient_window import GradientWindow, ParamLayout
 
 _CHUNK_ON_CPU, _CHUNK = 2**17, 2**24  # elements moved at a time; on a CPU what stays in its cache
 
-
-class Phase(enum.Enum):
-    """Where a worker stands in an optimizer step; `ExtrapolatedWeights` says what is true in each phase."""
-
-    NO_GRADIENT = enum.auto()
-    READY = enum.auto()
-    EXTRAPOLATED = enum.auto()
-    SET_ASIDE = enum.auto()
-    REDUCING = enum.auto()
-    REDUCING_WITHOUT_OFFSET = enum.auto()
-    REDUCED = enum.auto()
+# Where a worker stands in an optimizer step; `ExtrapolatedWeights` says what is true in each phase.
+Phase = enum.Enum(
+    "Phase", "NO_GRADIENT READY EXTRAPOLATED SET_ASIDE REDUCING REDUCING_WITHOUT_OFFSET REDUCED"
+)
 
 
 class ShardInfo(NamedTuple):
     """What is known of parameters that several ranks of a replica keep, or have parts of."""
 
     labels: list[str]  # equal labels are given equal random numbers: what several ranks keep stays equal
-    counts: list[bool]  # whether this rank's part is added to the norm of the whole
+    counts: list[bool]  # whether this rank's part is added to the norm of the parameter
     group: RankGroup | None  # the ranks with parts
 
 
@@ -66,8 +57,6 @@ class ExtrapolatedWeights:
     occur; if gradients are added up in a second buffer, they are there until end_backward.
 
     Args:
-        rule: the offset.
-        layout: the parameters.
         key: seed and number of the worker, for what is drawn at random.
         accumulates: whether gradients of one step come in several reductions.
         shards: if several ranks of a replica keep a parameter, or have parts of it.
@@ -91,18 +80,14 @@ class ExtrapolatedWeights:
         self._shards = shards
         self._levels = levels
         self._num_replicas = 1 if levels is None else levels.num_replicas  # whose mean the gradient is
-        # Of each group, in the order of memory: where a parameter begins, its elements, and which it is.
-        self._order: list[list[tuple[int, int, int]]] = [[] for _ in layout.flats]
-        for i, (group, begin, size) in sorted(enumerate(layout.places), key=lambda place: place[1][1]):
-            self._order[group].append((begin, size, i))
-        on_cpu = all(flat.device.type == "cpu" for flat in layout.flats)
-        self._chunk = _CHUNK_ON_CPU if on_cpu else _CHUNK
+        self._order: list[list[int]] = [[] for _ in layout.flats]  # each group's parameters, as in memory
+        for i, (group, _, _) in sorted(enumerate(layout.places), key=lambda place: place[1][1]):
+            self._order[group].append(i)
+        self._chunk = _CHUNK_ON_CPU if all(flat.is_cpu for flat in layout.flats) else _CHUNK
         self._buffer = layout.new_buffer()
         self._window = GradientWindow(layout, accumulates=accumulates) if rule.needs_gradient else None
         self._gradient_scale = 1.0
         self._reduced: set[int] = set()  # the reduced parameters in the two phases of a reduction, else none
-
-    # --- training and everything else ---
 
     def extrapolate(self, step: int, learning_rates: Sequence[float]) -> None:
         """Training is about to use the parameters."""
@@ -149,13 +134,9 @@ class ExtrapolatedWeights:
                 theirs.copy_(before)
         self.phase = phase
 
-    # --- gradients ---
-
     @torch.no_grad()
     def keep_gradients(self, indices: Sequence[int], parts: Sequence[Tensor], *, last: bool) -> None:
-        """These parameters' gradients, flat and still this worker's own, are about to be reduced. `last` says
-        that it is the gradient accumulation boundary, where nothing needs the parameters any more.
-        """
+        """This worker's own flat gradients are about to be reduced; `last` at the accumulation boundary."""
         if not indices:
             return
         if last:
@@ -201,72 +182,56 @@ class ExtrapolatedWeights:
             torch._foreach_copy_(ours, kept)
         return rest
 
-    # --- the offset ---
-
     @torch.no_grad()
     def _add_offset(self, step: int, learning_rates: Sequence[float]) -> None:
-        norms = [None] * len(self._order) if self.rule.scale(0.0) is not None else self._norms()
-        for group, (rate, norms_3P) in enumerate(zip(learning_rates, norms, strict=True)):
-            self._add_to_group(group, step, rate, norms_3P)
-
-    def _add_to_group(self, group: int, step: int, learning_rate: float, norms_3P: Tensor | None) -> None:
-        flat, kept = self._layout.flats[group], self._buffer[group]
-        random = torch.Generator(flat.device)
-        random.manual_seed(self._seed(step, str(group)))
-        for begin, size, scale, label in self._spans(group, learning_rate, norms_3P):
-            if label is not None:
-                random.manual_seed(self._seed(step, label))
-            for first in range(begin, begin + size, self._chunk):
-                length = min(self._chunk, begin + size - first)
-                weights, past = flat.narrow(0, first, length), kept.narrow(0, first, length)
-                # A product and a sum, each rounded by itself: equal elements stay equal wherever they lie.
-                moved = self.rule.direction(past, random).float().mul(scale).add_(weights)
-                if weights.dtype == torch.float16:  # where a sum of scaled gradients may have left the range
-                    moved = torch.where(moved.isfinite(), moved, weights.float())
-                past.copy_(weights)
-                weights.copy_(round_stochastically(moved, weights.dtype, random))
-
-    def _spans(
-        self, group: int, learning_rate: float, norms_3P: Tensor | None
-    ) -> Iterator[tuple[int, int, float | Tensor, str | None]]:
-        """Stretches of the group's memory with one scale, and the label of what is random in them."""
         unit = self._gradient_scale if self.rule.needs_gradient else 1.0
-        scale = self.rule.scale(learning_rate)
-        places = self._order[group]
-        if scale is not None and self._shards is None:
-            yield 0, self._layout.flats[group].numel(), scale / unit, None
-            return
-        scales: Sequence[float | Tensor] = [scale / unit] * len(places) if scale is not None else []
-        if norms_3P is not None and places:
-            norms_P, past_norms_P, elements_P = norms_3P
-            scales_P = self.rule.scales(norms_P, past_norms_P / unit, elements_P, learning_rate) / unit
-            scales = scales_P.unbind()
-        for (begin, size, i), part in zip(places, scales, strict=True):
-            yield begin, size, part, None if self._shards is None else self._shards.labels[i]
+        norms = self._norms() if self.rule.scale(0.0) is None and self._layout.places else []
+        for group, (indices, learning_rate) in enumerate(zip(self._order, learning_rates, strict=True)):
+            flat, kept = self._layout.flats[group], self._buffer[group]
+            random = torch.Generator(flat.device)
+            random.manual_seed(self._seed(step, str(group)))
+            scale = self.rule.scale(learning_rate)
+            if scale is not None and self._shards is None:
+                self._add_to(flat, kept, scale / unit, random)
+                continue
+            scales: Sequence[float | Tensor] = [] if scale is None else [scale / unit] * len(indices)
+            if norms:
+                norms_P, past_norms_P, elements_P = norms[group]
+                scales_P = self.rule.scales(norms_P, past_norms_P / unit, elements_P, learning_rate) / unit
+                scales = scales_P.unbind()
+            for i, part in zip(indices, scales, strict=True):
+                if self._shards is not None:
+                    random.manual_seed(self._seed(step, self._shards.labels[i]))
+                _, begin, size = self._layout.places[i]
+                self._add_to(flat.narrow(0, begin, size), kept.narrow(0, begin, size), part, random)
+
+    def _add_to(self, weights: Tensor, past: Tensor, scale: float | Tensor, random: torch.Generator) -> None:
+        """Move a stretch of memory with one scale, by its past gradients, which the weights replace."""
+        for ours, kept in zip(weights.split(self._chunk), past.split(self._chunk), strict=True):
+            # A product and a sum, each rounded by itself: equal elements stay equal wherever they lie.
+            moved = self.rule.direction(kept, random).float().mul(scale).add_(ours)
+            if ours.dtype == torch.float16:  # where a sum of scaled gradients may have left the range
+                moved = torch.where(moved.isfinite(), moved, ours.float())
+            kept.copy_(ours)
+            ours.copy_(round_stochastically(moved, ours.dtype, random))
 
     def _norms(self) -> list[Tensor]:
-        """For each group `[3, P]`: every whole parameter's norm, that of its past gradient, its elements."""
-        sums = []
-        for places, *pair in zip(self._order, self._layout.flats, self._buffer, strict=True):
-            rows = [torch.zeros(0, dtype=torch.float64, device=pair[0].device)] * 2
-            for row, flat in enumerate(pair if places else ()):
-                parts = [flat.narrow(0, begin, size) for begin, size, _ in places]
-                rows[row] = multi_tensor.norms(parts).double().square()
-            counts = [self._shards is None or self._shards.counts[i] for _, _, i in places]
-            known_2P = torch.tensor([[size for _, size, _ in places], counts], dtype=torch.float64)
-            elements_P, counts_P = to_device(known_2P, rows[0].device)
-            sums.append(torch.stack([*rows, elements_P]).mul_(counts_P))
-        total_3P = torch.cat(sums, dim=1)
+        """For each group `[3, P]`: every parameter's norm, that of its past gradient, and its elements."""
+        order = [i for indices in self._order for i in indices]
+        pair = (self._layout.views(flats, order) for flats in (self._layout.flats, self._buffer))
+        rows = [multi_tensor.norms(tensors).double().square() for tensors in pair]
+        sizes = [self._layout.places[i][2] for i in order]
+        counts = [self._shards is None or self._shards.counts[i] for i in order]
+        elements_P, counts_P = to_device(torch.tensor([sizes, counts], dtype=torch.float64), rows[0].device)
+        total_3P = torch.stack([*rows, elements_P]).mul_(counts_P)
         if self._shards is not None and self._shards.group is not None:
             self._shards.group.all_reduce_identical(total_3P)
         total_3P[:2].sqrt_()
-        return list(total_3P.float().split([len(places) for places in self._order], dim=1))
+        return list(total_3P.float().split([len(indices) for indices in self._order], dim=1))
 
     def _seed(self, step: int, label: str) -> int:
         words = ",".join(map(str, (*self._key, step, label)))
         return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "little") >> 1
-
-    # --- checkpoints ---
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs; the parameters hold theta afterwards."""
@@ -280,9 +245,7 @@ class ExtrapolatedWeights:
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> bool:
-        """Take over a checkpoint's state; False, and no offset for one step, if it is of other sizes, or of
-        workers of another size.
-        """
+        """Load a checkpoint's state; False, and no offset for a step, if it is of other sizes."""
         self.forget()
         if self._window is None:
             return True

@@ -1,7 +1,5 @@
 """A worker's own gradient, collected over the micro-steps of one optimizer step."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -29,9 +27,8 @@ class ParamLayout(NamedTuple):
 class GradientWindow:
     """The gradient of one optimizer step, before it is averaged with other workers' gradients.
 
-    The only reduction of a step puts its gradients into a buffer that the caller owns. If there are several,
-    known from the start (`accumulates`) or not (accumulation boundaries set by hand), they are added up in a
-    second buffer, and `finish` swaps the two.
+    The only reduction of a step puts its gradients into the caller's buffer. Several, whether known from the
+    start (`accumulates`) or not, are added up in a second buffer, and `finish` swaps the two.
     """
 
     def __init__(self, layout: ParamLayout, *, accumulates: bool) -> None:
@@ -52,10 +49,9 @@ class GradientWindow:
         self._collecting = True
 
     def finish(self, buffer: list[Tensor], missing: Sequence[int]) -> tuple[list[Tensor], bool]:
-        """Hand over the gradient; `missing` are the parameters that were not in the last reduction.
+        """The buffer with the gradient, in place of the caller's, and whether the gradient is complete.
 
-        Returns:
-            The buffer with the gradient, instead of the caller's, and whether the gradient is complete.
+        `missing` are the parameters that were not in the last reduction.
         """
         complete = not self._incomplete
         if self._sums is not None:

@@ -1,4 +1,1 @@
-"""Rules that move a worker's weights before it takes its gradient, one a file."""
-
-from ds_gradmix.rules.extrapolation.noise import Noise as Noise
-from ds_gradmix.rules.extrapolation.pastgradient import PastGradient as PastGradient
+"""Rules that move a worker's weights before it computes its gradient, one a file."""

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from typing import ClassVar, Literal
 
 import torch
@@ -7,6 +5,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from typing_extensions import Self
 
+from ds_gradmix.config_messages import value_text
 from ds_gradmix.rules.base import Extrapolation
 
 
@@ -23,14 +22,13 @@ class Noise(Extrapolation):
 
     distribution: Literal["gaussian", "uniform"] = Field("gaussian", description="of the offset")
     std: float | None = Field(None, ge=0, allow_inf_nan=False, description="standard deviation")
-    std_ratio: float | None = Field(
-        None, ge=0, allow_inf_nan=False, description="the same, in root mean squares"
-    )
+    std_ratio: float | None = Field(None, ge=0, allow_inf_nan=False, description="same, in root mean squares")
 
     @model_validator(mode="after")
     def _one_size(self) -> Self:
         if (self.std is None) == (self.std_ratio is None):
-            raise ValueError(f"give exactly one of std ({self.std}) and std_ratio ({self.std_ratio})")
+            std, std_ratio = value_text(self.std), value_text(self.std_ratio)
+            raise ValueError(f"give exactly one of std ({std}) and std_ratio ({std_ratio})")
         return self
 
     def direction(self, past_C: Tensor, random: torch.Generator) -> Tensor:
@@ -41,11 +39,8 @@ class Noise(Extrapolation):
         return out_C.uniform_(-(3.0**0.5), 3.0**0.5, generator=random)
 
     def scale(self, learning_rate: float) -> float | None:
-        """std."""
         return self.std
 
-    def scales(
-        self, weight_norms_P: Tensor, past_norms_P: Tensor, elements_P: Tensor, learning_rate: float
-    ) -> Tensor:
+    def scales(self, norms_P: Tensor, past_norms_P: Tensor, sizes_P: Tensor, learning_rate: float) -> Tensor:
         """`std_ratio ||theta_l|| / sqrt(n_l)`."""
-        return (self.std_ratio or 0.0) * weight_norms_P / elements_P.clamp(min=1).sqrt()
+        return (self.std_ratio or 0.0) * norms_P / sizes_P.clamp(min=1).sqrt()

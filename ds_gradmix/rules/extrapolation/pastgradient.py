@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch
@@ -7,6 +5,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from typing_extensions import Self
 
+from ds_gradmix.config_messages import value_text
 from ds_gradmix.rules.base import Extrapolation
 
 
@@ -25,30 +24,27 @@ class PastGradient(Extrapolation):
 
     needs_gradient: ClassVar[bool] = True
 
-    lr: float | None = Field(None, ge=0, allow_inf_nan=False, description="step to the look-ahead point")
+    lr: float | None = Field(None, ge=0, allow_inf_nan=False, description="step to the extrapolated weights")
     lr_ratio: float | None = Field(None, ge=0, allow_inf_nan=False, description="the same, in learning rates")
     layerwise: bool = Field(False, description="offsets in proportion to each tensor's norm")
 
     @model_validator(mode="after")
     def _one_step_size(self) -> Self:
         if (self.lr is None) == (self.lr_ratio is None):
-            raise ValueError(f"give exactly one of lr ({self.lr}) and lr_ratio ({self.lr_ratio})")
+            lr, lr_ratio = value_text(self.lr), value_text(self.lr_ratio)
+            raise ValueError(f"give exactly one of lr ({lr}) and lr_ratio ({lr_ratio})")
         return self
 
     def direction(self, past_C: Tensor, random: torch.Generator) -> Tensor:
-        """g; the scale has the sign."""
-        return past_C
+        return past_C  # the scale has the sign
 
     def scale(self, learning_rate: float) -> float | None:
-        """-lr."""
         return None if self.layerwise else -self._step_size(learning_rate)
 
-    def scales(
-        self, weight_norms_P: Tensor, past_norms_P: Tensor, elements_P: Tensor, learning_rate: float
-    ) -> Tensor:
+    def scales(self, norms_P: Tensor, past_norms_P: Tensor, sizes_P: Tensor, learning_rate: float) -> Tensor:
         """`-lr ||theta_l|| / ||g_l||`."""
         step = self._step_size(learning_rate)
-        return torch.where(past_norms_P > 0, -step * weight_norms_P / past_norms_P, 0.0)
+        return torch.where(past_norms_P > 0, -step * norms_P / past_norms_P, 0.0)
 
     def _step_size(self, learning_rate: float) -> float:
         return self.lr if self.lr is not None else learning_rate * (self.lr_ratio or 0.0)

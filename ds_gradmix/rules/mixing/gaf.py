@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from typing import Literal
 
 import torch
@@ -30,9 +28,7 @@ class GAF(GramianMixing):
 
     threshold: float = Field(1.0, ge=0, le=2, allow_inf_nan=False, description="largest cosine distance kept")
     merge: Literal["mean", "midpoint"] = Field("mean", description="mean of the kept, or repeated midpoint")
-    order: Literal["shuffled", "rank"] = Field(
-        "shuffled", description="order of the workers; first is the anchor"
-    )
+    order: Literal["shuffled", "rank"] = Field("shuffled", description="of workers; the first is the anchor")
     on_disagreement: Literal["skip", "mean"] = Field("skip", description="what to do if nobody agrees")
 
     def decide(self, gram_SWW: Tensor, present_W: Tensor, key: RngKey) -> MixingDecision:
@@ -42,7 +38,9 @@ class GAF(GramianMixing):
         these few numbers costs a launch, so there are as few as can be: `cos(a, g_i)` is compared as
         `<a, g_i/|g_i|> >= (1 - threshold) |a|`, and what does not depend on `a` is computed before.
         """
-        order = self._order(gram_SWW.shape[1], key)
+        order = list(range(gram_SWW.shape[1]))
+        if self.order == "shuffled":
+            order = key.generator(_ORDER_STREAM).permutation(len(order)).tolist()
         bias_W = _bias(order, present_W, gram_SWW.dtype)
         squares_SW = gram_SWW.diagonal(dim1=1, dim2=2)
         norms_SW = squares_SW.clamp(min=0).sqrt()
@@ -81,16 +79,9 @@ class GAF(GramianMixing):
             return MixingDecision(weights_SW, present_W.any().expand(len(weights_SW)))
         return MixingDecision(weights_SW * agreed_S[:, None], agreed_S & present_W.any())
 
-    def _order(self, num_workers: int, key: RngKey) -> list[int]:
-        if self.order == "rank":
-            return list(range(num_workers))
-        return [int(i) for i in key.generator(_ORDER_STREAM).permutation(num_workers)]
-
 
 def _bias(order: list[int], present_W: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to a worker's limit: minus infinity for the first one, which is kept, plus infinity for
-    those that are not there, and nothing for the others.
-    """
+    """Added to a worker's limit: -inf for the first one present, +inf for the absent, 0 for the others."""
     place_W = to_device(torch.tensor(order).argsort(), present_W.device)
     place_W = torch.where(present_W, place_W, len(order))
     first_W = present_W & (place_W == place_W.min())

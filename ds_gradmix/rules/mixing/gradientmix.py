@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from typing import Literal
 
 import numpy as np
@@ -23,27 +21,21 @@ class GradientMix(GradientFreeMixing):
     `lambda ~ Beta(alpha, alpha)`.
     """
 
-    alpha: float = Field(
-        1.0, gt=0, le=1e12, allow_inf_nan=False, description="concentration; large means the mean"
-    )
+    alpha: float = Field(1.0, gt=0, le=1e12, allow_inf_nan=False, description="the larger, the nearer to 1/W")
     distribution: Literal["dirichlet", "beta"] = Field("dirichlet", description="how weights are drawn")
-    granularity: Literal["model", "parameter"] = Field(
-        "model", description="one draw for all parameters, or each"
-    )
+    granularity: Literal["model", "parameter"] = Field("model", description="what has a draw of its own")
     start_step: int = Field(0, ge=0, description="first optimizer step at which it acts")
     end_step: int | None = Field(None, ge=0, description="first optimizer step at which it no longer acts")
 
     @model_validator(mode="after")
     def _phase_is_not_empty(self) -> Self:
-        if self.end_step is not None and self.end_step <= self.start_step:
-            raise ValueError(
-                f"end_step must be greater than start_step ({self.start_step}), got {self.end_step}"
-            )
+        start, end = self.start_step, self.end_step
+        if end is not None and end <= start:
+            raise ValueError(f"end_step must be greater than start_step ({start}), got {end}")
         return self
 
     @property
     def by_parameter(self) -> bool:
-        """Granularity `"parameter"`."""
         return self.granularity == "parameter"
 
     def weights(self, key: RngKey, num_workers: int, num_parameters: int) -> npt.NDArray[np.float64]:
@@ -54,9 +46,6 @@ class GradientMix(GradientFreeMixing):
         random = key.generator()
         if self.distribution == "dirichlet":
             return random.dirichlet(np.full(num_workers, self.alpha), size=rows)
-        return self._halves(random, rows, num_workers)
-
-    def _halves(self, random: np.random.Generator, rows: int, num_workers: int) -> npt.NDArray[np.float64]:
         half = max(num_workers // 2, 1)
         share = random.beta(self.alpha, self.alpha, size=(rows, 1))
         places = random.permuted(np.tile(np.arange(num_workers), (rows, 1)), axis=1)

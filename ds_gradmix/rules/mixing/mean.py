@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import numpy as np
 import numpy.typing as npt
 
@@ -10,5 +8,4 @@ class Mean(GradientFreeMixing):
     """Plain averaging, `w_i = 1/W`: the control, and the default."""
 
     def weights(self, key: RngKey, num_workers: int, num_parameters: int) -> npt.NDArray[np.float64]:
-        """`[1, W]`, every entry 1/W."""
         return np.full((1, num_workers), 1.0 / num_workers)

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch
@@ -35,12 +33,10 @@ class VRGD(Scaling):
 
     @property
     def factor_momentum(self) -> float:
-        """beta3."""
         return self.momentum
 
     @property
     def idle_factor(self) -> float:
-        """gamma."""
         return self.gamma
 
     def statistics(self, grads_WC: Tensor, weights_WC: Tensor) -> Tensor:
