@@ -10,8 +10,6 @@
 A slot names a rule by `type` (in any case) and gives its `params`, which are the fields of the rule's class.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
@@ -40,9 +38,7 @@ class GradmixConfig(BaseModel):
     extrapolation: Extrapolation | None = Field(
         None, description="moves each worker's weights before it takes its gradient"
     )
-    scope: Literal["bucket", "parameter", "model"] = Field(
-        "bucket", description="what one Gram matrix covers"
-    )
+    scope: Literal["bucket", "parameter", "model"] = Field("bucket", description="what a Gram matrix covers")
     worker: Literal["rank", "node"] | Annotated[int, Field(ge=1)] = Field(
         "rank", description="the ranks whose gradients are averaged into one worker's: one, a node's, or n"
     )
@@ -55,21 +51,15 @@ class GradmixConfig(BaseModel):
     )
 
     @property
-    def exchanges(self) -> bool:
-        """Whether workers exchange their gradients; if not, DeepSpeed sums the weighted gradients."""
-        return self.mixing.needs_gram or self.scaling is not None
-
-    @property
     def decides_for_model(self) -> bool:
         """Whether one decision needs all gradients of the step."""
         return self.mixing.needs_gram and self.scope == "model"
 
     def describe(self) -> str:
         """One line: the rules with their params, and the other settings that change results."""
-        rules_of = {slot: getattr(self, slot) for slot in SLOTS}
-        parts = [f"{slot} {rule!r}" for slot, rule in rules_of.items() if rule is not None]
-        parts += [f"{name} {getattr(self, name)}" for name in ("scope", "worker", "seed", "nonfinite")]
-        return ", ".join(parts)
+        parts = [f"{slot} {rule!r}" for slot in SLOTS if (rule := getattr(self, slot)) is not None]
+        settings = ("scope", "worker", "seed", "nonfinite")
+        return ", ".join(parts + [f"{name} {getattr(self, name)}" for name in settings])
 
 
 SLOTS: dict[str, Sequence[type[BaseModel]]] = {
@@ -95,10 +85,9 @@ def parse_block(block: object, path: str = KEY) -> GradmixConfig:
         raise ConfigError(messages.wrong_value(path, block, "an object", "see the README for its keys"))
     mistakes: list[str] = []
     values = dict(block)
-    for slot, rules_of_slot in SLOTS.items():
+    for slot, known in SLOTS.items():
         value = values.pop(slot, None)  # null is the default, in every slot
-        rule = None if value is None else _parse_slot(f"{path}.{slot}", value, rules_of_slot, mistakes)
-        if rule is not None:
+        if value is not None and (rule := _parse_slot(f"{path}.{slot}", value, known, mistakes)) is not None:
             values[slot] = rule
     parsed = _validated(path, GradmixConfig, values, mistakes)
     if parsed is None or mistakes:
@@ -127,8 +116,8 @@ def _parse_slot(
     elif params is None or isinstance(params, Mapping):
         return _validated(f"{path}.params", rule, params or {}, mistakes)
     else:
-        advice = "remove it for the defaults"
-        mistakes.append(messages.wrong_value(f"{path}.params", params, "an object", advice))
+        hint = "remove it for the defaults"
+        mistakes.append(messages.wrong_value(f"{path}.params", params, "an object", hint))
     return None
 
 
@@ -136,12 +125,9 @@ def _known(
     path: str, values: Mapping[Any, object], known: Sequence[str], advice: str, mistakes: list[str]
 ) -> dict[str, object]:
     """The entries whose keys are known; for every other a line is appended to `mistakes`."""
-    found = {}
-    for key, value in values.items():
-        if isinstance(key, str) and key in known:
-            found[key] = value
-        else:
-            mistakes.append(messages.unknown_key(path, key, value, known, advice))
+    found = {name: values[name] for name in known if name in values}
+    unknown = [(key, value) for key, value in values.items() if key not in found]
+    mistakes += [messages.unknown_key(path, key, value, known, advice) for key, value in unknown]
     return found
 
 
