@@ -35,8 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--ranks-per-node", type=int, help="of one data-parallel group (default: 8, or what divides it)")
     add("--tensors", type=int, default=Workload.tensors, help="that the parameters are made of")
     for name in _BANDWIDTHS:
-        default = getattr(Cluster, name) / 1e9
-        add(f"--{name.replace('_', '-')}", type=float, default=default, metavar="GB/S")
+        add(f"--{name.replace('_', '-')}", type=float, default=getattr(Cluster, name) / 1e9, metavar="GB/S")
     verbs.add_parser("env", help="versions, and what of this machine matters")
     options = parser.parse_args(arguments)
     if options.verb == "env":
@@ -85,8 +84,7 @@ def _read(path: Path) -> Mapping[str, Any]:
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
-        twice = sorted({key for key in keys if keys.count(key) > 1})
-        if twice:
+        if twice := sorted({key for key in keys if keys.count(key) > 1}):
             raise ConfigError(f"duplicate keys: {', '.join(map(key_text, twice))}; give each once")
         return dict(pairs)
 
