@@ -1,7 +1,5 @@
 """`ds_gradmix check CONFIG.json` and `ds_gradmix env`."""
 
-from __future__ import annotations
-
 import argparse
 import importlib.metadata
 import json
@@ -11,7 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ds_gradmix.config import KEY, ConfigError, GradmixConfig, misspelt_key, parse_block
+import hjson  # what DeepSpeed reads configurations with
+import torch
+
+from ds_gradmix.config import KEY, SLOTS, ConfigError, GradmixConfig, misspelt_key, parse_block
 from ds_gradmix.config_messages import key_text
 from ds_gradmix.costs.model import Cluster, Workload
 from ds_gradmix.costs.report import cost_table, scale_table
@@ -20,47 +21,36 @@ from ds_gradmix.engines.deepspeed_api import TESTED_VERSIONS
 from ds_gradmix.ops import multi_tensor
 
 VERBS = ("check", "env")
+_BANDWIDTHS = ("node_bandwidth", "link_bandwidth", "memory_bandwidth")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; the exit status, 2 for a mistake."""
     parser = argparse.ArgumentParser(prog="ds_gradmix", description="Gradient mixing inside DeepSpeed ZeRO.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="{" + ",".join(VERBS) + "}")
-    check = verbs.add_parser(
-        "check", help="validate the gradmix block of a ds_config and tell what it will cost"
-    )
-    check.add_argument("config", type=Path, metavar="CONFIG.json")
-    check.add_argument(
-        "--dp", "--workers", type=int, nargs="+", help="data-parallel sizes (default: 4, 8, 64, 512 workers)"
-    )
-    check.add_argument(
-        "--params", type=float, help="bytes, memory and time for so many parameters a data-parallel rank"
-    )
-    check.add_argument(
-        "--ranks-per-node", type=int, help="of one data-parallel group (default: 8, or what divides it)"
-    )
-    check.add_argument(
-        "--tensors", type=int, default=Workload.tensors, help="that the parameters are made of"
-    )
-    for name in ("node", "link", "memory"):
-        default = getattr(Cluster, f"{name}_bandwidth") / 1e9
-        check.add_argument(f"--{name}-bandwidth", type=float, default=default, metavar="GB/S")
+    check = verbs.add_parser("check", help="validate the gradmix block of a ds_config and estimate its costs")
+    add = check.add_argument
+    add("config", type=Path, metavar="CONFIG.json")
+    add("--dp", "--workers", type=int, nargs="+", help="data-parallel sizes (default: 4, 8, 64, 512 workers)")
+    add("--params", type=float, help="bytes, memory and time for so many parameters a data-parallel rank")
+    add("--ranks-per-node", type=int, help="of one data-parallel group (default: 8, or what divides it)")
+    add("--tensors", type=int, default=Workload.tensors, help="that the parameters are made of")
+    for name in _BANDWIDTHS:
+        add(f"--{name.replace('_', '-')}", type=float, default=getattr(Cluster, name) / 1e9, metavar="GB/S")
     verbs.add_parser("env", help="versions, and what of this machine matters")
     options = parser.parse_args(arguments)
     if options.verb == "env":
         return _env()
-    numbers = ("params", "ranks_per_node", "tensors", "node_bandwidth", "link_bandwidth", "memory_bandwidth")
-    given = [("dp", size) for size in options.dp or ()] + [(name, getattr(options, name)) for name in numbers]
-    for name, value in given:
-        if value is not None and not 0 < value < float("inf"):
-            parser.error(f"--{name.replace('_', '-')}: {value}; allowed are numbers above 0")
+    for name, value in vars(options).items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and not 0 < number < math.inf:
+                parser.error(f"--{name.replace('_', '-')}: {number}; allowed are numbers above 0")
     return _check(options)
 
 
 def _check(options: argparse.Namespace) -> int:
-    path = options.config
     try:
-        config = _read(path)
+        config = _read(options.config)
         block = _block_of(config)
         clusters = _clusters(options, block)
         tables = [cost_table(config, block, clusters)]
@@ -68,22 +58,20 @@ def _check(options: argparse.Namespace) -> int:
             tables.append(scale_table(config, block, options.params, cluster, options.tensors))
     except ValueError as error:
         for line in str(error).splitlines():
-            print(f"{path}: {line}", file=sys.stderr)
+            print(f"{options.config}: {line}", file=sys.stderr)
         return 2
-    print(json.dumps({KEY: resolved(block)}, indent=2))
-    print(*tables, sep="\n")
+    print(json.dumps({KEY: resolved(block)}, indent=2), *tables, sep="\n")
     return 0
 
 
 def _clusters(options: argparse.Namespace, block: GradmixConfig) -> list[Cluster]:
     """One for each data-parallel size."""
-    names = ("node_bandwidth", "link_bandwidth", "memory_bandwidth")
-    bandwidths = [getattr(options, name) * 1e9 for name in names]
+    bandwidths = [getattr(options, name) * 1e9 for name in _BANDWIDTHS]
     most = options.ranks_per_node or Cluster.ranks_per_node
     usual = {"rank": 1, "node": most}[block.worker] if isinstance(block.worker, str) else block.worker
     found = []
     for size in options.dp or [usual * workers for workers in (4, 8, 64, 512)]:
-        # Some of a node's ranks, if there are no more; and nodes that are full, if nobody says how large.
+        # A node has fewer ranks if there are no more, and is full if its size is not given.
         on_node = min(most, size) if options.ranks_per_node else math.gcd(most, size)
         per_worker = on_node if block.worker == "node" else usual
         if not options.ranks_per_node and per_worker % on_node and on_node % per_worker:
@@ -94,12 +82,10 @@ def _clusters(options: argparse.Namespace, block: GradmixConfig) -> list[Cluster
 
 def _read(path: Path) -> Mapping[str, Any]:
     """As DeepSpeed reads it: JSON, or Hjson; a key given twice is a mistake."""
-    import hjson  # what DeepSpeed depends on for this
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
-        twice = sorted({key for key in keys if keys.count(key) > 1})
-        if twice:
+        if twice := sorted({key for key in keys if keys.count(key) > 1}):
             raise ConfigError(f"duplicate keys: {', '.join(map(key_text, twice))}; give each once")
         return dict(pairs)
 
@@ -121,37 +107,28 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 
 def _block_of(config: Mapping[str, Any]) -> GradmixConfig:
+    wrong = misspelt_key(config)
     if KEY not in config:
-        wrong = misspelt_key(config)
-        hint = (
-            f'; did you mean "{KEY}" by "{wrong}"?'
-            if wrong
-            else "; without it gradients are averaged as ever"
-        )
-        raise ConfigError(f'has no "{KEY}" block{hint}')
-    if wrong := misspelt_key(config):
+        hint = f'did you mean "{KEY}" by "{wrong}"?' if wrong else "without it gradients are averaged as ever"
+        raise ConfigError(f'has no "{KEY}" block; {hint}')
+    if wrong:
         raise ConfigError(f'"{wrong}" beside "{KEY}" would be ignored; is it misspelt? remove one of them')
     block = parse_block(config[KEY])
-    refused = list(refused_settings(config, block))
-    if refused:
+    if refused := list(refused_settings(config, block)):
         raise ConfigError("\n".join(refused))
     return block
 
 
 def resolved(block: GradmixConfig) -> dict[str, Any]:
     """The block as ds_config.json would have it, with every default written out."""
-    out: dict[str, Any] = {}
-    for name in type(block).model_fields:
-        value = getattr(block, name)
-        if name in ("mixing", "scaling", "extrapolation") and value is not None:
-            value = {"type": type(value).__name__, "params": value.model_dump()}
-        out[name] = value
+    out = dict(block)
+    for slot in SLOTS:
+        if (rule := out[slot]) is not None:
+            out[slot] = {"type": type(rule).__name__, "params": rule.model_dump()}
     return out
 
 
 def _env() -> int:
-    import torch
-
     for package in ("ds_gradmix", "deepspeed", "torch", "transformers", "sentencepiece"):
         try:
             version = importlib.metadata.version(package)

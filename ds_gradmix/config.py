@@ -10,8 +10,6 @@
 A slot names a rule by `type` (in any case) and gives its `params`, which are the fields of the rule's class.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
@@ -35,29 +33,15 @@ class GradmixConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    mixing: Mixing = Field(default_factory=rules.Mean, description="gives the workers weights")
-    scaling: Scaling | None = Field(None, description="gives every coordinate a factor")
-    extrapolation: Extrapolation | None = Field(
-        None, description="moves each worker's weights before it takes its gradient"
-    )
-    scope: Literal["bucket", "parameter", "model"] = Field(
-        "bucket", description="what one Gram matrix covers"
-    )
-    worker: Literal["rank", "node"] | Annotated[int, Field(ge=1)] = Field(
-        "rank", description="the ranks whose gradients are averaged into one worker's: one, a node's, or n"
-    )
-    seed: int = Field(1234, ge=0, lt=2**63, description="keys every random draw, together with the step")
-    nonfinite: Literal["propagate", "drop"] = Field(
-        "propagate", description="whether a worker whose gradient has an Inf or NaN counts, or is left out"
-    )
-    tile_bytes: int = Field(
-        32 * 2**20, ge=4096, le=2**40, description="the exchange takes at most 3 of these as extra memory"
-    )
-
-    @property
-    def exchanges(self) -> bool:
-        """Whether workers exchange their gradients; if not, DeepSpeed sums the weighted gradients."""
-        return self.mixing.needs_gram or self.scaling is not None
+    mixing: Mixing = Field(default_factory=rules.Mean)  # gives the workers weights
+    scaling: Scaling | None = None  # gives every coordinate a factor
+    extrapolation: Extrapolation | None = None  # moves each worker's weights before it takes its gradient
+    scope: Literal["bucket", "parameter", "model"] = "bucket"  # what one Gram matrix covers
+    # The ranks whose gradients are averaged into one worker's: one rank's, a node's, or those of n ranks.
+    worker: Literal["rank", "node"] | Annotated[int, Field(ge=1)] = "rank"
+    seed: int = Field(1234, ge=0, lt=2**63)  # keys every random draw, together with the step
+    nonfinite: Literal["propagate", "drop"] = "propagate"  # is a worker with an Inf or NaN left out?
+    tile_bytes: int = Field(32 * 2**20, ge=4096, le=2**40)  # the exchange takes at most 3 as extra memory
 
     @property
     def decides_for_model(self) -> bool:
@@ -66,10 +50,9 @@ class GradmixConfig(BaseModel):
 
     def describe(self) -> str:
         """One line: the rules with their params, and the other settings that change results."""
-        rules_of = {slot: getattr(self, slot) for slot in SLOTS}
-        parts = [f"{slot} {rule!r}" for slot, rule in rules_of.items() if rule is not None]
-        parts += [f"{name} {getattr(self, name)}" for name in ("scope", "worker", "seed", "nonfinite")]
-        return ", ".join(parts)
+        parts = [f"{slot} {rule!r}" for slot in SLOTS if (rule := getattr(self, slot)) is not None]
+        settings = ("scope", "worker", "seed", "nonfinite")
+        return ", ".join(parts + [f"{name} {getattr(self, name)}" for name in settings])
 
 
 SLOTS: dict[str, Sequence[type[BaseModel]]] = {
@@ -95,10 +78,9 @@ def parse_block(block: object, path: str = KEY) -> GradmixConfig:
         raise ConfigError(messages.wrong_value(path, block, "an object", "see the README for its keys"))
     mistakes: list[str] = []
     values = dict(block)
-    for slot, rules_of_slot in SLOTS.items():
+    for slot, known in SLOTS.items():
         value = values.pop(slot, None)  # null is the default, in every slot
-        rule = None if value is None else _parse_slot(f"{path}.{slot}", value, rules_of_slot, mistakes)
-        if rule is not None:
+        if value is not None and (rule := _parse_slot(f"{path}.{slot}", value, known, mistakes)) is not None:
             values[slot] = rule
     parsed = _validated(path, GradmixConfig, values, mistakes)
     if parsed is None or mistakes:
@@ -127,8 +109,8 @@ def _parse_slot(
     elif params is None or isinstance(params, Mapping):
         return _validated(f"{path}.params", rule, params or {}, mistakes)
     else:
-        advice = "remove it for the defaults"
-        mistakes.append(messages.wrong_value(f"{path}.params", params, "an object", advice))
+        hint = "remove it for the defaults"
+        mistakes.append(messages.wrong_value(f"{path}.params", params, "an object", hint))
     return None
 
 
@@ -136,12 +118,9 @@ def _known(
     path: str, values: Mapping[Any, object], known: Sequence[str], advice: str, mistakes: list[str]
 ) -> dict[str, object]:
     """The entries whose keys are known; for every other a line is appended to `mistakes`."""
-    found = {}
-    for key, value in values.items():
-        if isinstance(key, str) and key in known:
-            found[key] = value
-        else:
-            mistakes.append(messages.unknown_key(path, key, value, known, advice))
+    found = {name: values[name] for name in known if name in values}
+    unknown = [(key, value) for key, value in values.items() if key not in found]
+    mistakes += [messages.unknown_key(path, key, value, known, advice) for key, value in unknown]
     return found
 
 

@@ -1,13 +1,8 @@
-"""The words for mistakes in the gradmix block: one line each, with the JSON path, the value, what is allowed
-and what to do.
-"""
-
-from __future__ import annotations
+"""Messages for mistakes in the block: a line has the JSON path, the value, what is allowed, and advice."""
 
 import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -32,19 +27,20 @@ def validation_mistakes(
     error: ValidationError, path: str, model: type[BaseModel], values: Mapping[str, object]
 ) -> Iterator[str]:
     """A line for each key with errors, since pydantic has one for each type that a value might have."""
+    properties = model.model_json_schema()["properties"]
     for item in {item["loc"][:1]: item for item in error.errors()}.values():
         if not item["loc"]:  # from a validator of the whole model
             yield f"{path}: {printable(item['msg'].removeprefix('Value error, '))}"
             continue
         name = str(item["loc"][0])
-        value = values.get(name)
-        options = _options(model, name)
+        value, schema = values.get(name), properties[name]
+        options = schema.get("anyOf", [schema])
+        allowed = f"{' or '.join(map(_option_text, options))} (default {value_text(schema.get('default'))})"
         choices = [str(choice) for option in options for choice in option.get("enum", ())]
         hint = nearest(value, choices) or "change it, or remove it for the default"
         if is_oversized(value) and any(option.get("type") in ("integer", "number") for option in options):
             hint = "an integer must fit into 64 bits"
-        missing = item["type"] == "missing"
-        yield wrong_value(f"{path}.{name}", value, allowed_values(model, name), hint, missing)
+        yield wrong_value(f"{path}.{name}", value, allowed, hint, item["type"] == "missing")
 
 
 def is_oversized(value: object) -> bool:
@@ -52,23 +48,8 @@ def is_oversized(value: object) -> bool:
     return isinstance(value, int) and abs(value) >= 2**63
 
 
-def allowed_values(model: type[BaseModel], name: str) -> str:
-    """What a field may be, in words, from its JSON schema: `number, >= 0, <= 2 (default 1.0)`."""
-    default = value_text(_properties(model)[name].get("default"))
-    return f"{' or '.join(map(_option_text, _options(model, name)))} (default {default})"
-
-
-@cache
-def _properties(model: type[BaseModel]) -> dict[str, Any]:
-    return dict(model.model_json_schema()["properties"])
-
-
-def _options(model: type[BaseModel], name: str) -> list[dict[str, Any]]:
-    schema = _properties(model)[name]
-    return list(schema.get("anyOf", [schema]))
-
-
 def _option_text(schema: Mapping[str, Any]) -> str:
+    """What a field may be, from its JSON schema: `number, >= 0, <= 2`."""
     if "enum" in schema:
         return " or ".join(value_text(value) for value in schema["enum"])
     bounds = [(sign, schema[key]) for key, sign in _BOUNDS.items() if key in schema]

@@ -1,16 +1,14 @@
-"""Whether all ranks are at the same point: 16 bytes between hosts, over gloo, which turn ranks that differ
-into a message instead of a hang.
-"""
-
-from __future__ import annotations
+"""A check that all ranks are at the same point, by 16 bytes over gloo: ranks that differ raise, not hang."""
 
 import hashlib
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from itertools import zip_longest
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from ds_gradmix.comm.groups import gather_objects
 
 _FINGERPRINTS_KEPT = 4096
 
@@ -20,11 +18,7 @@ class MismatchError(ValueError):
 
 
 class ConsistencyCheck:
-    """Compares what the ranks of a group are about to do, without waiting for the device.
-
-    Args:
-        group: a gloo group.
-    """
+    """Compares what the ranks of a gloo group are about to do, without waiting for the device."""
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self._group = group
@@ -32,31 +26,27 @@ class ConsistencyCheck:
         self._rank = dist.get_rank(group)
         self._fingerprints: dict[tuple[str, Hashable], int] = {}
 
-    def check_equal(
-        self, value: Hashable, described: Callable[[], list[str]], occasion: str, advice: str
-    ) -> None:
-        """Check that every rank is at the same point with the same gradients.
+    def check_equal(self, value: Hashable, words: Callable[[], list[str]], doing: str, advice: str) -> None:
+        """Check that every rank is about to do the same.
 
         Args:
-            value: what this rank is about to do; its words are asked for once.
-            described: the same in words, one for each gradient, which are compared.
-            occasion: what is being done, for the message.
-            advice: what to do about a difference, for the message.
+            value: what this rank is about to do; `words` describes it, by a string for each gradient.
+            doing: what the ranks do, for the message, which ends with `advice`.
 
         Raises:
             MismatchError: on every rank, naming the first gradient in which some rank differs from the first.
         """
         if len(self._ranks) == 1:
             return
-        key = (occasion, value)
+        key = (doing, value)
         if key not in self._fingerprints:
             if len(self._fingerprints) > _FINGERPRINTS_KEPT:
                 self._fingerprints.clear()
-            self._fingerprints[key] = fingerprint_of([occasion, *described()])
+            self._fingerprints[key] = fingerprint_of([doing, *words()])
         fingerprint = self._fingerprints[key]
         largest = self._max(torch.tensor([fingerprint, -fingerprint]))
         if int(largest[0]) != -int(largest[1]):
-            raise MismatchError(self._difference(described(), occasion, advice))
+            raise MismatchError(self._difference(words(), doing, advice))
 
     def _max(self, values: Tensor) -> Tensor:
         """Maximum over the ranks in ceil(log2 R) rounds, where gloo's all-reduce, a ring, would take 2 (R-1).
@@ -75,22 +65,17 @@ class ConsistencyCheck:
             distance *= 2
         return values
 
-    def _difference(self, described: list[str], occasion: str, advice: str) -> str:
-        gathered: list[Any] = [None] * len(self._ranks)
-        dist.all_gather_object(gathered, described, group=self._group)
-        ours = gathered[0]
+    def _difference(self, words: list[str], doing: str, advice: str) -> str:
+        gathered, first = gather_objects(words, self._group), self._ranks[0]
         for rank, theirs in zip(self._ranks, gathered, strict=True):
-            for i in range(max(len(theirs), len(ours))):
-                here, there = (words[i] if i < len(words) else "nothing" for words in (ours, theirs))
+            for i, (here, there) in enumerate(zip_longest(gathered[0], theirs, fillvalue="nothing")):
                 if here != there:
-                    return (
-                        f"{occasion}: rank {rank} has {there} where rank {self._ranks[0]} has {here} (number "
-                        f"{i}); {advice}"
-                    )
-        return f"{occasion}: the ranks are at different points of the step"
+                    where = f"rank {rank} has {there} where rank {first} has {here} (number {i})"
+                    return f"{doing}: {where}; {advice}"
+        return f"{doing}: the ranks are at different points of the step"
 
 
-def fingerprint_of(described: Sequence[str]) -> int:
-    """A number below 2**63 for a list of words, the same in every process."""
-    digest = hashlib.blake2b("\n".join(described).encode(), digest_size=8).digest()
+def fingerprint_of(words: Sequence[str]) -> int:
+    """A number below 2**63 that is the same for the same words in every process."""
+    digest = hashlib.blake2b("\n".join(words).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -1,13 +1,9 @@
-"""Process groups: how they are made, and the few collectives that everything else is built from.
-
-Everything a collective is given stays on the device.
-"""
-
-from __future__ import annotations
+"""Process groups, and the few collectives that everything else is built from; tensors stay on the device."""
 
 import os
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -16,13 +12,10 @@ from torch import Tensor
 
 
 class RankGroup:
-    """Ranks that work out something together, of which the first has the last word.
+    """The ranks of a process group of the device's backend, None for the default group; the first decides.
 
     A sum over ranks is not promised to be bit-identical everywhere, but what is decided by it has to be: the
-    first rank takes the sum, decides, and tells the others.
-
-    Args:
-        group: the process group, whose backend is the device's; None for the default group.
+    first rank takes the sum, decides, and sends the decision to the others.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
@@ -51,10 +44,10 @@ class RankGroup:
     def all_reduce_batched(self, tensors: Sequence[Tensor], max_bytes: int) -> None:
         """Sum each of many tensors over the ranks, in place, in batches of about `max_bytes`."""
         batch: list[Tensor] = []
-        for i, tensor in enumerate(tensors):
+        for tensor, following in zip_longest(tensors, tensors[1:]):
             batch.append(tensor)
-            following = tensors[i + 1].dtype if i + 1 < len(tensors) else None
-            if following == tensor.dtype and sum(other.nbytes for other in batch) < max_bytes:
+            same_dtype = following is not None and following.dtype == tensor.dtype
+            if same_dtype and sum(other.nbytes for other in batch) < max_bytes:
                 continue
             flat_N = torch.cat([other.reshape(-1) for other in batch])
             self.all_reduce(flat_N)
@@ -78,16 +71,10 @@ class RankGroup:
 
 
 class TiedParameter:
-    """A parameter that a few ranks keep: what the first of them has is copied to the others.
-
-    Args:
-        ranks: global ranks, the first of which is the source.
-        group: the process group of exactly these.
-    """
+    """A parameter that the global ranks of a process group keep; its gradient is copied from the first."""
 
     def __init__(self, ranks: Sequence[int], group: dist.ProcessGroup) -> None:
-        self._source = ranks[0]
-        self._group = group
+        self._source, self._group = ranks[0], group
         self.is_source = dist.get_rank() == self._source
 
     def copy(self, values: Tensor) -> None:
@@ -100,10 +87,10 @@ def ranks_of(group: dist.ProcessGroup | None) -> tuple[int, ...]:
     return (dist.get_rank(),) if group is None else tuple(dist.get_process_group_ranks(group))
 
 
-def gather_objects(value: object) -> list[Any]:
-    """One small object from every rank of the world, in order."""
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
+def gather_objects(value: object, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """One small object from every rank of a group, by default of the world, in order."""
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, value, group=group)
     return gathered
 
 
@@ -111,13 +98,11 @@ _GROUPS: dict[tuple[Any, ...], dist.ProcessGroup] = {}
 
 
 def group_of(sets: Iterable[Sequence[int]], backend: str | None = None) -> dist.ProcessGroup:
-    """Make a process group of every set of ranks; all ranks must call this with the same sets.
+    """Make a process group of every set of ranks, and return the one that this rank is in.
 
-    Engines share groups: each has threads, and on a GPU memory, of its own, which torch frees at the end.
-    Collectives of a group wait as long as DEEPSPEED_TIMEOUT says, in minutes, as DeepSpeed's own do.
-
-    Returns:
-        The group that this rank is in.
+    All ranks must call this with the same sets. Engines share groups: each has threads, and on a GPU memory,
+    of its own, which torch frees at the end. Collectives of a group wait as long as DEEPSPEED_TIMEOUT says,
+    in minutes, as DeepSpeed's own do.
     """
     key = (dist.group.WORLD, backend, tuple(map(tuple, sets)))
     if key not in _GROUPS:

@@ -7,23 +7,18 @@
 
 Collectives run one after another, and each takes as long as the slower of its two networks: between nodes,
 and inside a node. tests/test_scaling.py compares the byte counts with the kernel's counters. Times are
-estimates for the given bandwidths, and nothing overlaps. Only the standard library is imported: report.py
-translates a configuration into what is needed here.
+estimates for the given bandwidths, and nothing overlaps. Only the standard library is imported.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default with ZeRO, and its fixed size elsewhere
 KERNELS_PER_WORKER = 9  # launched for a sequential decision (GAF) by the rank that takes it
 _GRAM_COPIES = 5  # of a W x W float64 matrix, alive while a decision is taken
 
-EngineWithoutOwners = Literal["ZeRO-0", "BF16_Optimizer"]
-Owners = Literal["even", "one"] | EngineWithoutOwners
+Owners = Literal["even", "one", "ZeRO-0", "BF16_Optimizer"]
 
 
 @dataclass(frozen=True)
@@ -107,10 +102,11 @@ class ReductionPlan:
     """What a gradmix block does with the gradients: without arguments, nothing.
 
     `transport` is "stock" where DeepSpeed averages, "weighted" where it sums gradients that each worker has
-    multiplied by its weight, and "exchange" where a rank receives all workers' gradients for its share.
+    multiplied by its weight, and "exchange" where a rank receives all workers' gradients for its share. Only
+    then are `needs_gram`, `scales` and `has_momentum` true.
     """
 
-    transport: Literal["stock", "weighted", "exchange"] = "stock"
+    transport: str = "stock"
     scope: Literal["bucket", "parameter", "model"] = "bucket"
     needs_gram: bool = False  # weights depend on the Gram matrix of the workers' gradients
     scales: bool = False  # there is a scaling rule
@@ -147,16 +143,15 @@ class Costs(NamedTuple):
 
 def all_reduce(num_bytes: float, cluster: Cluster) -> CollectiveCost:
     """An all-reduce over all ranks by a ring: a rank sends 2 (D-1)/D B."""
-    return _ring(2 * (cluster.ranks - 1) / cluster.ranks * num_bytes, cluster)
+    return _ring(2 * (cluster.ranks - 1) / cluster.ranks * num_bytes, cluster.ranks, cluster)
 
 
 def exchange_gradients(num_bytes: float, cluster: Cluster) -> list[CollectiveCost]:
     """Each rank gets all workers' gradients for its share: (n-1)/n B inside workers, (W-1)/W B/n across."""
     k, n, w = cluster.on_node, cluster.ranks_per_worker, cluster.workers
     inside = CollectiveCost((n - 1) / n * num_bytes, k * max(n - k, 0) / n * num_bytes)
-    workers_on_node = max(k // n, 1)
-    across = CollectiveCost((w - 1) / w * num_bytes / n, k * (w - workers_on_node) / w * num_bytes / n)
-    return [cost for cost in (inside, across) if cost.sent]
+    leaving = k * (w - max(k // n, 1)) / w * num_bytes / n
+    return [inside, CollectiveCost((w - 1) / w * num_bytes / n, leaving)]
 
 
 def send_to_owners(num_bytes: float, cluster: Cluster) -> CollectiveCost:
@@ -170,41 +165,34 @@ def gather_on_every_rank(num_bytes: float, cluster: Cluster) -> list[CollectiveC
     d, k, n, w = cluster.ranks, cluster.on_node, cluster.ranks_per_worker, cluster.workers
     share = (w - 1) / w * num_bytes / n
     across = CollectiveCost(share, min(n, k) * share if d > k else 0.0)
-    inside = (n - 1) / n * num_bytes
-    return [cost for cost in (across, CollectiveCost(inside, inside if n > k else 0.0)) if cost.sent]
+    return [across, _ring((n - 1) / n * num_bytes, n, cluster)]
 
 
 def average_inside_workers(num_bytes: float, cluster: Cluster) -> list[CollectiveCost]:
     """A worker's ranks average their past gradients by a ring: 2 (n-1)/n B."""
-    sent = 2 * (cluster.ranks_per_worker - 1) / cluster.ranks_per_worker * num_bytes
-    return [CollectiveCost(sent, sent if cluster.ranks_per_worker > cluster.on_node else 0.0)] if sent else []
+    n = cluster.ranks_per_worker
+    return [_ring(2 * (n - 1) / n * num_bytes, n, cluster)]
 
 
-def _ring(sent: float, cluster: Cluster) -> CollectiveCost:
-    """A ring through all ranks leaves each node by one link."""
-    return CollectiveCost(sent, sent if cluster.ranks > cluster.on_node else 0.0)
-
-
-def stock_costs(workload: Workload, cluster: Cluster) -> Costs:
-    """The costs of DeepSpeed's own averaging: it copies a bucket, and all-reduces the copy."""
-    return block_costs(ReductionPlan(), replace(workload, grad_bytes=workload.stock_bytes), cluster)
+def _ring(sent: float, num_ranks: int, cluster: Cluster) -> CollectiveCost:
+    """A ring through neighbouring ranks leaves each node by one link."""
+    return CollectiveCost(sent, sent if num_ranks > cluster.on_node else 0.0)
 
 
 def block_costs(plan: ReductionPlan, workload: Workload, cluster: Cluster) -> Costs:
-    """The costs with a gradmix block."""
+    """The costs of a step; those of DeepSpeed's own averaging for the plan that does nothing."""
     collectives = gradient_collectives(plan, workload, cluster)
-    if plan.transport == "exchange":
-        collectives += _decision_collectives(plan, workload, cluster)
+    collectives += _decision_collectives(plan, workload, cluster)
     collectives *= workload.reductions
     if plan.averages_past_gradient:
         collectives += average_inside_workers(workload.num_bytes, cluster)
     seconds = _decision_seconds(plan, workload, cluster) * workload.reductions
     read_and_written = _read_and_written_bytes(plan, workload, cluster) * workload.reductions
     seconds += read_and_written / cluster.memory_bandwidth
-    for cost in collectives:
-        inside_node = cost.sent - cost.leaving / cluster.on_node
-        seconds += max(cost.leaving / cluster.node_bandwidth, inside_node / cluster.link_bandwidth)
-    sent, leaving = sum(cost.sent for cost in collectives), sum(cost.leaving for cost in collectives)
+    for sent, leaving in collectives:
+        inside_node = sent - leaving / cluster.on_node
+        seconds += max(leaving / cluster.node_bandwidth, inside_node / cluster.link_bandwidth)
+    sent, leaving = (sum(column) for column in zip(*collectives, strict=True))
     return Costs(sent, leaving, _memory_bytes(plan, workload, cluster), seconds)
 
 
@@ -223,20 +211,17 @@ def gradient_collectives(plan: ReductionPlan, workload: Workload, cluster: Clust
     return collectives
 
 
-def _decision_collectives(
-    plan: ReductionPlan, workload: Workload, cluster: Cluster
-) -> Iterable[CollectiveCost]:
+def _decision_collectives(plan: ReductionPlan, workload: Workload, cluster: Cluster) -> list[CollectiveCost]:
     """Gram matrices are summed and weights broadcast; a scaling rule sums a mean for every tensor."""
     w = cluster.workers
-    if plan.needs_gram:
-        yield _ring(8.0 * plan.decisions(workload) * (w * w + w + 2), cluster)
-    if plan.scales:
-        yield all_reduce(16.0 * workload.tensors, cluster)
+    gram_and_weights = _ring(8.0 * plan.decisions(workload) * (w * w + w + 2), cluster.ranks, cluster)
+    means = all_reduce(16.0 * workload.tensors, cluster)
+    return [gram_and_weights] * plan.needs_gram + [means] * plan.scales
 
 
 def _decision_seconds(plan: ReductionPlan, workload: Workload, cluster: Cluster) -> float:
     """Gram matrices, and the small kernels of the decisions, which a bucket's parameters share."""
-    if plan.transport != "exchange" or not plan.needs_gram:
+    if not plan.needs_gram:
         return 0.0
     w, rounds = cluster.workers, 1 if plan.scope == "model" else workload.buckets
     seconds = 2 * w * workload.parameters / cluster.ranks_per_worker / cluster.fp64_rate

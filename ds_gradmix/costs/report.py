@@ -1,10 +1,8 @@
 """What `ds_gradmix check` prints about the costs of a gradmix block: model.py's formulas for a ds_config."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from ds_gradmix.config import GradmixConfig
 from ds_gradmix.costs import model
@@ -14,87 +12,86 @@ from ds_gradmix.exchange.exchange import columns_per_tile
 from ds_gradmix.exchange.transport import Transport, choose_transport
 
 _SMALL_MESSAGE = 64 * 2**10  # bytes; with smaller messages a network is far from its bandwidth
-_TRANSPORTS: dict[Transport, Literal["stock", "weighted", "exchange"]] = {
-    Transport.STOCK: "stock",
-    Transport.WEIGHTED: "weighted",
-    Transport.EXCHANGE: "exchange",
-}
+_ROWS = ("GB sent per rank", "GB leaving a node", "GB of memory per rank", "seconds, estimated")
 
 
 def reduction_plan(config: Mapping[str, Any], block: GradmixConfig, num_workers: int) -> ReductionPlan:
     """What the formulas need to know of a block in a ds_config, for a number of workers."""
-    extrapolation = block.extrapolation
+    scaling, extrapolation = block.scaling, block.extrapolation
+    needs_gradient = extrapolation is not None and extrapolation.needs_gradient
+    accumulates = lookup(config, "gradient_accumulation_steps", 1) not in (1, None)
+    keeps_two = needs_gradient and accumulates and _stage(config) == 2
+    transport = choose_transport(block, num_workers)
+    exchanges = transport is Transport.EXCHANGE
     return ReductionPlan(
-        transport=_TRANSPORTS[choose_transport(block, num_workers)],
+        transport=transport.value,
         scope=block.scope,
-        needs_gram=block.mixing.needs_gram,
-        scales=block.scaling is not None,
-        has_momentum=block.scaling is not None and block.scaling.factor_momentum > 0,
-        averages_past_gradient=extrapolation is not None and extrapolation.needs_gradient,
-        parameter_copies=_parameter_copies(config, block),
+        needs_gram=exchanges and block.mixing.needs_gram,
+        scales=exchanges and scaling is not None,
+        has_momentum=exchanges and scaling is not None and scaling.factor_momentum > 0,
+        averages_past_gradient=needs_gradient,
+        parameter_copies=0 if extrapolation is None else 1 + keeps_two,
         tile_bytes=block.tile_bytes,
     )
 
 
 def workload_of(config: Mapping[str, Any], parameters: float, tensors: int) -> Workload:
     """What is reduced with a ds_config, for a number of parameters and of tensors that they consist of."""
-    engine = _engine_without_owners(config)
-    micro_steps = lookup(config, "gradient_accumulation_steps", 1)
-    workload = Workload(
+    grad_bytes, engine = _grad_bytes(config), _engine_without_owners(config)
+    communicated = lookup(config, "communication_data_type", None)
+    stock_bytes = {"fp32": 4, "fp16": 2, "bf16": 2, "bfp16": 2}.get(communicated, grad_bytes)
+    size, micro_steps = model.BUCKET_ELEMENTS, lookup(config, "gradient_accumulation_steps", 1)
+    if engine is None:
+        size = int(lookup(config, "zero_optimization.reduce_bucket_size", size))
+    return Workload(
         parameters,
-        min(_grad_bytes(config), _stock_bytes(config)),  # an exchange widens nothing before it sends it
-        engine or "one",
-        _stock_bytes(config),
-        min(_bucket_elements(config), max(int(parameters), 1)),
+        min(grad_bytes, stock_bytes),  # an exchange converts to no wider dtype before it sends
+        engine or ("even" if parameters <= size else "one"),
+        stock_bytes,
+        size,
         tensors,
         reductions=int(micro_steps) if _stage(config) == 2 and isinstance(micro_steps, int) else 1,
     )
-    return replace(workload, owners="even") if engine is None and workload.buckets == 1 else workload
 
 
 def cost_table(config: Mapping[str, Any], block: GradmixConfig, clusters: Sequence[Cluster]) -> str:
     """The bytes sent relative to stock DeepSpeed for several data-parallel sizes, and the memory needed."""
-    engine = _engine_without_owners(config)
-    columns = ["even buckets", "one owner a bucket"] if engine is None else [f"buckets of {engine}"]
+    even = workload_of(config, 1.0, 1)
+    workloads = {"even buckets": even, "one owner a bucket": replace(even, owners="one")}
+    if even.every_rank_needs_result:
+        workloads = {f"buckets of {even.owners}": even}
     lines = ["gradients sent per rank and reduction, relative to stock DeepSpeed:"]
-    lines.append("    ranks  " + "  ".join(columns))
-    owners: list[model.Owners] = ["even", "one"] if engine is None else [engine]
-    workloads = [replace(workload_of(config, 1.0, 1), owners=owner) for owner in owners]
+    lines.append("    ranks  " + "  ".join(workloads))
     for cluster in clusters:
-        plan = reduction_plan(config, block, cluster.workers)
-        ratios = [_sent_ratio(plan, workload, cluster) for workload in workloads]
-        cells = (f"{ratio:{len(column)}.3f}" for ratio, column in zip(ratios, columns, strict=True))
-        lines.append(f"  {cluster.ranks:7d}  " + "  ".join(cells))
-    lines += _memory_lines(config, block)
+        plan, line = reduction_plan(config, block, cluster.workers), f"  {cluster.ranks:7d}"
+        for column, workload in workloads.items():
+            sent = sum(cost.sent for cost in model.gradient_collectives(plan, workload, cluster))
+            stock = model.all_reduce(workload.stock_bytes, cluster).sent
+            line += f"  {sent / stock if stock else 1.0:{len(column)}.3f}"
+        lines.append(line)
+    plan = reduction_plan(config, block, num_workers=2)  # or more
+    lines += _memory_lines(plan, even)
     if block.extrapolation is not None:
-        lines.append(_extrapolation_line(config, block))
-    if block.mixing.needs_gram and block.scope == "bucket":
-        name = "reduce_bucket_size" if engine is None else "DeepSpeed's own bucket size"
-        size = _bucket_elements(config)
-        lines.append(f"note: scope bucket makes {name} ({size:g} elements) part of the mathematics")
+        lines.append(_extrapolation_line(config, block, plan))
+    if plan.needs_gram and block.scope == "bucket":
+        name = "DeepSpeed's own bucket size" if even.every_rank_needs_result else "reduce_bucket_size"
+        size = f"{name} ({even.bucket_elements:g} elements)"
+        lines.append(f"note: scope bucket makes {size} part of the mathematics")
     return "\n".join(lines)
 
 
-def _sent_ratio(plan: ReductionPlan, workload: Workload, cluster: Cluster) -> float:
-    stock = model.all_reduce(workload.stock_bytes, cluster).sent
-    sent = sum(cost.sent for cost in model.gradient_collectives(plan, workload, cluster))
-    return sent / stock if stock else 1.0
-
-
-def _memory_lines(config: Mapping[str, Any], block: GradmixConfig) -> Iterator[str]:
-    engine = _engine_without_owners(config)
-    size = _bucket_elements(config) * _stock_bytes(config) / 2**20
+def _memory_lines(plan: ReductionPlan, workload: Workload) -> Iterator[str]:
+    size, tile = workload.bucket_elements * workload.stock_bytes / 2**20, plan.tile_bytes / 2**20
     stock = f"stock: a copy of the bucket, at most {size:g} MiB"
-    if engine == "ZeRO-0":
+    if workload.owners == "ZeRO-0":
         stock += " and a parameter"
-    if engine == "BF16_Optimizer":
+    if workload.owners == "BF16_Optimizer":
         stock = "stock: a copy in bf16 of all gradients of a parameter group"
-    plan = reduction_plan(config, block, num_workers=2)  # or more
-    tile = plan.tile_bytes / 2**20
+    reducing = "extra memory per rank while a bucket is reduced: at most"
     if plan.transport == "exchange":
-        tiles = f"{3 * tile:g} MiB, 3 tiles" + (" besides stock's" if engine == "ZeRO-0" else "")
-        yield f"extra memory per rank while a bucket is reduced: at most {tiles} ({stock})"
-        if engine is not None and plan.decides_for_model:
+        besides = " besides stock's" if workload.owners == "ZeRO-0" else ""
+        yield f"{reducing} {3 * tile:g} MiB, 3 tiles{besides} ({stock})"
+        if workload.every_rank_needs_result and plan.decides_for_model:
             yield "  and 1.5 tiles for every bucket that waits for the decision on the model"
         if plan.needs_gram:
             each = "every parameter of a bucket" if plan.scope == "parameter" else "each decision"
@@ -102,25 +99,25 @@ def _memory_lines(config: Mapping[str, Any], block: GradmixConfig) -> Iterator[s
     elif plan.transport == "stock":
         yield f"extra memory per rank: none, this is stock DeepSpeed ({stock})"
     else:
-        most = f"at most {tile:g} MiB besides stock's ({stock})"
-        yield f"extra memory per rank while a bucket is reduced: {most}"
+        yield f"{reducing} {tile:g} MiB besides stock's ({stock})"
     if plan.has_momentum:
         yield "  and for momentum 4 bytes per parameter / ranks throughout, as much again during reductions"
 
 
-def _extrapolation_line(config: Mapping[str, Any], block: GradmixConfig) -> str:
-    rule, copies = block.extrapolation, _parameter_copies(config, block)
-    assert rule is not None
-    words = "two copies" if copies == 2 else "one copy"
-    sums_micro_steps = rule.needs_gradient and _stage(config) == 2
-    if sums_micro_steps and "gradient_accumulation_steps" not in config and "train_batch_size" in config:
+def _extrapolation_line(config: Mapping[str, Any], block: GradmixConfig, plan: ReductionPlan) -> str:
+    needs_gradient = plan.averages_past_gradient
+    undecided = "gradient_accumulation_steps" not in config and "train_batch_size" in config
+    words, num_bytes = "one copy", plan.parameter_copies * _grad_bytes(config)
+    if plan.parameter_copies == 2:
+        words = "two copies"
+    elif needs_gradient and _stage(config) == 2 and undecided:
         words += " (two if DeepSpeed comes to accumulate gradients)"
     communication = "no communication"
-    if rule.needs_gradient and block.worker not in ("rank", 1):
+    if needs_gradient and block.worker not in ("rank", 1):
         communication = "once a step its gradient is averaged over the worker's ranks"
     return (
-        f"extra memory per rank for {type(rule).__name__}: {words} of the parameters in their own dtype "
-        f"({copies * _grad_bytes(config)} bytes a parameter); {communication}"
+        f"extra memory per rank for {type(block.extrapolation).__name__}: {words} of the parameters in their "
+        f"own dtype ({num_bytes} bytes a parameter); {communication}"
     )
 
 
@@ -131,30 +128,26 @@ def scale_table(
 
     A data-parallel rank reduces the gradients of `parameters` parameters, which consist of `tensors` tensors.
     """
-    workload = workload_of(config, parameters, tensors)
-    plan = reduction_plan(config, block, cluster.workers)
-    stock, ours = model.stock_costs(workload, cluster), model.block_costs(plan, workload, cluster)
+    workload, plan = workload_of(config, parameters, tensors), reduction_plan(config, block, cluster.workers)
+    stock_workload = replace(workload, grad_bytes=workload.stock_bytes)
+    stock = model.block_costs(ReductionPlan(), stock_workload, cluster)
+    ours = model.block_costs(plan, workload, cluster)
     per_worker = "a rank" if cluster.ranks_per_worker == 1 else f"{cluster.ranks_per_worker} ranks"
     lines = [
         f"a step of {parameters:g} parameters on {cluster.ranks} data-parallel ranks, {cluster.on_node} on a "
         f"node; a worker is {per_worker}:",
         "                                     stock        block    ratio",
-        _row("GB sent per rank", stock.sent / 1e9, ours.sent / 1e9),
-        _row("GB leaving a node", stock.leaving / 1e9, ours.leaving / 1e9),
-        _row("GB of memory per rank", stock.memory / 1e9, ours.memory / 1e9),
-        _row("seconds, estimated", stock.seconds, ours.seconds),
     ]
+    for name, before, after in zip(_ROWS, stock, ours, strict=True):
+        before, after = (cost / (1e9 if name.startswith("GB") else 1.0) for cost in (before, after))
+        ratio = f"{after / before:.3f}" if before else "-"
+        lines.append(f"  {name:25s} {before:12.4g} {after:12.4g} {ratio:>8s}")
     if workload.reductions > 1:
         lines.append(f"  with ZeRO-2 in {workload.reductions} reductions, one for each micro-step")
     if plan.transport == "exchange":
         columns = columns_per_tile(block, cluster.ranks, cluster.workers, 2 * workload.grad_bytes)
         lines += _message_note(columns, plan.tile_bytes, workload, cluster)
     return "\n".join(lines)
-
-
-def _row(name: str, stock: float, ours: float) -> str:
-    ratio = f"{ours / stock:.3f}" if stock else "-"
-    return f"  {name:25s} {stock:12.4g} {ours:12.4g} {ratio:>8s}"
 
 
 def _message_note(columns: int, tile_bytes: int, workload: Workload, cluster: Cluster) -> Iterator[str]:
@@ -179,24 +172,12 @@ def _stage(config: Mapping[str, Any]) -> Any:
     return lookup(config, "zero_optimization.stage", 0)
 
 
-def _bucket_elements(config: Mapping[str, Any]) -> int:
-    if _engine_without_owners(config) is not None:
-        return model.BUCKET_ELEMENTS
-    return int(lookup(config, "zero_optimization.reduce_bucket_size", model.BUCKET_ELEMENTS))
-
-
 def _grad_bytes(config: Mapping[str, Any]) -> int:
     """The bytes of a gradient's element."""
     return 2 if any(lookup(config, f"{name}.enabled", False) is True for name in ("bf16", "fp16")) else 4
 
 
-def _stock_bytes(config: Mapping[str, Any]) -> int:
-    """The bytes of an element as DeepSpeed communicates it."""
-    communicated = lookup(config, "communication_data_type", None)
-    return {"fp32": 4, "fp16": 2, "bf16": 2, "bfp16": 2}.get(communicated, _grad_bytes(config))
-
-
-def _engine_without_owners(config: Mapping[str, Any]) -> model.EngineWithoutOwners | None:
+def _engine_without_owners(config: Mapping[str, Any]) -> model.Owners | None:
     """The kind of engine, if it is one in which every rank needs the whole result of a bucket."""
     if _stage(config) == 0:
         return "ZeRO-0"
@@ -205,11 +186,3 @@ def _engine_without_owners(config: Mapping[str, Any]) -> model.EngineWithoutOwne
     bf16 = lookup(config, "bf16.enabled", False) is True
     offloads = lookup(config, "zero_optimization.offload_optimizer.device", None) == "cpu"
     return "BF16_Optimizer" if _stage(config) == 1 and bf16 and sums_in_fp32 and not offloads else None
-
-
-def _parameter_copies(config: Mapping[str, Any], block: GradmixConfig) -> int:
-    """How many copies of the parameters a rank keeps for extrapolation."""
-    if block.extrapolation is None:
-        return 0
-    accumulates = lookup(config, "gradient_accumulation_steps", 1) not in (1, None)
-    return 2 if block.extrapolation.needs_gradient and _stage(config) == 2 and accumulates else 1

@@ -28,4 +28,5 @@ def choose_transport(config: GradmixConfig, num_workers: int, sum_sequence_ranks
     is_mean = isinstance(config.mixing, Mean) and config.scaling is None
     if not sum_sequence_ranks and (num_workers == 1 or (is_mean and config.nonfinite == "propagate")):
         return Transport.STOCK
-    return Transport.EXCHANGE if config.exchanges else Transport.WEIGHTED
+    exchanges = config.mixing.needs_gram or config.scaling is not None
+    return Transport.EXCHANGE if exchanges else Transport.WEIGHTED
