@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -353,6 +354,8 @@ def test_start_script_stops_all_hosts(tmp_path: Path, cause: str) -> None:
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # Under nohup it is inherited as ignored, which a shell cannot undo.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     assert start.stdout is not None
     try:

@@ -8,8 +8,6 @@ Four optimizers are behind this adapter, and the pipeline engine compares one's 
 of the engine and of the optimizer, and needs no subclasses.
 """
 
-from __future__ import annotations
-
 import functools
 import types
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """What an engine's adapter is given, and the reduction that it builds from it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 

@@ -2,8 +2,6 @@
 parameters.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Any
 

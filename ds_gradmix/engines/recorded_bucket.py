@@ -1,8 +1,6 @@
 """What `DeepSpeedZeroOptimizer.average_tensor` asks for when it reduces a bucket, recorded."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -46,9 +44,9 @@ class RecordedBucket:
         return recorded == self.flat_N.numel()
 
 
-def pieces_of(optimizer: Any, spans: Sequence[ParamSpan], slices: Sequence[OwnedSlice]) -> Iterator[Piece]:
+def pieces_of(optimizer: Any, slices: Sequence[OwnedSlice], spans: Sequence[ParamSpan]) -> list[Piece]:
     """Where the borders of gradients and of owners' slices cut a bucket of a `DeepSpeedZeroOptimizer`."""
-    remaining = iter(slices)
+    pieces, remaining = [], iter(slices)
     first, length, owner, _ = next(remaining, OwnedSlice(0, 0, 0, None))
     for param, span in enumerate(spans):
         groups = optimizer.param_to_partition_ids.items()
@@ -60,5 +58,6 @@ def pieces_of(optimizer: Any, spans: Sequence[ParamSpan], slices: Sequence[Owned
             part = min(first + length, end) - start
             offset = optimizer.grad_partition_insertion_offset[group][owner][span.param]
             offset += start - span.start - optimizer.grad_start_offset[group][owner][span.param]
-            yield Piece(start, part, owner, param, group, int(offset))
+            pieces.append(Piece(start, part, owner, param, group, int(offset)))
             start += part
+    return pieces

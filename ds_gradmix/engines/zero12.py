@@ -6,8 +6,6 @@ the rules. So the reduction runs inside of DeepSpeed's own call, on the stream t
 and whoever wraps `average_tensor` finds a reduced bucket after it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -101,12 +99,10 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
 
     def gradient_reduction_w_predivide(self, tensor: Tensor, communication_data_type: torch.dtype) -> Tensor:
         """Record all of a bucket, with `reduce_scatter: false`."""
-        reduced = [tensor]
+        reduce, reduced = super().gradient_reduction_w_predivide, [tensor]
 
         def replay() -> None:
-            reduced[0] = super(GradmixZeroOptimizer, self).gradient_reduction_w_predivide(
-                tensor, communication_data_type
-            )
+            reduced[0] = reduce(tensor, communication_data_type)
 
         self._gradmix_record([(tensor, 0, None)], self.dp_process_group, replay)
         return reduced[0]
@@ -144,16 +140,10 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
             for call in calls:
                 call.replay()
 
-        bucket = Bucket(
-            [recorded.flat_N],
-            spans,
-            workers,
-            self._gradmix_dtypes(recorded.flat_N.dtype, recorded.comm_dtype),
-            replay,
-            replay,
-            lambda within: list(pieces_of(self, within, slices)),
-            [(part.start, part.output) for part in owned if part.output is not None],
-        )
+        dtypes = self._gradmix_dtypes(recorded.flat_N.dtype, recorded.comm_dtype)
+        outputs = [(part.start, part.output) for part in owned if part.output is not None]
+        pieces = functools.partial(pieces_of, self, slices)
+        bucket = Bucket([recorded.flat_N], spans, workers, dtypes, replay, replay, pieces, outputs)
         last = bool(self.is_gradient_accumulation_boundary())
         self.gradmix.reduce(bucket, self.gradmix_context.key, last=last)
         if self.gradmix.transport is not Transport.EXCHANGE:
