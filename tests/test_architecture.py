@@ -17,9 +17,8 @@ PACKAGE = Path(__file__).parent.parent / "ds_gradmix"
 LAYERS = {
     "ops": 0,
     "comm": 0,
-    "log": 0,
+    "log": -1,
     "slurm": 0,
-    "script": 0,
     "megatron": 0,
     "config_messages": 0,
     "rules": 1,
@@ -27,7 +26,6 @@ LAYERS = {
     "combine": 3,
     "exchange": 3,
     "weights": 3,
-    "testing": 4,
     "engines": 4,
     "costs": 5,
     "": 6,
@@ -36,7 +34,7 @@ LAYERS = {
 }
 # __init__ imports deepspeed in the functions that need it, since that takes seconds.
 IMPORT_DEEPSPEED = {"engines", "megatron", ""}
-IMPORT_TORCH_DISTRIBUTED = {"comm", "engines", "megatron"}
+IMPORT_TORCH_DISTRIBUTED = {"comm", "engines", "megatron", "__main__"}
 
 MAX_LINES = 5500
 MAX_LINES_OF_FILE = 300

@@ -187,8 +187,6 @@ def test_a_run_keeps_its_degrees(tmp_path: Path) -> None:
         checkpoint.check_identity(tmp_path, begun)
         with pytest.raises(ValueError, match=said):
             checkpoint.check_identity(tmp_path, resumed)
-    (tmp_path / "run.json").write_text("{}")  # begun before there was a choice
-    checkpoint.check_identity(tmp_path, {"tensor parallelism": 1, "number of pipeline stages": 1})
 
 
 def pretrain(arguments: list[str], stop_step: int | None = None, with_rules: bool = False) -> int:
