@@ -1,6 +1,6 @@
 """What the reduction works on, as one value: a bucket of gradients that DeepSpeed was about to reduce."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -80,17 +80,15 @@ class Bucket:
         """Bring a flat tensor that `load` gave back to where the gradients are."""
         if flat_N.data_ptr() == self.tensors[0].data_ptr():
             return
-        parts = flat_N.split([tensor.numel() for tensor in self.tensors])
-        for tensor, part in zip(self.tensors, parts, strict=True):
+        for tensor, part in zip(self.tensors, flat_N.split([t.numel() for t in self.tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
 
-def runs_of(spans: Sequence[ParamSpan]) -> Iterator[tuple[int, int, list[ParamSpan]]]:
+def runs_of(spans: Sequence[ParamSpan]) -> list[tuple[int, int, list[ParamSpan]]]:
     """Runs of spans without a gap between them: start, length, and the spans."""
-    run: list[ParamSpan] = []
-    for span in [*spans, None]:
-        if run and (span is None or run[-1].start + run[-1].length != span.start):
-            yield run[0].start, sum(other.length for other in run), run
-            run = []
-        if span is not None:
-            run.append(span)
+    runs: list[list[ParamSpan]] = []
+    for span in spans:
+        if not runs or runs[-1][-1].start + runs[-1][-1].length != span.start:
+            runs.append([])
+        runs[-1].append(span)
+    return [(run[0].start, sum(span.length for span in run), run) for run in runs]

@@ -70,9 +70,7 @@ class Exchange:
         self._plans: dict[tuple[CommDtypes, bool, tuple[ParamSpan, ...]], ExchangePlan] = {}
 
     def send(self, bucket: Bucket, spans: tuple[ParamSpan, ...]) -> "PendingExchange":
-        """Prepare the exchange of these gradients of a bucket; they are sent when the Gram matrix or the
-        combination is asked for.
-        """
+        """Prepare an exchange; the gradients are sent when the Gram matrix or combination is asked for."""
         key = (bucket.dtypes, bucket.pieces is None, spans)
         plan = self._plans.pop(key, None) or self._plan(bucket, spans)
         self._plans[key] = plan  # as the most recent one
@@ -94,9 +92,8 @@ class Exchange:
         return ExchangePlan(tiles, pieces, workers.rank, workers.size, bucket.tensors[0].device, counted)
 
     def gram(self, grads: Sequence[Tensor], dtypes: CommDtypes) -> Tensor:
-        """Gram matrix `[1, W, W]` of this rank's share of entire gradients, which are read; nothing is kept.
-
-        Any division of the elements among the R ranks serves, so each tile is cut into R equal parts.
+        """Gram matrix `[1, W, W]` of this rank's share of entire gradients, which are read, not replaced: so
+        any division among the R ranks serves, and each tile is cut into R equal parts.
         """
         workers, device = self.workers, self.weighting.stats.device
         columns = columns_per_tile(self.config, workers.num_ranks, workers.size, dtypes.num_bytes)

@@ -1,6 +1,4 @@
-"""Momentum of a scaling rule's factors: their running mean over optimizer steps, sharded like the optimizer's
-own state.
-"""
+"""Momentum of a scaling rule's factors: their running mean over steps, sharded like the optimizer's state."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
@@ -40,9 +38,7 @@ class FactorMomentum:
             self.reserve(group, size)
 
     def group_of(self, composition: Hashable, size: int) -> int:
-        """The number, with room for `size` elements, of a bucket that no rank owns, by what it is composed
-        of: negative, where the optimizer's parameter groups are not.
-        """
+        """The group of a bucket that no rank owns, with room for it; negative, unlike the optimizer's own."""
         group = -1 - self._other_groups.setdefault(composition, len(self._other_groups))
         self.reserve(group, size)
         return group

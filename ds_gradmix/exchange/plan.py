@@ -135,10 +135,11 @@ class ExchangePlan:
     def _segments(self, segment_of: Sequence[int]) -> list[Segments]:
         """Of every tile, which segment each column belongs to, given that of every parameter."""
         num_segments = 1 if len(set(segment_of)) == 1 else 1 + max(segment_of)
-        found = [
-            ([segment_of[p.param] for p in tile.mine], [p.length for p in tile.mine]) for tile in self.tiles
-        ]
-        return [Segments(*runs, num_segments, self.device, self.num_workers) for runs in found]
+        made = []
+        for tile in self.tiles:
+            ids, lengths = [segment_of[p.param] for p in tile.mine], [p.length for p in tile.mine]
+            made.append(Segments(ids, lengths, num_segments, self.device, self.num_workers))
+        return made
 
 
 def even_sizes(total: int, num_ranks: int) -> list[int]:
@@ -147,10 +148,8 @@ def even_sizes(total: int, num_ranks: int) -> list[int]:
 
 
 def share_evenly(lengths: Sequence[tuple[int, int]], num_ranks: int, group: int) -> list[Piece]:
-    """The pieces of a bucket that nobody owns, in order, of which every rank takes an equal share.
-
-    `lengths` are where each parameter's gradient begins in the bucket, and its elements; `group` distinguishes
-    the bucket from others, for state that is kept of it.
+    """The pieces, in order, of a bucket of gradients `(start, length)` that nobody owns, of which every rank
+    takes an equal share; `group` distinguishes it from others, for state that is kept of it.
     """
     grads = [Piece(start, length, 0, param, group, 0) for param, (start, length) in enumerate(lengths)]
     shares = _fill(grads, even_sizes(_length(grads), num_ranks))

@@ -46,23 +46,21 @@ class Backward:
 
 
 class GradientReducer:
-    """The rules at work in one engine.
-
-    `weight_sum` is what the workers' weights sum to: 1, or the number of replicas where gradients are to be
-    summed instead of averaged. `weights` are the extrapolated weights, if the rules have any.
-    """
+    """The rules at work in one engine."""
 
     def __init__(
         self,
         config: GradmixConfig,
         parallel: ParallelGroups,
         params: ParamTable,
-        weight_sum: float = 1.0,
-        weights: WorkerWeights | None = None,
+        weight_sum: float = 1.0,  # or the number of replicas, where gradients are summed instead of averaged
+        weights: WorkerWeights | None = None,  # the extrapolated weights, if the rules have any
     ) -> None:
         self.config = config
         self.parallel = parallel
         self.transport = choose_transport(config, parallel.workers.size, parallel.sum_sequence_ranks)
+        # Whether one decision is taken from all gradients of a step.
+        self.decides_for_model = self.transport is Transport.EXCHANGE and config.decides_for_model
         self.stats: Mapping[str, float] = {}  # of the last step
         self.momentum: FactorMomentum | None = None
         if (rule := config.scaling) is not None and rule.factor_momentum > 0 and parallel.workers.size > 1:
@@ -87,11 +85,6 @@ class GradientReducer:
         """The workers of a process group: the data-parallel one, or one of experts."""
         return self._exchanges[ranks_of(group)].workers
 
-    @property
-    def decides_for_model(self) -> bool:
-        """Whether one decision is taken from all gradients of a step."""
-        return self.transport is Transport.EXCHANGE and self.config.decides_for_model
-
     def check(self, spans: tuple[ParamSpan, ...], occasion: str) -> None:
         """Raise `MismatchError` on every rank unless all are about to reduce these gradients."""
 
@@ -105,7 +98,7 @@ class GradientReducer:
     # --- one backward ---
 
     def reduce(self, bucket: Bucket, key: RngKey, *, last: bool) -> None:
-        """Reduce one bucket of a step, in one tensor; other buckets may not be known yet. `key` is that of the
+        """Reduce one bucket, in one tensor; others of the step may not be known yet. `key` is that of the
         step's random draws, and `last` says that these parameters are not reduced again in the step.
         """
         flat_N = bucket.load()
@@ -133,13 +126,10 @@ class GradientReducer:
     ) -> list[PendingExchange]:
         """Before the first of a step's buckets, where all gradients are known: what concerns all of them.
 
-        Decides for the model, where that is the scope. Then combines tied parameters, on the first of the
-        pipeline stages that keep them, and copies the result to the others: what stages have in common must
-        stay equal, but each reduces buckets of its own, with other parameters in them.
-
-        `grads` are of every parameter that has one; tied ones are summed over their stages, and are replaced
-        by their combination. `buckets` are all that hold them, where they are known; they are returned, sent,
-        if the decision is for the model.
+        Decides for the model, where that is the scope; `buckets`, where they are known, are then sent and
+        returned. Replaces the gradients of tied parameters, which are summed over their pipeline stages, by
+        their combination, taken on the first of these stages and copied to the others: what stages have in
+        common must stay equal, but each reduces buckets of its own, with other parameters in them.
         """
         pending = self._decide_for_model(grads, dtypes, key, buckets) if self.decides_for_model else []
         found = dict(grads)

@@ -37,7 +37,7 @@ class WorkerWeights(Protocol):
 
 @dataclass
 class RuleState:
-    """This rank's state of the rules. Random draws need none: they are keyed by DeepSpeed's own step count."""
+    """The rules' state on this rank. Random draws need none: they are keyed by DeepSpeed's own step count."""
 
     config: GradmixConfig
     momentum: FactorMomentum | None
@@ -57,17 +57,14 @@ class RuleState:
 
     def load(self, saved: dict[str, Any] | None, why: str) -> str | None:
         """Take over what `state_dict` returned where it fits, and start afresh where it does not, or where it
-        is None for the reason `why`. `mixing` may change between runs, since no mixing rule has state.
-
-        Returns:
-            What to warn of, or None.
+        is None for the reason `why`; returns what to warn of. `mixing` may change: no mixing rule has state.
         """
         self.loads += 1
         if self.momentum is not None:
             self.momentum.reset()
         if self.weights is not None:
             self.weights.forget()
-        if found := "; ".join(reason for reason in ([why] if saved is None else self._load(saved)) if reason):
+        if found := "; ".join([why] if saved is None else self._load(saved)):
             return f"the checkpoint has not all state of these rules ({found}); what it has not starts afresh"
         return None
 

@@ -44,10 +44,7 @@ class StepStats:
         self._sums[-1] += factors_C.numel() if counted_C is None else counted_C.expand_as(factors_C).sum()
 
     def read(self, parallel: ParallelGroups, *, scaled: bool) -> dict[str, float]:
-        """The step's statistics, the same on every rank; the only place where the host waits for the device.
-
-        `scaled` says whether there are factors.
-        """
+        """The step's statistics, the same on every rank; only here does the host wait for the device."""
         if parallel.decisions_are_global and not self._used:
             return {}
         if not parallel.decisions_are_global:

@@ -84,7 +84,7 @@ class TiledBuffer:
         if k == self._final:
             self._stashed = values_KC
         else:
-            self._write(k, values_KC.reshape(-1).view(self.flat_N.dtype))
+            torch._foreach_copy_(*self._memory(k, values_KC.reshape(-1).view(self.flat_N.dtype)))
 
     def stashed(self, num_rows: int) -> Iterator[tuple[int, Tensor]]:
         """What was stashed, tile by tile; the caller may write each tile's result when it is done with it."""
@@ -112,13 +112,8 @@ class TiledBuffer:
         torch._foreach_copy_(parts, places)
         return out
 
-    def _write(self, k: int, values: Tensor) -> None:
-        torch._foreach_copy_(*self._memory(k, values))
-
     def write_result(self, k: int, mean_C: Tensor, factors_C: Tensor | None = None) -> None:
-        """Bring the combined gradients `factors * mean` of tile k, float32, to their owners' slices of the
-        bucket, with momentum of the factors if there is any; `mean_C` may be overwritten.
-        """
+        """Bring `factors * mean` of tile k, float32, to the owners' slices; `mean_C` may be overwritten."""
         tile, momentum = self._tiles[k], self._momentum
         if factors_C is not None and momentum is None:
             mean_C = mean_C.mul_(factors_C)
@@ -165,7 +160,7 @@ class TiledBuffer:
             sent = torch.cat(parts, out=self._outbox[: sum(tile.sizes)])
             yield k, self._workers.exchange(sent, tile.sizes, self._inbox)
             if keep and k < self._final:
-                self._write(k, self._received(k, self._inbox))
+                torch._foreach_copy_(*self._memory(k, self._received(k, self._inbox)))
 
     def _received(self, k: int, buffer: Tensor) -> Tensor:
         """The part of a staging buffer that all workers' gradients for tile k take, one after the other."""

@@ -84,9 +84,7 @@ class Weighting:
 
 
 def _multiply(flat_N: Tensor, spans: Sequence[ParamSpan], weights_S: Tensor | float, tile_bytes: int) -> None:
-    """Multiply gradients, in place, by one number, or by a tensor of one weight or of one for each span. A
-    chunk in float32, with its weights, takes at most `tile_bytes`.
-    """
+    """Multiply in place by a number, or by one weight or one a span, in chunks of `tile_bytes` in float32."""
     first = 0
     for begin, length, run in runs_of(spans):
         part = flat_N.narrow(0, begin, length)
