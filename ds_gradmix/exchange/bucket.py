@@ -1,8 +1,6 @@
 """What the reduction works on, as one value: a bucket of gradients that DeepSpeed was about to reduce."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -47,10 +45,10 @@ class ParamTable(NamedTuple):
 
 
 class CommDtypes(NamedTuple):
-    """The dtypes in which numbers travel."""
+    """The communication dtypes."""
 
-    gradient: torch.dtype  # to the ranks that combine them
-    result: torch.dtype  # from these to the owners
+    gradient: torch.dtype  # of gradients, sent to the ranks that combine them
+    result: torch.dtype  # of combined gradients, sent from these to the owners
 
     @property
     def num_bytes(self) -> int:
@@ -60,28 +58,17 @@ class CommDtypes(NamedTuple):
 
 @dataclass(frozen=True)
 class Bucket:
-    """Gradients that one group of workers reduces together.
+    """Gradients that one group of workers reduces together."""
 
-    Args:
-        tensors: the memory that holds them, one tensor after the other.
-        spans: where in it each parameter's gradient lies.
-        workers: who reduces them.
-        dtypes: in which they travel.
-        replay: DeepSpeed's own reduction of them.
-        sum: sums them over the workers, flat as `load` gave them, where weights replace averaging.
-        pieces: tells, for some of the spans, which rank owns which part; None where every rank needs all of
-            the result.
-        outputs: what owned parts of the result are also added to, by their start in the bucket.
-    """
-
-    tensors: Sequence[Tensor]
+    tensors: Sequence[Tensor]  # the memory that holds them, one tensor after the other
     spans: tuple[ParamSpan, ...]
     workers: WorkerGroup
     dtypes: CommDtypes
-    replay: Callable[[], object]
-    sum: Callable[[Tensor], object]
+    replay: Callable[[], object]  # DeepSpeed's own reduction of them
+    sum: Callable[[Tensor], object]  # sums what `load` gave over the workers, where weights replace averaging
+    # Which rank owns which part of some of the spans; None where every rank needs all of the result.
     pieces: Callable[[Sequence[ParamSpan]], Sequence[Piece]] | None = None
-    outputs: Sequence[tuple[int, Tensor]] = ()
+    outputs: Sequence[tuple[int, Tensor]] = ()  # what owned pieces are also added to, by start in the bucket
 
     def load(self) -> Tensor:
         """The gradients as one flat tensor: a view where they are one, a copy where they are several."""
@@ -93,17 +80,15 @@ class Bucket:
         """Bring a flat tensor that `load` gave back to where the gradients are."""
         if flat_N.data_ptr() == self.tensors[0].data_ptr():
             return
-        parts = flat_N.split([tensor.numel() for tensor in self.tensors])
-        for tensor, part in zip(self.tensors, parts, strict=True):
+        for tensor, part in zip(self.tensors, flat_N.split([t.numel() for t in self.tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
 
-def runs_of(spans: Sequence[ParamSpan]) -> Iterator[tuple[int, int, list[ParamSpan]]]:
+def runs_of(spans: Sequence[ParamSpan]) -> list[tuple[int, int, list[ParamSpan]]]:
     """Runs of spans without a gap between them: start, length, and the spans."""
-    run: list[ParamSpan] = []
-    for span in [*spans, None]:
-        if run and (span is None or run[-1].start + run[-1].length != span.start):
-            yield run[0].start, sum(other.length for other in run), run
-            run = []
-        if span is not None:
-            run.append(span)
+    runs: list[list[ParamSpan]] = []
+    for span in spans:
+        if not runs or runs[-1][-1].start + runs[-1][-1].length != span.start:
+            runs.append([])
+        runs[-1].append(span)
+    return [(run[0].start, sum(span.length for span in run), run) for run in runs]

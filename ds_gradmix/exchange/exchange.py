@@ -3,7 +3,7 @@ them.
 
     1. all-to-all: rank j gets every worker's gradient for region j (plan.py);  a rank sends (W-1)/W B
     2. Gram matrices of the shares are summed on the first rank, which decides; W^2 numbers
-       it tells the weights to all, so that they are identical;                  W numbers
+       it sends the weights to all, so that they are identical;                  W numbers
     3. a scaling rule's sums over every parameter, over the ranks;               2 P numbers
     4. weighted combination, one pass over the share
     5. all-to-all of what was combined to its owners, unless regions are owned;  (W-1)/W B/W
@@ -22,21 +22,17 @@ Memory beyond the bucket: at most 3 `tile_bytes`, plus the small numbers above. 
 what has been sent is overwritten by what was received, and that by the result.
 """
 
-from __future__ import annotations
-
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from ds_gradmix.comm.groups import RankGroup
-from ds_gradmix.comm.workers import WorkerGroup
 from ds_gradmix.config import GradmixConfig
-from ds_gradmix.exchange.bucket import Bucket, CommDtypes, ParamInfo, ParamSpan
+from ds_gradmix.exchange.bucket import Bucket, CommDtypes, ParamSpan
 from ds_gradmix.exchange.factor_momentum import FactorMomentum
 from ds_gradmix.exchange.plan import ExchangePlan, even_sizes, plan_tiles, share_evenly
-from ds_gradmix.exchange.step_stats import StepStats
 from ds_gradmix.exchange.tiled_buffer import TiledBuffer
 from ds_gradmix.exchange.weighted import Weighting
 from ds_gradmix.ops.segments import Segments
@@ -54,9 +50,7 @@ def columns_per_tile(config: GradmixConfig, num_ranks: int, num_workers: int, co
     where weights differ by parameter, or six times as much for Gram matrices by parameter (blocks that
     parameters share are copied for each); and a float32 more where its ranks' parts are summed.
     """
-    work = 8
-    if config.mixing.by_parameter:
-        work = 12
+    work = 12 if config.mixing.by_parameter else 8
     if config.mixing.needs_gram and config.scope == "parameter":
         work = 48
     if num_ranks > num_workers:
@@ -66,73 +60,42 @@ def columns_per_tile(config: GradmixConfig, num_ranks: int, num_workers: int, co
 
 
 class Exchange:
-    """Exchanges and combines the buckets of one group of workers.
+    """Exchanges and combines the buckets of one group of workers."""
 
-    Args:
-        config: the rules.
-        workers: who exchanges.
-        infos: of the optimizer's parameters, by position.
-        stats: takes note of what was decided.
-        momentum: of a scaling rule's factors, if it has any.
-        weight_sum: what the workers' weights sum to.
-    """
+    def __init__(self, weighting: Weighting, momentum: FactorMomentum | None) -> None:
+        self.config = weighting.config
+        self.workers = weighting.workers
+        self.weighting = weighting
+        self.momentum = momentum  # of a scaling rule's factors, if it has any
+        self._plans: dict[tuple[CommDtypes, bool, tuple[ParamSpan, ...]], ExchangePlan] = {}
 
-    def __init__(
-        self,
-        config: GradmixConfig,
-        workers: WorkerGroup,
-        infos: Sequence[ParamInfo],
-        stats: StepStats,
-        momentum: FactorMomentum | None = None,
-        weight_sum: float = 1.0,
-    ) -> None:
-        self.config = config
-        self.workers = workers
-        self.stats = stats
-        self.momentum = momentum
-        self.weight_sum = weight_sum
-        self.weighting = Weighting(config, workers, infos, stats, weight_sum)
-        self.by_param = config.mixing.needs_gram and config.scope == "parameter"
-        self._infos = infos
-        self._plans: OrderedDict[tuple[CommDtypes, bool, tuple[ParamSpan, ...]], ExchangePlan] = OrderedDict()
-
-    def send(self, bucket: Bucket, spans: tuple[ParamSpan, ...]) -> PendingExchange:
-        """Prepare the exchange of a bucket's gradients; they travel when its Gram matrix or its combination
-        is asked for.
-        """
-        plan = self._plan(bucket, spans)
-        if bucket.pieces is None and self.momentum is not None:
-            owned = sum(piece.length for piece in plan.owned)
-            self.momentum.reserve(self.momentum.group_of(spans), owned)
-        return PendingExchange(self, bucket, plan)
+    def send(self, bucket: Bucket, spans: tuple[ParamSpan, ...]) -> "PendingExchange":
+        """Prepare an exchange; the gradients are sent when the Gram matrix or combination is asked for."""
+        key = (bucket.dtypes, bucket.pieces is None, spans)
+        plan = self._plans.pop(key, None) or self._plan(bucket, spans)
+        self._plans[key] = plan  # as the most recent one
+        if len(self._plans) > _PLANS_KEPT:
+            del self._plans[next(iter(self._plans))]
+        return PendingExchange(self, bucket, spans, plan)
 
     def _plan(self, bucket: Bucket, spans: tuple[ParamSpan, ...]) -> ExchangePlan:
-        workers, replicated = self.workers, bucket.pieces is None
-        key = (bucket.dtypes, replicated, spans)
-        plan = self._plans.pop(key, None)
-        if plan is None:
-            if bucket.pieces is not None:
-                pieces = list(bucket.pieces(spans))
-            else:
-                lengths = [(span.start, span.length) for span in spans]
-                group = 0 if self.momentum is None else self.momentum.group_of(spans)
-                pieces = share_evenly(lengths, workers.num_ranks, group)
-            columns = columns_per_tile(self.config, workers.num_ranks, workers.size, bucket.dtypes.num_bytes)
-            tiles = plan_tiles(pieces, workers.order, workers.rank, columns)
-            counted = [self._infos[span.param].counted for span in spans]
-            device = bucket.tensors[0].device
-            plan = ExchangePlan(tiles, pieces, workers.rank, workers.size, device, counted, replicated)
-        self._plans[key] = plan
-        if len(self._plans) > _PLANS_KEPT:
-            self._plans.popitem(last=False)
-        return plan
-
-    def gram(self, grads: Sequence[Tensor], dtypes: CommDtypes, device: torch.device) -> Tensor:
-        """Gram matrix `[1, W, W]` of this rank's share of whole gradients, which are read; nothing is kept.
-
-        Any division of the elements among the R ranks serves, so each tile is cut into R equal parts.
-        """
         workers = self.workers
+        if bucket.pieces is not None:
+            pieces = list(bucket.pieces(spans))
+        else:
+            sizes = even_sizes(sum(span.length for span in spans), workers.num_ranks)
+            group = 0 if self.momentum is None else self.momentum.group_of(spans, sizes[workers.rank])
+            pieces = share_evenly([(span.start, span.length) for span in spans], workers.num_ranks, group)
+        columns = columns_per_tile(self.config, workers.num_ranks, workers.size, bucket.dtypes.num_bytes)
+        tiles = plan_tiles(pieces, workers.order, workers.rank, columns)
+        counted = [self.weighting.infos[span.param].counted for span in spans]
+        return ExchangePlan(tiles, pieces, workers.rank, workers.size, bucket.tensors[0].device, counted)
+
+    def gram(self, grads: Sequence[Tensor], dtypes: CommDtypes) -> Tensor:
+        """Gram matrix `[1, W, W]` of this rank's share of entire gradients, which are read, not replaced: so
+        any division among the R ranks serves, and each tile is cut into R equal parts.
+        """
+        workers, device = self.workers, self.weighting.stats.device
         columns = columns_per_tile(self.config, workers.num_ranks, workers.size, dtypes.num_bytes)
         flats, total = [], 0
         for grad in grads:
@@ -141,16 +104,12 @@ class Exchange:
         gram_SWW = torch.zeros(1, workers.size, workers.size, dtype=torch.float64, device=device)
         for begin in range(0, total, columns * workers.num_ranks):
             end = min(begin + columns * workers.num_ranks, total)
-            parts = [
-                flat[max(begin - first, 0) : end - first]
-                for first, flat in flats
-                if first < end and first + flat.numel() > begin
-            ]
+            found = [(first, flat) for first, flat in flats if first < end and first + flat.numel() > begin]
+            parts = [flat[max(begin - first, 0) : end - first] for first, flat in found]
             sent = torch.cat([part.to(dtypes.gradient) for part in parts])
             sizes = even_sizes(end - begin, workers.num_ranks)
             rows_WC = workers.exchange(sent, sizes, sent.new_empty(workers.receive_size(sizes)))
-            segment = Segments([0], [rows_WC.shape[1]], 1, sent.device, workers.size)
-            gram_SWW += segment.gram(rows_WC)
+            gram_SWW += Segments([0], [rows_WC.shape[1]], 1, device, workers.size).gram(rows_WC)
         return gram_SWW
 
     def decide(self, gram_SWW: Tensor, present_W: Tensor, key: RngKey, group: RankGroup) -> MixingDecision:
@@ -158,10 +117,9 @@ class Exchange:
         rule = self.config.mixing
         assert isinstance(rule, GramianMixing)
         group.reduce(gram_SWW)
+        packed = gram_SWW.new_empty(gram_SWW.shape[0], self.workers.size + 2)
         if group.is_first:
             packed = decide_from_gram(rule, gram_SWW, present_W, key).packed()
-        else:
-            packed = gram_SWW.new_empty(gram_SWW.shape[0], self.workers.size + 2)
         group.broadcast(packed)
         return MixingDecision.unpacked(packed)
 
@@ -169,105 +127,86 @@ class Exchange:
 class PendingExchange:
     """A bucket between the sending of its gradients and their combination."""
 
-    def __init__(self, exchange: Exchange, bucket: Bucket, plan: ExchangePlan) -> None:
+    def __init__(
+        self, exchange: Exchange, bucket: Bucket, spans: tuple[ParamSpan, ...], plan: ExchangePlan
+    ) -> None:
         self._exchange = exchange
         self._bucket = bucket
+        self._spans = spans
         self._plan = plan
-        self.flat_N = bucket.load()
-        self._suspended = False
-        self._tiled: TiledBuffer | None = None
-        if plan.tiles:
-            self._tiled = TiledBuffer(exchange.workers, self.flat_N, plan, bucket.dtypes)
+        self._tiled = TiledBuffer(exchange.workers, bucket, plan, exchange.momentum)
+
+    def decide(self, key: RngKey) -> tuple[MixingDecision, Tensor]:
+        """The decision for this bucket alone, and which workers count."""
+        exchange, group = self._exchange, self._exchange.workers.decision_group
+        grads = [span.of(self._tiled.flat_N) for span in self._spans]
+        present_W = exchange.weighting.present(grads, group)
+        if exchange.config.mixing.needs_gram:
+            return exchange.decide(self.gram(), present_W, key, group), present_W
+        return exchange.weighting.decide(self._spans, present_W, key), present_W
 
     def gram(self) -> Tensor:
         """Gram matrices `[S, W, W]` of this rank's share of the bucket."""
-        plan, tiled, size = self._plan, self._tiled, self._exchange.workers.size
-        if tiled is None:
+        plan, size = self._plan, self._exchange.workers.size
+        if not plan.tiles:
             return torch.zeros(1, size, size, dtype=torch.float64, device=plan.device)
-        if self._exchange.by_param:
-            gram_SWW = _total(plan.by_param[k].gram(grads_WC) for k, grads_WC in tiled.sweep())
+        by_param = self._exchange.config.scope == "parameter"
+        segments = plan.by_param if by_param else plan.counted_as_one
+        gram_SWW = reduce(torch.add, (segments[k].gram(grads_WC) for k, grads_WC in self._tiled.sweep()))
+        if by_param:
             return gram_SWW if plan.counted_P is None else gram_SWW * plan.counted_P[:, None, None]
-        gram_SWW = _total(plan.counted_as_one[k].gram(grads_WC) for k, grads_WC in tiled.sweep())
-        return gram_SWW[:1] if plan.counted[0] or len(gram_SWW) == 2 else torch.zeros_like(gram_SWW)
+        return gram_SWW[:1] if any(plan.counted) else torch.zeros_like(gram_SWW)
 
     def suspend(self) -> None:
         """Until `combine`: keep everything in the memory that the gradients have."""
-        if self._tiled is not None:
-            self._tiled.suspend()
-            self._bucket.store(self.flat_N)
-            del self.flat_N
-            self._suspended = True
+        self._tiled.suspend()
 
-    def combine(self, decision: MixingDecision, present_W: Tensor, outputs: Sequence[Tensor] = ()) -> None:
+    def combine(self, decision: MixingDecision, present_W: Tensor) -> None:
         """Replace, in every owner's slices of the bucket, its own gradient by the combination of all
-        workers'; elsewhere the bucket is undefined afterwards.
-
-        Args:
-            decision: one row of weights, or one a parameter.
-            present_W: which workers count; the gradient of one that does not must be finite.
-            outputs: for each of `plan.owned`, what its combined gradient is also added to, unless empty.
+        workers'; elsewhere the bucket is undefined afterwards. The decision is one row of weights, or one a
+        parameter; the gradient of a worker that is not present must be finite.
         """
         tiled, plan, exchange = self._tiled, self._plan, self._exchange
-        if tiled is None:
+        if not plan.tiles:
             return
-        if self._suspended:
-            self.flat_N = self._bucket.load()
-            tiled.resume(self.flat_N)
-        if outputs:
-            tiled.add_results_to(plan, list(outputs))
+        tiled.resume()
         one_row = len(decision.weights_SW) == 1
-        elements_S = float(sum(plan.num_elements)) if one_row else plan.num_elements_P
-        exchange.stats.add_decision(decision, elements_S, present_W)
+        elements_S = plan.num_elements_P.sum() if one_row else plan.num_elements_P
+        exchange.weighting.stats.add_decision(decision, elements_S, present_W)
         weights_WS = decision.weights_SW.t().float()
         segments = plan.as_one if one_row else plan.by_param
         if exchange.config.scaling is not None:
-            self._scale(exchange.config.scaling, tiled, segments, weights_WS)
+            self._scale(exchange.config.scaling, segments, weights_WS)
         else:
-            weights_WS = weights_WS * exchange.weight_sum
+            weights_WS = weights_WS * exchange.weighting.weight_sum
             for k, grads_WC in tiled.sweep(last=True):
                 tiled.write_result(k, mix(grads_WC, weights_WS, segments[k]))
-        self._bucket.store(self.flat_N)
+        self._bucket.store(tiled.flat_N)
 
-    def _scale(
-        self, rule: Scaling, tiled: TiledBuffer, segments: Sequence[Segments], weights_WS: Tensor
-    ) -> None:
+    def _scale(self, rule: Scaling, segments: Sequence[Segments], weights_WS: Tensor) -> None:
         """Statistics of all tiles, their sums over every parameter on all the ranks, and factors."""
-        plan, exchange, num_rows = self._plan, self._exchange, 1 + rule.num_statistics
-        stashes = tiled.can_stash(num_rows)
+        tiled, plan, exchange = self._tiled, self._plan, self._exchange
+        stashes = tiled.can_stash(1 + rule.num_statistics)
 
-        def sums() -> Iterator[Tensor]:
-            for k, grads_WC in tiled.sweep():
-                statistics_KC = scaling_statistics(rule, grads_WC, weights_WS, segments[k])
-                yield layer_sums(rule, statistics_KC, plan.by_param[k])
-                if stashes:
-                    tiled.stash(k, statistics_KC)
+        def statistics(last: bool) -> Iterator[tuple[int, Tensor]]:
+            for k, grads_WC in tiled.sweep(last):
+                yield k, scaling_statistics(rule, grads_WC, weights_WS, segments[k])
 
-        sums_2P = _total(sums())
+        sums_2P = torch.zeros(2, len(plan.counted), dtype=torch.float64, device=plan.device)
+        for k, statistics_KC in statistics(last=stashes):
+            sums_2P += layer_sums(rule, statistics_KC, plan.by_param[k])
+            if stashes:
+                tiled.stash(k, statistics_KC)
         if plan.counted_P is not None:
-            sums_2P = sums_2P * plan.counted_P
+            sums_2P *= plan.counted_P
         exchange.workers.sum_over_shares(sums_2P)
         if exchange.momentum is not None:
             exchange.momentum.begin(plan.owned)
-        again = (
-            tiled.stashed(num_rows)
-            if stashes
-            else (
-                (k, scaling_statistics(rule, grads_WC, weights_WS, segments[k]))
-                for k, grads_WC in tiled.sweep(last=True)
-            )
-        )
+        again = tiled.stashed(1 + rule.num_statistics) if stashes else statistics(last=True)
         for k, statistics_KC in again:
             factors_C = scaling_factors(rule, statistics_KC, sums_2P, plan.by_param[k])
             counted_C = None
             if plan.counted_P is not None:
                 counted_C = plan.by_param[k].expand(plan.counted_P[None])[0]
-            exchange.stats.add_factors(factors_C, counted_C)
-            mean_C = statistics_KC[0] * exchange.weight_sum
-            tiled.write_result(k, mean_C, factors_C, exchange.momentum)
-
-
-def _total(parts: Iterator[Tensor]) -> Tensor:
-    total = next(parts)
-    for part in parts:
-        total = total + part
-    return total
+            exchange.weighting.stats.add_factors(factors_C, counted_C)
+            tiled.write_result(k, statistics_KC[0] * exchange.weighting.weight_sum, factors_C)

@@ -1,10 +1,6 @@
-"""Momentum of a scaling rule's factors: their running mean over optimizer steps, sharded like the optimizer's
-own state.
-"""
+"""Momentum of a scaling rule's factors: their running mean over steps, sharded like the optimizer's state."""
 
-from __future__ import annotations
-
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,17 +21,10 @@ class FactorMomentum:
     step is pending, so a skipped step leaves no trace.
 
     Memory: one float32 an element, and one more from the first reduction of a step to its end.
-
-    Args:
-        decay: beta3.
-        idle: the factor of an element without a gradient.
-        partition_sizes: elements that this rank owns in each of the optimizer's parameter groups.
-        device: where gradients are.
+    `sizes` are the elements that this rank owns in each of the optimizer's parameter groups.
     """
 
-    def __init__(
-        self, decay: float, idle: float, partition_sizes: Sequence[int], device: torch.device
-    ) -> None:
+    def __init__(self, decay: float, idle: float, sizes: Sequence[int], device: torch.device) -> None:
         self.decay = decay
         self.steps = 0
         self._idle = idle
@@ -45,14 +34,14 @@ class FactorMomentum:
         self._pending: dict[int, Tensor] = {}
         self._reductions: dict[tuple[int, int, int], int] = {}  # of each (group, offset, length) in this step
         self._other_groups: dict[Hashable, int] = {}
-        for group, size in enumerate(partition_sizes):
+        for group, size in enumerate(sizes):
             self.reserve(group, size)
 
-    def group_of(self, composition: Hashable) -> int:
-        """A number for a bucket that no rank owns, by what it is composed of: negative, where the optimizer's
-        parameter groups are not.
-        """
-        return -1 - self._other_groups.setdefault(composition, len(self._other_groups))
+    def group_of(self, composition: Hashable, size: int) -> int:
+        """The group of a bucket that no rank owns, with room for it; negative, unlike the optimizer's own."""
+        group = -1 - self._other_groups.setdefault(composition, len(self._other_groups))
+        self.reserve(group, size)
+        return group
 
     def reserve(self, group: int, size: int) -> None:
         """Make room for the elements of a group; nothing happens if there is."""
@@ -68,9 +57,8 @@ class FactorMomentum:
         if not self._pending:
             self._pending = {group: torch.full_like(mean, self._idle) for group, mean in self._means.items()}
         keys = [(piece.group, piece.partition_offset, piece.length) for piece in owned]
-        fresh = [key for key in keys if key not in self._reductions]
-        if fresh:
-            torch._foreach_zero_([self._pending[group].narrow(0, *place) for group, *place in fresh])
+        if fresh := [piece for piece, key in zip(owned, keys, strict=True) if key not in self._reductions]:
+            torch._foreach_zero_(_views(self._pending, fresh))
         for key in keys:
             self._reductions[key] = self._reductions.get(key, 0) + 1
 
@@ -78,10 +66,8 @@ class FactorMomentum:
         """Smoothed factors `[C]`, float32, of pieces one after the other; `factors_C` waits for `commit`."""
         factors_C = factors_C.float()
         lengths = [p.length for p in pieces]
-        pending = [self._pending[p.group].narrow(0, p.partition_offset, p.length) for p in pieces]
-        torch._foreach_add_(pending, list(factors_C.split(lengths)))
-        means = [self._means[p.group].narrow(0, p.partition_offset, p.length) for p in pieces]
-        smoothed_C = torch.cat(means)
+        torch._foreach_add_(_views(self._pending, pieces), list(factors_C.split(lengths)))
+        smoothed_C = torch.cat(_views(self._means, pieces))
         multi_tensor.axpby_(1 - self.decay, [factors_C], self.decay, [smoothed_C])
         counts = [self.steps - self._begun[p.group] + 1 for p in pieces]
         if len(set(counts)) == 1:
@@ -122,9 +108,8 @@ class FactorMomentum:
     def load_state_dict(self, saved: dict[str, Any]) -> bool:
         """Take over a checkpoint's state; False, and nothing changed, if it is of other sizes."""
         means = saved["means"]
-        if any(
-            group not in means or means[group].numel() != mean.numel() for group, mean in self._means.items()
-        ):
+        sizes = {group: mean.numel() for group, mean in means.items()}
+        if any(sizes.get(group) != mean.numel() for group, mean in self._means.items()):
             return False
         for group, mean in means.items():
             self.reserve(group, mean.numel())
@@ -133,3 +118,7 @@ class FactorMomentum:
         self.steps = int(saved["steps"])
         self.discard()
         return True
+
+
+def _views(buffers: Mapping[int, Tensor], pieces: Sequence[Piece]) -> list[Tensor]:
+    return [buffers[p.group].narrow(0, p.partition_offset, p.length) for p in pieces]

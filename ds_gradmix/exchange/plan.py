@@ -1,9 +1,9 @@
-"""Who combines which part of a bucket, and in which order: plain integers, decided alike on every rank.
+"""Who combines which part of a bucket, and in which order: plain integers, decided identically on every rank.
 
 A bucket of N elements is divided into R *regions*, one for each rank to combine. If its slices are spread
-evenly over their owners, a rank's region is what it owns, and nothing needs to travel twice (`direct`). If
-not, every region holds N/R elements, of its own rank's as many as fit, and combined gradients go on to their
-owners in a second hop.
+evenly over their owners, a rank's region is what it owns, and nothing needs to be sent twice (`direct`). If
+not, every region holds N/R elements, of its own rank's as many as fit, and combined gradients are sent to
+their owners in a second all-to-all.
 
 Regions are cut into tiles of equal width, tile k being columns `[k C, (k+1) C)` of all R regions. That makes
 the exchange a transposition in place: the W <= R workers' gradients for tile k of *my* region take the memory
@@ -12,9 +12,7 @@ everything, and only the tile at hand needs more. The last tile, whose parts may
 the staging buffer.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -37,11 +35,10 @@ class Piece(NamedTuple):
     group: int  # the optimizer's parameter group
     partition_offset: int  # where it begins in its owner's partition of that group
 
-    def cut(self, begin: int, end: int) -> Piece:
+    def cut(self, begin: int, end: int) -> "Piece":
         """The part `[begin, end)` of the piece."""
-        return self._replace(
-            start=self.start + begin, length=end - begin, partition_offset=self.partition_offset + begin
-        )
+        offset = self.partition_offset + begin
+        return self._replace(start=self.start + begin, length=end - begin, partition_offset=offset)
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ class Tile:
     @cached_property
     def sizes(self) -> list[int]:
         """Elements each rank combines."""
-        return [sum(piece.length for piece in region) for region in self.regions]
+        return [_length(region) for region in self.regions]
 
     @property
     def mine(self) -> list[Piece]:
@@ -76,23 +73,17 @@ class Tile:
     @cached_property
     def sent_to(self) -> list[int]:
         """Combined elements that this rank sends to every owner."""
-        return [sum(p.length for p in self.mine if p.owner == owner) for owner in range(len(self.regions))]
+        return [_length(p for p in self.mine if p.owner == owner) for owner in range(len(self.regions))]
 
     @cached_property
     def received_from(self) -> list[int]:
         """Combined elements that this rank, as owner, gets from every rank."""
-        return [sum(p.length for p in region if p.owner == self.rank) for region in self.regions]
+        return [_length(p for p in region if p.owner == self.rank) for region in self.regions]
 
     @cached_property
     def extents(self) -> list[tuple[int, int]]:
         """`(start, length)` in the bucket of all R regions, in order."""
         return [(piece.start, piece.length) for rank in self.order for piece in self.regions[rank]]
-
-    def segments(self, segment_of: Sequence[int], device: torch.device, num_rows: int) -> Segments:
-        """Which segment each column belongs to, given that of every parameter of the bucket."""
-        ids = [segment_of[piece.param] for piece in self.mine]
-        num_segments = 1 if len(set(segment_of)) == 1 else 1 + max(segment_of)
-        return Segments(ids, [piece.length for piece in self.mine], num_segments, device, num_rows)
 
 
 @dataclass(frozen=True)
@@ -105,7 +96,6 @@ class ExchangePlan:
     num_workers: int
     device: torch.device
     counted: list[bool]  # of every parameter of the bucket, whether this rank adds it to sums over the ranks
-    replicated: bool  # whether every rank gets all of the result
 
     @cached_property
     def owned(self) -> list[Piece]:
@@ -113,22 +103,24 @@ class ExchangePlan:
         return [piece for piece in self.pieces if piece.owner == self.rank]
 
     @cached_property
-    def num_elements(self) -> list[int]:
-        """Elements of every parameter of the bucket that this rank counts."""
+    def num_elements_P(self) -> Tensor:
+        """Elements of every parameter of the bucket that this rank counts, float64."""
         numbers = [0] * len(self.counted)
         for piece in self.pieces:
             numbers[piece.param] += piece.length if self.counted[piece.param] else 0
-        return numbers
+        return to_device(torch.tensor(numbers, dtype=torch.float64), self.device)
 
     @cached_property
-    def num_elements_P(self) -> Tensor:
-        """The same, float64."""
-        return to_device(torch.tensor(self.num_elements, dtype=torch.float64), self.device)
+    def counted_P(self) -> Tensor | None:
+        """1 or 0 for every parameter of the bucket, float64; None if all are counted."""
+        if all(self.counted):
+            return None
+        return to_device(torch.tensor(self.counted, dtype=torch.float64), self.device)
 
     @cached_property
     def by_param(self) -> list[Segments]:
         """Of every tile, one segment a parameter of the bucket."""
-        return self._segments(list(range(len(self.counted))))
+        return self._segments(range(len(self.counted)))
 
     @cached_property
     def as_one(self) -> list[Segments]:
@@ -140,15 +132,14 @@ class ExchangePlan:
         """Of every tile, one segment of what is counted; and one of what is not, where there is such."""
         return self._segments([int(not counted) for counted in self.counted])
 
-    @cached_property
-    def counted_P(self) -> Tensor | None:
-        """1 or 0 for every parameter of the bucket, float64; None if all are counted."""
-        if all(self.counted):
-            return None
-        return to_device(torch.tensor(self.counted, dtype=torch.float64), self.device)
-
-    def _segments(self, segment_of: list[int]) -> list[Segments]:
-        return [tile.segments(segment_of, self.device, self.num_workers) for tile in self.tiles]
+    def _segments(self, segment_of: Sequence[int]) -> list[Segments]:
+        """Of every tile, which segment each column belongs to, given that of every parameter."""
+        num_segments = 1 if len(set(segment_of)) == 1 else 1 + max(segment_of)
+        made = []
+        for tile in self.tiles:
+            ids, lengths = [segment_of[p.param] for p in tile.mine], [p.length for p in tile.mine]
+            made.append(Segments(ids, lengths, num_segments, self.device, self.num_workers))
+        return made
 
 
 def even_sizes(total: int, num_ranks: int) -> list[int]:
@@ -157,58 +148,41 @@ def even_sizes(total: int, num_ranks: int) -> list[int]:
 
 
 def share_evenly(lengths: Sequence[tuple[int, int]], num_ranks: int, group: int) -> list[Piece]:
-    """A bucket that nobody owns, in equal shares, of which each rank takes one: its pieces, in order.
-
-    Args:
-        lengths: where each parameter's gradient begins in the bucket, and its elements.
-        num_ranks: how many share.
-        group: what distinguishes this bucket from others, for state that is kept of it.
+    """The pieces, in order, of a bucket of gradients `(start, length)` that nobody owns, of which every rank
+    takes an equal share; `group` distinguishes it from others, for state that is kept of it.
     """
-    sizes = even_sizes(sum(length for _, length in lengths), num_ranks)
-    pieces: list[Piece] = []
-    owner, partition_offset = 0, 0
-    for param, (start, length) in enumerate(lengths):
-        done = 0
-        while done < length:
-            while partition_offset == sizes[owner]:
-                owner, partition_offset = owner + 1, 0
-            part = min(length - done, sizes[owner] - partition_offset)
-            pieces.append(Piece(start + done, part, owner, param, group, partition_offset))
-            done, partition_offset = done + part, partition_offset + part
-    return pieces
+    grads = [Piece(start, length, 0, param, group, 0) for param, (start, length) in enumerate(lengths)]
+    shares = _fill(grads, even_sizes(_length(grads), num_ranks))
+    return [part._replace(owner=rank, partition_offset=offset) for part, rank, offset in shares]
 
 
 def plan_tiles(pieces: Sequence[Piece], order: Sequence[int], rank: int, columns: int) -> list[Tile]:
-    """Divide a bucket among R ranks and into tiles of at most about `columns` elements a rank.
-
-    Args:
-        pieces: the whole bucket, in order of `start`.
-        order: the ranks, as their regions are sent.
-        rank: whose view to give.
-        columns: C, at least 1.
+    """Divide a bucket, given in order of `start`, among R ranks and into tiles of at most about `columns`
+    elements a rank; `order` is that in which their regions are sent, and `rank` the one whose view to give.
     """
     regions, direct = _regions(pieces, len(order), columns)
-    sizes = [sum(piece.length for piece in region) for region in regions]
-    if max(sizes) == 0:
+    lengths = [_length(region) for region in regions]
+    if max(lengths) == 0:
         return []
     if direct:
         columns = max(columns * 4 // 5, 1)  # leaves room for the last tile, which is as uneven as the owners
-    num_full = min(-(-max(sizes) // columns) - 1, min(sizes) // columns)
-    edges = [k * columns for k in range(num_full + 1)] + [max(sizes)]
-    cuts = [_cut(region, edges) for region in regions]
-    return [Tile([cut[k] for cut in cuts], rank, direct, order) for k in range(num_full + 1)]
+    num_full = min(-(-max(lengths) // columns) - 1, min(lengths) // columns)
+    widths = [columns] * num_full + [max(lengths) - num_full * columns]
+    tiles = [Tile([[] for _ in order], rank, direct, order) for _ in widths]
+    for number, region in enumerate(regions):
+        for part, k, _ in _fill(region, widths):
+            tiles[k].regions[number].append(part)
+    return tiles
 
 
 def _regions(pieces: Sequence[Piece], num_ranks: int, columns: int) -> tuple[list[list[Piece]], bool]:
+    """What every rank combines, and whether it is what it owns."""
     owned = [0] * num_ranks
     for piece in pieces:
         owned[piece.owner] += piece.length
     total = sum(owned)
-    if num_ranks * max(owned) <= _IMBALANCE * total and max(owned) - min(owned) <= columns // 5:
-        room = owned
-    else:
-        room = even_sizes(total, num_ranks)
-    free = list(room)
+    even = num_ranks * max(owned) <= _IMBALANCE * total and max(owned) - min(owned) <= columns // 5
+    free = owned if even else even_sizes(total, num_ranks)
     regions: list[list[Piece]] = [[] for _ in range(num_ranks)]
     rest: list[Piece] = []
     for piece in pieces:
@@ -218,35 +192,25 @@ def _regions(pieces: Sequence[Piece], num_ranks: int, columns: int) -> tuple[lis
             free[piece.owner] -= fits
         if fits < piece.length:
             rest.append(piece.cut(fits, piece.length))
-    taker = 0
-    for piece in rest:
-        begin = 0
-        while begin < piece.length:
-            if not free[taker]:
-                taker += 1
-                continue
-            end = min(piece.length, begin + free[taker])
-            regions[taker].append(piece.cut(begin, end))
-            free[taker] -= end - begin
-            begin = end
+    for part, rank, _ in _fill(rest, free):
+        regions[rank].append(part)
     for region in regions:
-        region.sort(
-            key=lambda piece: (piece.owner, piece.start)
-        )  # the second hop sends in order of the owners
+        region.sort(key=lambda piece: (piece.owner, piece.start))  # combined gradients are sent by owner
     return regions, not rest
 
 
-def _cut(region: Sequence[Piece], edges: Sequence[int]) -> list[list[Piece]]:
-    """The region's pieces between consecutive edges, which start at 0 and grow."""
-    tiles: list[list[Piece]] = [[] for _ in edges[1:]]
-    place, tile = 0, 0
-    for piece in region:
+def _fill(pieces: Iterable[Piece], sizes: Sequence[int]) -> Iterator[tuple[Piece, int, int]]:
+    """Cut pieces to fill bins of these sizes in turn: every part, the number of its bin, its place there."""
+    number, used = 0, 0
+    for piece in pieces:
         begin = 0
         while begin < piece.length:
-            while place >= edges[tile + 1]:
-                tile += 1
-            end = min(piece.length, begin + edges[tile + 1] - place)
-            tiles[tile].append(piece.cut(begin, end))
-            place += end - begin
-            begin = end
-    return tiles
+            while used == sizes[number]:
+                number, used = number + 1, 0
+            end = min(piece.length, begin + sizes[number] - used)
+            yield piece.cut(begin, end), number, used
+            begin, used = end, used + end - begin
+
+
+def _length(pieces: Iterable[Piece]) -> int:
+    return sum(piece.length for piece in pieces)

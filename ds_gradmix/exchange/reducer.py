@@ -5,8 +5,6 @@ keep the worker's own gradient for extrapolation, leave out what is not finite, 
 ways (transport.py): left to DeepSpeed, weighted and left to DeepSpeed, or exchanged.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +20,7 @@ from ds_gradmix.exchange.factor_momentum import FactorMomentum
 from ds_gradmix.exchange.state import RuleState, WorkerWeights
 from ds_gradmix.exchange.step_stats import StepStats
 from ds_gradmix.exchange.transport import Transport, choose_transport
+from ds_gradmix.exchange.weighted import Weighting
 from ds_gradmix.log import logger
 from ds_gradmix.rules import MixingDecision, RngKey
 
@@ -47,51 +46,44 @@ class Backward:
 
 
 class GradientReducer:
-    """The rules at work in one engine.
-
-    Args:
-        config: the rules.
-        parallel: the groups of this rank.
-        params: the optimizer's parameters.
-        weight_sum: what the workers' weights sum to: 1, or the number of replicas where gradients are to be
-            summed instead of averaged.
-        weights: the extrapolated weights, if the rules have any.
-    """
+    """The rules at work in one engine."""
 
     def __init__(
         self,
         config: GradmixConfig,
         parallel: ParallelGroups,
         params: ParamTable,
-        weight_sum: float = 1.0,
-        weights: WorkerWeights | None = None,
+        weight_sum: float = 1.0,  # or the number of replicas, where gradients are summed instead of averaged
+        weights: WorkerWeights | None = None,  # the extrapolated weights, if the rules have any
     ) -> None:
         self.config = config
         self.parallel = parallel
         self.transport = choose_transport(config, parallel.workers.size, parallel.sum_sequence_ranks)
+        # Whether one decision is taken from all gradients of a step.
+        self.decides_for_model = self.transport is Transport.EXCHANGE and config.decides_for_model
         self.stats: Mapping[str, float] = {}  # of the last step
-        self.momentum = _momentum_of(config, parallel.workers, params)
+        self.momentum: FactorMomentum | None = None
+        if (rule := config.scaling) is not None and rule.factor_momentum > 0 and parallel.workers.size > 1:
+            sizes = params.partition_sizes
+            self.momentum = FactorMomentum(rule.factor_momentum, rule.idle_factor, sizes, params.device)
         self.state = RuleState(config, self.momentum, weights, params.layout)
         self.weights = weights
         self._params = params
+        self._tied = {} if self.transport is Transport.STOCK else dict(params.tied)  # combined by `prepare`
+        self._sequence = parallel.sequence if parallel.sum_sequence_ranks else None  # to be summed over
         self._sums = StepStats(params.device)
         self._exchanges: dict[tuple[int, ...], Exchange] = {}
         # Experts are spread over several data-parallel ranks: their gradient is the sum over a smaller group
         # of workers, divided by the number of all.
         for workers in (*parallel.experts.values(), parallel.workers):
             share = weight_sum * workers.size / parallel.workers.size
-            exchange = Exchange(config, workers, params.infos, self._sums, self.momentum, share)
-            self._exchanges[workers.ranks] = exchange
+            weighting = Weighting(config, workers, params.infos, self._sums, share)
+            self._exchanges[workers.ranks] = Exchange(weighting, self.momentum)
         self._backward = Backward()
 
     def workers_of(self, group: Any) -> WorkerGroup:
         """The workers of a process group: the data-parallel one, or one of experts."""
         return self._exchanges[ranks_of(group)].workers
-
-    @property
-    def decides_for_model(self) -> bool:
-        """Whether one decision is taken from all gradients of a step."""
-        return self.transport is Transport.EXCHANGE and self.config.decides_for_model
 
     def check(self, spans: tuple[ParamSpan, ...], occasion: str) -> None:
         """Raise `MismatchError` on every rank unless all are about to reduce these gradients."""
@@ -106,18 +98,13 @@ class GradientReducer:
     # --- one backward ---
 
     def reduce(self, bucket: Bucket, key: RngKey, *, last: bool) -> None:
-        """Reduce one bucket of a step, of which other buckets may not be known yet.
-
-        Args:
-            bucket: the bucket, whose gradients are in one tensor.
-            key: of the step's random draws.
-            last: whether it is the last reduction of these parameters in the step.
+        """Reduce one bucket, in one tensor; others of the step may not be known yet. `key` is that of the
+        step's random draws, and `last` says that these parameters are not reduced again in the step.
         """
         flat_N = bucket.load()
-        sequence = self.parallel.sequence
-        if self.parallel.sum_sequence_ranks and sequence is not None and not self._backward.sequence_summed:
+        if self._sequence is not None and not self._backward.sequence_summed:
             for start, length, _ in runs_of(bucket.spans):
-                sequence.all_reduce(flat_N.narrow(0, start, length))
+                self._sequence.all_reduce(flat_N.narrow(0, start, length))
         combined = self._backward.combined
         self._keep([(s.param, s.of(flat_N)) for s in bucket.spans if s.param not in combined], last=last)
         self._combine(bucket, key)
@@ -126,8 +113,7 @@ class GradientReducer:
         """Reduce all buckets of a step, whose gradients are `grads`."""
         self.check(tuple(ParamSpan(i, 0, grad.numel()) for i, grad in grads), "gradient reduction")
         self._sum_sequence_ranks(grads)
-        tied = self._tied
-        self._keep([(i, grad.reshape(-1)) for i, grad in grads if i not in tied], last=True)
+        self._keep([(i, grad.reshape(-1)) for i, grad in grads if i not in self._tied], last=True)
         pending = self.prepare(grads, dtypes, key, buckets)
         for exchange in pending:
             assert self._backward.decision is not None
@@ -140,25 +126,14 @@ class GradientReducer:
     ) -> list[PendingExchange]:
         """Before the first of a step's buckets, where all gradients are known: what concerns all of them.
 
-        Decides for the model, where that is the scope. Then combines tied parameters, on the first of the
-        pipeline stages that keep them, and copies the result to the others: what stages have in common must
-        stay equal, but each reduces buckets of its own, with other parameters in them.
-
-        Args:
-            grads: position and gradient of every parameter with one; tied ones are summed over their stages,
-                and are replaced by their combination.
-            dtypes: in which they travel.
-            key: of the step's random draws.
-            buckets: all that hold them, where they are known.
-
-        Returns:
-            The buckets, sent, if the decision is for the model and they are known.
+        Decides for the model, where that is the scope; `buckets`, where they are known, are then sent and
+        returned. Replaces the gradients of tied parameters, which are summed over their pipeline stages, by
+        their combination, taken on the first of these stages and copied to the others: what stages have in
+        common must stay equal, but each reduces buckets of its own, with other parameters in them.
         """
-        pending: list[PendingExchange] = []
-        if self.decides_for_model:
-            pending = self._decide_for_model(grads, dtypes, key, buckets)
+        pending = self._decide_for_model(grads, dtypes, key, buckets) if self.decides_for_model else []
         found = dict(grads)
-        for index, tied in self._params.tied if self.transport is not Transport.STOCK else ():
+        for index, tied in self._tied.items():
             if index in found:
                 grad, workers = found[index].detach(), self.parallel.workers
                 span = ParamSpan(index, 0, grad.numel())
@@ -173,37 +148,30 @@ class GradientReducer:
                 self._backward.combined.add(index)
         return pending
 
-    @property
-    def _tied(self) -> set[int]:
-        """The parameters that `prepare` combines."""
-        return set() if self.transport is Transport.STOCK else {index for index, _ in self._params.tied}
-
     def _decide_for_model(
         self, grads: Grads, dtypes: CommDtypes, key: RngKey, buckets: Sequence[Bucket]
     ) -> list[PendingExchange]:
         """Send all gradients, and decide; those that are in no bucket are sent once more to be combined."""
         if not buckets:
             self._sum_sequence_ranks(grads)
-        model, tied = self.parallel.model, self._tied
         exchange = self._exchanges[self.parallel.workers.ranks]
-        present_W = exchange.weighting.present([grad.detach() for _, grad in grads], model)
-        alone = [(i, grad.detach()) for i, grad in grads if not buckets or i in tied]
-        counted = [grad for i, grad in alone if self._params.infos[i].counted]
-        gram_SWW = exchange.gram(counted, dtypes, self._params.device)
+        present_W = exchange.weighting.present([grad.detach() for _, grad in grads], self.parallel.model)
+        alone = [(i, grad.detach()) for i, grad in grads if not buckets or i in self._tied]
+        gram_SWW = exchange.gram([grad for i, grad in alone if self._params.infos[i].counted], dtypes)
         pending = []
         for bucket in buckets:
-            pending.append(exchange.send(bucket, tuple(s for s in bucket.spans if s.param not in tied)))
+            pending.append(exchange.send(bucket, tuple(s for s in bucket.spans if s.param not in self._tied)))
             gram_SWW += pending[-1].gram()
             pending[-1].suspend()
-        self._backward.decision = (exchange.decide(gram_SWW, present_W, key, model), present_W)
+        decision = exchange.decide(gram_SWW, present_W, key, self.parallel.model)
+        self._backward.decision = (decision, present_W)
         return pending
 
     def _sum_sequence_ranks(self, grads: Grads) -> None:
         """Sum gradients over the sequence ranks of a replica, in place, where DeepSpeed would not."""
-        if self.parallel.sum_sequence_ranks and self.parallel.sequence is not None:
+        if self._sequence is not None:
             self._backward.sequence_summed = True
-            flats = [grad.detach() for _, grad in grads]
-            self.parallel.sequence.all_reduce_batched(flats, self.config.tile_bytes)
+            self._sequence.all_reduce_batched([grad.detach() for _, grad in grads], self.config.tile_bytes)
 
     def _keep(self, grads: Grads, *, last: bool) -> None:
         """Before anything happens to gradients: extrapolation goes by the worker's own."""
@@ -215,40 +183,25 @@ class GradientReducer:
 
     def _combine(self, bucket: Bucket, key: RngKey) -> None:
         """The three ways of a bucket."""
-        combined = self._backward.combined
-        spans = tuple(span for span in bucket.spans if span.param not in combined)
         if self.transport is Transport.STOCK:
             bucket.replay()
-        elif self.transport is Transport.WEIGHTED:
-            flat_N = bucket.load()
-            self._exchanges[bucket.workers.ranks].weighting.weigh(flat_N, spans, key)
-            for span in bucket.spans if bucket.workers.rank != 0 else ():
-                if span.param in combined:
-                    span.of(flat_N).zero_()  # it is there already, and survives the sum
-            bucket.sum(flat_N)
-            bucket.store(flat_N)
-        else:
-            self._exchange(bucket, spans, key)
-
-    def _exchange(self, bucket: Bucket, spans: tuple[ParamSpan, ...], key: RngKey) -> None:
-        exchange, group = self._exchanges[bucket.workers.ranks], bucket.workers.decision_group
-        outputs = []
-        done = [span for span in bucket.spans if span.param in self._backward.combined]
-        for start, output in bucket.outputs:
-            if any(span.start <= start < span.start + span.length for span in done):
-                output.add_(bucket.load().narrow(0, start, output.numel()).to(output.dtype))
-            else:
-                outputs.append(output)
-        pending = exchange.send(bucket, spans)
-        if self._backward.decision is not None:
-            decision, present_W = self._backward.decision
-        else:
-            present_W = exchange.weighting.present([span.of(pending.flat_N) for span in spans], group)
-            if self.config.mixing.needs_gram:
-                decision = exchange.decide(pending.gram(), present_W, key, group)
-            else:
-                decision = exchange.weighting.decide(spans, present_W, key)
-        pending.combine(decision, present_W, outputs)
+            return
+        exchange, combined = self._exchanges[bucket.workers.ranks], self._backward.combined
+        spans = tuple(span for span in bucket.spans if span.param not in combined)
+        done = [span for span in bucket.spans if span.param in combined]
+        if self.transport is Transport.EXCHANGE:
+            for start, output in bucket.outputs:
+                if any(span.start <= start < span.start + span.length for span in done):
+                    output.add_(bucket.load().narrow(0, start, output.numel()).to(output.dtype))
+            pending = exchange.send(bucket, spans)
+            pending.combine(*(self._backward.decision or pending.decide(key)))
+            return
+        flat_N = bucket.load()
+        exchange.weighting.weigh(flat_N, spans, key)
+        for span in done if bucket.workers.rank != 0 else ():
+            span.of(flat_N).zero_()  # it is there already, and survives the sum
+        bucket.sum(flat_N)
+        bucket.store(flat_N)
 
     def end_backward(self, *, last: bool, gradient_scale: float) -> None:
         """All gradients of a backward pass are reduced; all ranks must have come to it."""
@@ -287,10 +240,3 @@ class GradientReducer:
         warning = self.state.load(saved, why)
         if warning and self.parallel.model.is_first:
             logger.warning(f"ds_gradmix: {warning}")
-
-
-def _momentum_of(config: GradmixConfig, workers: WorkerGroup, params: ParamTable) -> FactorMomentum | None:
-    rule = config.scaling
-    if rule is None or rule.factor_momentum == 0 or workers.size == 1:
-        return None
-    return FactorMomentum(rule.factor_momentum, rule.idle_factor, params.partition_sizes, params.device)

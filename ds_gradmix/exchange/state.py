@@ -1,8 +1,7 @@
 """What a checkpoint holds of the rules: factor momentum, and a worker's past gradient."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pydantic import BaseModel
@@ -36,84 +35,57 @@ class WorkerWeights(Protocol):
         """Take over a checkpoint's state, if it fits."""
 
 
+@dataclass
 class RuleState:
-    """This rank's state of the rules. Random draws need none: they are keyed by DeepSpeed's own step count.
+    """The rules' state on this rank. Random draws need none: they are keyed by DeepSpeed's own step count."""
 
-    Args:
-        config: the rules.
-        momentum: of a scaling rule's factors, if any.
-        weights: the extrapolated weights, if any.
-        layout: a fingerprint of where parameters lie in the partitions, which all state depends on.
-    """
-
-    def __init__(
-        self,
-        config: GradmixConfig,
-        momentum: FactorMomentum | None,
-        weights: WorkerWeights | None,
-        layout: int,
-    ) -> None:
-        self.loads = 0  # checkpoints loaded with optimizer states
-        self._scaling = _name(config.scaling)
-        self._extrapolation = _name(config.extrapolation)
-        self._momentum = momentum
-        self._weights = weights
-        self._layout = layout
+    config: GradmixConfig
+    momentum: FactorMomentum | None
+    weights: WorkerWeights | None
+    layout: int  # a fingerprint of where parameters lie in the partitions, which all state depends on
+    loads: int = 0  # checkpoints loaded with optimizer states
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of a checkpoint."""
         return {
-            "scaling": self._scaling,
-            "extrapolation": self._extrapolation,
-            "layout": self._layout,
-            "momentum": self._momentum.state_dict() if self._momentum else None,
-            "weights": self._weights.state_dict() if self._weights else None,
+            "scaling": _name(self.config.scaling),
+            "extrapolation": _name(self.config.extrapolation),
+            "layout": self.layout,
+            "momentum": self.momentum.state_dict() if self.momentum else None,
+            "weights": self.weights.state_dict() if self.weights else None,
         }
 
     def load(self, saved: dict[str, Any] | None, why: str) -> str | None:
-        """Take over a saved state where it fits, and start afresh where it does not.
-
-        `mixing` may change between runs, since no mixing rule has state.
-
-        Args:
-            saved: what `state_dict` returned, or None.
-            why: the reason, if it is None.
-
-        Returns:
-            What to warn of, or None.
+        """Take over what `state_dict` returned where it fits, and start afresh where it does not, or where it
+        is None for the reason `why`; returns what to warn of. `mixing` may change: no mixing rule has state.
         """
         self.loads += 1
-        if self._momentum is not None:
-            self._momentum.reset()
-        if self._weights is not None:
-            self._weights.forget()
-        reasons: list[str | None] = [why]
-        if saved is not None and saved["layout"] != self._layout:
-            reasons = ["it is of another partitioning"]
-        elif saved is not None:
-            reasons = [self._load_momentum(saved), self._load_weights(saved)]
-        if found := "; ".join(reason for reason in reasons if reason):
+        if self.momentum is not None:
+            self.momentum.reset()
+        if self.weights is not None:
+            self.weights.forget()
+        if found := "; ".join([why] if saved is None else self._load(saved)):
             return f"the checkpoint has not all state of these rules ({found}); what it has not starts afresh"
         return None
 
-    def _load_momentum(self, saved: dict[str, Any]) -> str | None:
-        if saved["scaling"] != self._scaling:
-            return f"it was made with scaling {saved['scaling']}, not {self._scaling}"
-        if self._momentum is None and saved["momentum"] is None:
-            return None
-        if self._momentum is None:
-            return f"its momentum of {self._scaling} is dropped, which is off now"
-        if saved["momentum"] is None:
-            return f"it holds no momentum of {self._scaling}"
-        fits = self._momentum.load_state_dict(saved["momentum"])
-        return None if fits else f"its momentum of {self._scaling} is of another partitioning"
-
-    def _load_weights(self, saved: dict[str, Any]) -> str | None:
-        if saved["extrapolation"] != self._extrapolation:
-            return f"it was made with extrapolation {saved['extrapolation']}, not {self._extrapolation}"
-        if self._weights is None or self._weights.load_state_dict(saved["weights"]):
-            return None
-        return "its past gradients are of another partitioning, or of workers of another size"
+    def _load(self, saved: dict[str, Any]) -> Iterator[str]:
+        """Take over what fits; the reasons why the rest does not."""
+        if saved["layout"] != self.layout:
+            yield "it is of another partitioning"
+            return
+        scaling, extrapolation = _name(self.config.scaling), _name(self.config.extrapolation)
+        if saved["scaling"] != scaling:
+            yield f"it was made with scaling {saved['scaling']}, not {scaling}"
+        elif self.momentum is None and saved["momentum"] is not None:
+            yield f"its momentum of {scaling} is dropped, which is off now"
+        elif self.momentum is not None and saved["momentum"] is None:
+            yield f"it holds no momentum of {scaling}"
+        elif self.momentum is not None and not self.momentum.load_state_dict(saved["momentum"]):
+            yield f"its momentum of {scaling} is of another partitioning"
+        if saved["extrapolation"] != extrapolation:
+            yield f"it was made with extrapolation {saved['extrapolation']}, not {extrapolation}"
+        elif self.weights is not None and not self.weights.load_state_dict(saved["weights"]):
+            yield "its past gradients are of another partitioning, or of workers of another size"
 
 
 def _name(rule: BaseModel | None) -> str:

@@ -1,25 +1,13 @@
 """What the rules decided in a step, summed on the device and read by the host once, at the step."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
 from ds_gradmix.comm.workers import ParallelGroups
 from ds_gradmix.rules import MixingDecision
 
-_SUMS = (
-    "elements",
-    "kept",
-    "effective",
-    "cosine",
-    "agreed",
-    "decisions",
-    "empty",
-    "dropped",
-    "factor",
-    "scaled",
-)
+_DECISION_SUMS = ["elements", "kept", "effective", "cosine", "agreed", "decisions", "empty", "dropped"]
+_SUMS = [*_DECISION_SUMS, "factor", "scaled"]
 
 
 class StepStats:
@@ -39,16 +27,14 @@ class StepStats:
         self._used = True
         # NaN stands for gradients that are not finite, which all workers take part in.
         weights_SW = decision.weights_SW.nan_to_num(nan=1.0 / len(present_W))
-        kept_S = (weights_SW != 0).to(torch.float64).mean(1)
+        kept_S = (weights_SW != 0).double().mean(1)
         effective_S = 1.0 / weights_SW.square().sum(1).clamp(min=1e-12) * (weights_SW != 0).any(1)
         ones_S = torch.ones_like(kept_S)
         cosine_S = decision.mean_cosine_S
         assert cosine_S is not None
         weighted = [(v * elements_S).sum() for v in (ones_S, kept_S, effective_S, cosine_S)]
-        empty = (~present_W.any()).to(torch.float64)
-        dropped = (~present_W).sum().to(torch.float64)
-        agreed = decision.agreed_S.to(torch.float64).sum()
-        parts = [*weighted, agreed, ones_S.sum(), empty, dropped]
+        empty, dropped = (~present_W.any()).double(), (~present_W).sum().double()
+        parts = [*weighted, decision.agreed_S.double().sum(), ones_S.sum(), empty, dropped]
         self._sums[: len(parts)] += torch.stack(parts)
 
     def add_factors(self, factors_C: Tensor, counted_C: Tensor | None = None) -> None:
@@ -58,10 +44,7 @@ class StepStats:
         self._sums[-1] += factors_C.numel() if counted_C is None else counted_C.expand_as(factors_C).sum()
 
     def read(self, parallel: ParallelGroups, *, scaled: bool) -> dict[str, float]:
-        """The step's statistics, the same on every rank; the only place where the host waits for the device.
-
-        `scaled` tells whether there are factors.
-        """
+        """The step's statistics, the same on every rank; only here does the host wait for the device."""
         if parallel.decisions_are_global and not self._used:
             return {}
         if not parallel.decisions_are_global:

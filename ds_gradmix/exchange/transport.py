@@ -1,7 +1,5 @@
 """How the gradients of a bucket are reduced: the one place in which that is decided."""
 
-from __future__ import annotations
-
 import enum
 
 from ds_gradmix.config import GradmixConfig
@@ -17,13 +15,8 @@ class Transport(enum.Enum):
 
 
 def choose_transport(config: GradmixConfig, num_workers: int, sum_sequence_ranks: bool = False) -> Transport:
-    """The way of all buckets of an engine.
-
-    Args:
-        config: the rules.
-        num_workers: W.
-        sum_sequence_ranks: whether gradients have to be summed over sequence-parallel ranks, which DeepSpeed
-            leaves out.
+    """The way of all buckets of an engine; `sum_sequence_ranks` says that gradients have to be summed over
+    sequence-parallel ranks, which DeepSpeed leaves out.
     """
     is_mean = isinstance(config.mixing, Mean) and config.scaling is None
     if not sum_sequence_ranks and (num_workers == 1 or (is_mean and config.nonfinite == "propagate")):

@@ -1,8 +1,7 @@
-"""Weights that are known before the gradients travel: each worker multiplies what it sends."""
-
-from __future__ import annotations
+"""Weights that are known before any gradient is sent: each worker multiplies what it sends."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -19,94 +18,73 @@ from ds_gradmix.rules import GradientFreeMixing, MixingDecision, RngKey
 from ds_gradmix.rules.apply import decide_without_gradients
 
 
+@dataclass
 class Weighting:
-    """The weights of one group of workers that do not depend on the gradients.
+    """The weights of one group of workers that do not depend on the gradients."""
 
-    Args:
-        config: the rules.
-        workers: the group.
-        infos: of the optimizer's parameters, by position.
-        stats: takes note of what was decided.
-        weight_sum: what the workers' weights sum to.
-    """
-
-    def __init__(
-        self,
-        config: GradmixConfig,
-        workers: WorkerGroup,
-        infos: Sequence[ParamInfo],
-        stats: StepStats,
-        weight_sum: float,
-    ) -> None:
-        self._config = config
-        self._stats = stats
-        self._share = weight_sum / workers.replicas_per_worker  # of a rank's gradient in its worker's
-        self._workers = workers
-        self._infos = infos
-        self._num_draws = 1 + max((info.draw for info in infos), default=0)
-        self._everyone_W = torch.ones(workers.size, dtype=torch.bool, device=stats.device)
-        self._drawn: tuple[RngKey, npt.NDArray[np.float64]] | None = None
+    config: GradmixConfig
+    workers: WorkerGroup
+    infos: Sequence[ParamInfo]  # of the optimizer's parameters, by position
+    stats: StepStats
+    weight_sum: float  # of the workers
+    _drawn: tuple[RngKey, npt.NDArray[np.float64]] | None = None
 
     def present(self, grads: Sequence[Tensor], group: RankGroup) -> Tensor:
         """Which workers count, `[W]`; what is not finite in this one's gradients is zeroed if it does not.
 
         Gradients that ranks of the group hold of one worker are parts of it: one bad part is enough.
         """
-        if self._config.nonfinite == "propagate":
-            return self._everyone_W
-        finite = self._everyone_W[0].double()
+        everyone_W = torch.ones(self.workers.size, dtype=torch.bool, device=self.stats.device)
+        if self.config.nonfinite == "propagate":
+            return everyone_W
+        finite = everyone_W[0].double()
         for grad in grads:
             largest = torch.linalg.vector_norm(grad, float("inf")) if grad.numel() else grad.new_zeros(())
             finite = finite * largest.isfinite()
             grad.nan_to_num_(0.0, 0.0, 0.0)
-        bad_W = torch.zeros_like(self._everyone_W, dtype=torch.float64)
-        bad_W[self._workers.number] = 1.0 - finite
-        group.all_reduce(bad_W)  # whole numbers: exact, so the same on every rank
+        bad_W = torch.zeros_like(everyone_W, dtype=torch.float64)
+        bad_W[self.workers.number] = 1.0 - finite
+        group.all_reduce(bad_W)  # integers: exact, so the same on every rank
         return bad_W == 0
 
     def draw(self, key: RngKey) -> npt.NDArray[np.float64]:
         """The step's weights, drawn once for all parameters, `[1, W]` or one row for each draw."""
         if self._drawn is None or self._drawn[0] != key:
-            rule = self._config.mixing
+            rule = self.config.mixing
             assert isinstance(rule, GradientFreeMixing)
-            self._drawn = (key, rule.weights(key, self._workers.size, self._num_draws))
+            num_draws = 1 + max((info.draw for info in self.infos), default=0)
+            self._drawn = (key, rule.weights(key, self.workers.size, num_draws))
         return self._drawn[1]
 
     def decide(self, spans: Sequence[ParamSpan], present_W: Tensor, key: RngKey) -> MixingDecision:
         """The weights of gradients, from what was drawn."""
         weights_RW = self.draw(key)
         if len(weights_RW) > 1:
-            weights_RW = weights_RW[[self._infos[span.param].draw for span in spans]]
+            weights_RW = weights_RW[[self.infos[span.param].draw for span in spans]]
         return decide_without_gradients(torch.from_numpy(weights_RW), present_W)
 
     def weigh(self, flat_N: Tensor, spans: Sequence[ParamSpan], key: RngKey) -> None:
         """Multiply this rank's gradients by its worker's weights, in one pass, to be summed over the workers.
         Communicates only for `nonfinite: "drop"`, one number a worker.
         """
-        number, workers = self._workers.number, self._workers
+        workers = self.workers
         present_W = self.present([span.of(flat_N) for span in spans], workers.decision_group)
         decision = self.decide(spans, present_W, key)
-        lengths = [span.length if self._infos[span.param].counted else 0 for span in spans]
+        lengths = [span.length if self.infos[span.param].counted else 0 for span in spans]
         one_row = len(decision.weights_SW) == 1
         elements_S: Tensor | float = float(sum(lengths))
         if not one_row:
             elements_S = to_device(torch.tensor(lengths).double(), flat_N.device)
-        self._stats.add_decision(decision, elements_S, present_W)
-        weights_S: Tensor | float = decision.weights_SW[:, number].float() * self._share
-        if one_row and self._config.nonfinite == "propagate":
-            weights_S = float(self.draw(key)[0, number]) * self._share
-        _multiply(flat_N, spans, weights_S, self._config.tile_bytes)
+        self.stats.add_decision(decision, elements_S, present_W)
+        share = self.weight_sum / workers.replicas_per_worker  # of a rank's gradient in its worker's
+        weights_S: Tensor | float = decision.weights_SW[:, workers.number].float() * share
+        if one_row and self.config.nonfinite == "propagate":
+            weights_S = float(self.draw(key)[0, workers.number]) * share
+        _multiply(flat_N, spans, weights_S, self.config.tile_bytes)
 
 
 def _multiply(flat_N: Tensor, spans: Sequence[ParamSpan], weights_S: Tensor | float, tile_bytes: int) -> None:
-    """Multiply gradients by this worker's weights, in place and in one pass.
-
-    Args:
-        flat_N: the bucket.
-        spans: the gradients in it.
-        weights_S: one number, or a tensor of one weight, or of one for each span.
-        tile_bytes: what a chunk in float32, with its weights, may take.
-    """
+    """Multiply in place by a number, or by one weight or one a span, in chunks of `tile_bytes` in float32."""
     first = 0
     for begin, length, run in runs_of(spans):
         part = flat_N.narrow(0, begin, length)
@@ -114,21 +92,10 @@ def _multiply(flat_N: Tensor, spans: Sequence[ParamSpan], weights_S: Tensor | fl
             part.mul_(weights_S)
             continue
         own_S = weights_S if len(weights_S) == 1 else weights_S[first : first + len(run)]
-        place = 0
+        first += len(run)
+        edges, place = np.cumsum([0, *(span.length for span in run)]), 0
         for chunk in part.split(tile_bytes // 8):
-            segments = Segments([0], [chunk.numel()], 1, flat_N.device)
-            if len(own_S) > 1:
-                segments = _window([span.length for span in run], place, chunk.numel(), flat_N.device)
+            lengths = np.diff(np.clip(edges, place, place + chunk.numel())).tolist()
+            segments = Segments(range(len(own_S)), lengths, len(own_S), flat_N.device)
             chunk.copy_(chunk.float().mul_(segments.expand(own_S[None])[0]))
             place += chunk.numel()
-        first += len(run)
-
-
-def _window(lengths: Sequence[int], begin: int, length: int, device: torch.device) -> Segments:
-    """Segments of the columns `[begin, begin + length)` of parameters of the given lengths."""
-    runs: list[int] = []
-    place = 0
-    for size in lengths:
-        runs.append(max(min(place + size, begin + length) - max(place, begin), 0))
-        place += size
-    return Segments(list(range(len(lengths))), runs, len(lengths), device)
