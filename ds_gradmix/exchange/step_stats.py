@@ -1,5 +1,7 @@
 """What the rules decided in a step, summed on the device and read by the host once, at the step."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -65,8 +67,9 @@ class StepStats:
             "dropped_workers": sums["dropped"] / counted,
             "skipped": float(sums["agreed"] == 0 or sums["empty"] > 0),
         }
-        if sums["cosine"] == sums["cosine"]:  # NaN where no Gram matrix was taken
+        # NaN where no Gram matrix was taken, and with gradients that are not finite.
+        if math.isfinite(sums["cosine"]):
             stats["mean_cosine"] = sums["cosine"] / elements
-        if scaled:
+        if scaled and math.isfinite(sums["factor"]):
             stats["mean_factor"] = sums["factor"] / max(sums["scaled"], 1.0)
         return stats
