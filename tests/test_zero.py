@@ -94,6 +94,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "zero": NOT_CONTIGUOUS,
         "config": FP32_SUMS,
     },
+    "neither, stage 0": {"stage": 0, "zero": {**NOT_CONTIGUOUS, **ALL_REDUCED}},  # where they mean nothing
     "all-reduced, stage 1": {"stage": 1, "accumulation": 2, "zero": ALL_REDUCED},
     "all-reduced, stage 2": {"accumulation": 2, "zero": ALL_REDUCED, "bucket": 700},
     "all-reduced, fp32 sums": {"dtype": "bf16", "accumulation": 2, "zero": ALL_REDUCED, "config": FP32_SUMS},
