@@ -69,17 +69,17 @@ class Exchange:
         self.momentum = momentum  # of a scaling rule's factors, if it has any
         self._plans: dict[tuple[CommDtypes, bool, tuple[ParamSpan, ...]], ExchangePlan] = {}
 
-    def send(self, bucket: Bucket, spans: tuple[ParamSpan, ...]) -> "PendingExchange":
+    def send(self, bucket: Bucket) -> "PendingExchange":
         """Prepare an exchange; the gradients are sent when the Gram matrix or combination is asked for."""
-        key = (bucket.dtypes, bucket.pieces is None, spans)
-        plan = self._plans.pop(key, None) or self._plan(bucket, spans)
+        key = (bucket.dtypes, bucket.pieces is None, bucket.spans)
+        plan = self._plans.pop(key, None) or self._plan(bucket)
         self._plans[key] = plan  # as the most recent one
         if len(self._plans) > _PLANS_KEPT:
             del self._plans[next(iter(self._plans))]
-        return PendingExchange(self, bucket, spans, plan)
+        return PendingExchange(self, bucket, plan)
 
-    def _plan(self, bucket: Bucket, spans: tuple[ParamSpan, ...]) -> ExchangePlan:
-        workers = self.workers
+    def _plan(self, bucket: Bucket) -> ExchangePlan:
+        workers, spans = self.workers, bucket.spans
         if bucket.pieces is not None:
             pieces = list(bucket.pieces(spans))
         else:
@@ -92,9 +92,7 @@ class Exchange:
         return ExchangePlan(tiles, pieces, workers.rank, workers.size, bucket.tensors[0].device, counted)
 
     def gram(self, grads: Sequence[Tensor], dtypes: CommDtypes) -> Tensor:
-        """Gram matrix `[1, W, W]` of this rank's share of entire gradients, which are read, not replaced: so
-        any division among the R ranks serves, and each tile is cut into R equal parts.
-        """
+        """Gram matrix `[1, W, W]` of this rank's even share of entire gradients, which are only read."""
         workers, device = self.workers, self.weighting.stats.device
         columns = columns_per_tile(self.config, workers.num_ranks, workers.size, dtypes.num_bytes)
         flats, total = [], 0
@@ -127,23 +125,20 @@ class Exchange:
 class PendingExchange:
     """A bucket between the sending of its gradients and their combination."""
 
-    def __init__(
-        self, exchange: Exchange, bucket: Bucket, spans: tuple[ParamSpan, ...], plan: ExchangePlan
-    ) -> None:
+    def __init__(self, exchange: Exchange, bucket: Bucket, plan: ExchangePlan) -> None:
         self._exchange = exchange
         self._bucket = bucket
-        self._spans = spans
         self._plan = plan
-        self._tiled = TiledBuffer(exchange.workers, bucket, plan, exchange.momentum)
+        self.tiled = TiledBuffer(exchange.workers, bucket, plan, exchange.momentum)
 
     def decide(self, key: RngKey) -> tuple[MixingDecision, Tensor]:
         """The decision for this bucket alone, and which workers count."""
         exchange, group = self._exchange, self._exchange.workers.decision_group
-        grads = [span.of(self._tiled.flat_N) for span in self._spans]
+        grads = [span.of(self.tiled.flat_N) for span in self._bucket.spans]
         present_W = exchange.weighting.present(grads, group)
         if exchange.config.mixing.needs_gram:
             return exchange.decide(self.gram(), present_W, key, group), present_W
-        return exchange.weighting.decide(self._spans, present_W, key), present_W
+        return exchange.weighting.decide(self._bucket.spans, present_W, key), present_W
 
     def gram(self) -> Tensor:
         """Gram matrices `[S, W, W]` of this rank's share of the bucket."""
@@ -152,21 +147,16 @@ class PendingExchange:
             return torch.zeros(1, size, size, dtype=torch.float64, device=plan.device)
         by_param = self._exchange.config.scope == "parameter"
         segments = plan.by_param if by_param else plan.counted_as_one
-        gram_SWW = reduce(torch.add, (segments[k].gram(grads_WC) for k, grads_WC in self._tiled.sweep()))
+        gram_SWW = reduce(torch.add, (segments[k].gram(grads_WC) for k, grads_WC in self.tiled.sweep()))
         if by_param:
             return gram_SWW if plan.counted_P is None else gram_SWW * plan.counted_P[:, None, None]
         return gram_SWW[:1] if any(plan.counted) else torch.zeros_like(gram_SWW)
 
-    def suspend(self) -> None:
-        """Until `combine`: keep everything in the memory that the gradients have."""
-        self._tiled.suspend()
-
     def combine(self, decision: MixingDecision, present_W: Tensor) -> None:
-        """Replace, in every owner's slices of the bucket, its own gradient by the combination of all
-        workers'; elsewhere the bucket is undefined afterwards. The decision is one row of weights, or one a
-        parameter; the gradient of a worker that is not present must be finite.
+        """Replace gradients in every owner's slices by their combination; elsewhere the bucket is undefined
+        afterwards. There is one row of weights, or one a parameter; what workers not present have is finite.
         """
-        tiled, plan, exchange = self._tiled, self._plan, self._exchange
+        tiled, plan, exchange = self.tiled, self._plan, self._exchange
         if not plan.tiles:
             return
         tiled.resume()
@@ -185,7 +175,7 @@ class PendingExchange:
 
     def _scale(self, rule: Scaling, segments: Sequence[Segments], weights_WS: Tensor) -> None:
         """Statistics of all tiles, their sums over every parameter on all the ranks, and factors."""
-        tiled, plan, exchange = self._tiled, self._plan, self._exchange
+        tiled, plan, exchange, counted_P = self.tiled, self._plan, self._exchange, self._plan.counted_P
         stashes = tiled.can_stash(1 + rule.num_statistics)
 
         def statistics(last: bool) -> Iterator[tuple[int, Tensor]]:
@@ -197,16 +187,14 @@ class PendingExchange:
             sums_2P += layer_sums(rule, statistics_KC, plan.by_param[k])
             if stashes:
                 tiled.stash(k, statistics_KC)
-        if plan.counted_P is not None:
-            sums_2P *= plan.counted_P
+        if counted_P is not None:
+            sums_2P *= counted_P
         exchange.workers.sum_over_shares(sums_2P)
         if exchange.momentum is not None:
             exchange.momentum.begin(plan.owned)
         again = tiled.stashed(1 + rule.num_statistics) if stashes else statistics(last=True)
         for k, statistics_KC in again:
             factors_C = scaling_factors(rule, statistics_KC, sums_2P, plan.by_param[k])
-            counted_C = None
-            if plan.counted_P is not None:
-                counted_C = plan.by_param[k].expand(plan.counted_P[None])[0]
+            counted_C = None if counted_P is None else plan.by_param[k].expand(counted_P[None])[0]
             exchange.weighting.stats.add_factors(factors_C, counted_C)
             tiled.write_result(k, statistics_KC[0] * exchange.weighting.weight_sum, factors_C)

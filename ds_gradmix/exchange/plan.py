@@ -148,9 +148,7 @@ def even_sizes(total: int, num_ranks: int) -> list[int]:
 
 
 def share_evenly(lengths: Sequence[tuple[int, int]], num_ranks: int, group: int) -> list[Piece]:
-    """The pieces, in order, of a bucket of gradients `(start, length)` that nobody owns, of which every rank
-    takes an equal share; `group` distinguishes it from others, for state that is kept of it.
-    """
+    """Equal shares of gradients `(start, length)` that nobody owns; `group` is that of their state."""
     grads = [Piece(start, length, 0, param, group, 0) for param, (start, length) in enumerate(lengths)]
     shares = _fill(grads, even_sizes(_length(grads), num_ranks))
     return [part._replace(owner=rank, partition_offset=offset) for part, rank, offset in shares]
@@ -177,9 +175,7 @@ def plan_tiles(pieces: Sequence[Piece], order: Sequence[int], rank: int, columns
 
 def _regions(pieces: Sequence[Piece], num_ranks: int, columns: int) -> tuple[list[list[Piece]], bool]:
     """What every rank combines, and whether it is what it owns."""
-    owned = [0] * num_ranks
-    for piece in pieces:
-        owned[piece.owner] += piece.length
+    owned = [_length(piece for piece in pieces if piece.owner == rank) for rank in range(num_ranks)]
     total = sum(owned)
     even = num_ranks * max(owned) <= _IMBALANCE * total and max(owned) - min(owned) <= columns // 5
     free = owned if even else even_sizes(total, num_ranks)

@@ -6,7 +6,7 @@ ways (transport.py): left to DeepSpeed, weighted and left to DeepSpeed, or excha
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -114,12 +114,9 @@ class GradientReducer:
         self.check(tuple(ParamSpan(i, 0, grad.numel()) for i, grad in grads), "gradient reduction")
         self._sum_sequence_ranks(grads)
         self._keep([(i, grad.reshape(-1)) for i, grad in grads if i not in self._tied], last=True)
-        pending = self.prepare(grads, dtypes, key, buckets)
-        for exchange in pending:
-            assert self._backward.decision is not None
-            exchange.combine(*self._backward.decision)
-        for bucket in buckets if not pending else ():
-            self._combine(bucket, key)
+        pending: Sequence[PendingExchange | None] = self.prepare(grads, dtypes, key, buckets)
+        for bucket, sent in zip(buckets, pending or [None] * len(buckets), strict=True):
+            self._combine(bucket, key, sent)
 
     def prepare(
         self, grads: Grads, dtypes: CommDtypes, key: RngKey, buckets: Sequence[Bucket] = ()
@@ -160,9 +157,10 @@ class GradientReducer:
         gram_SWW = exchange.gram([grad for i, grad in alone if self._params.infos[i].counted], dtypes)
         pending = []
         for bucket in buckets:
-            pending.append(exchange.send(bucket, tuple(s for s in bucket.spans if s.param not in self._tied)))
+            spans = tuple(span for span in bucket.spans if span.param not in self._tied)
+            pending.append(exchange.send(replace(bucket, spans=spans)))
             gram_SWW += pending[-1].gram()
-            pending[-1].suspend()
+            pending[-1].tiled.suspend()
         decision = exchange.decide(gram_SWW, present_W, key, self.parallel.model)
         self._backward.decision = (decision, present_W)
         return pending
@@ -181,8 +179,8 @@ class GradientReducer:
             parts = [g if share == 1.0 else g * share for (_, g), share in zip(grads, shares, strict=True)]
             self.weights.keep_gradients([i for i, _ in grads], parts, last=last)
 
-    def _combine(self, bucket: Bucket, key: RngKey) -> None:
-        """The three ways of a bucket."""
+    def _combine(self, bucket: Bucket, key: RngKey, pending: PendingExchange | None = None) -> None:
+        """The three ways of a bucket, which may be sent already."""
         if self.transport is Transport.STOCK:
             bucket.replay()
             return
@@ -193,7 +191,7 @@ class GradientReducer:
             for start, output in bucket.outputs:
                 if any(span.start <= start < span.start + span.length for span in done):
                     output.add_(bucket.load().narrow(0, start, output.numel()).to(output.dtype))
-            pending = exchange.send(bucket, spans)
+            pending = pending or exchange.send(replace(bucket, spans=spans))
             pending.combine(*(self._backward.decision or pending.decide(key)))
             return
         flat_N = bucket.load()

@@ -32,9 +32,8 @@ class StepStats:
         kept_S = (weights_SW != 0).double().mean(1)
         effective_S = 1.0 / weights_SW.square().sum(1).clamp(min=1e-12) * (weights_SW != 0).any(1)
         ones_S = torch.ones_like(kept_S)
-        cosine_S = decision.mean_cosine_S
-        assert cosine_S is not None
-        weighted = [(v * elements_S).sum() for v in (ones_S, kept_S, effective_S, cosine_S)]
+        assert decision.mean_cosine_S is not None
+        weighted = [(v * elements_S).sum() for v in (ones_S, kept_S, effective_S, decision.mean_cosine_S)]
         empty, dropped = (~present_W.any()).double(), (~present_W).sum().double()
         parts = [*weighted, decision.agreed_S.double().sum(), ones_S.sum(), empty, dropped]
         self._sums[: len(parts)] += torch.stack(parts)
@@ -47,10 +46,10 @@ class StepStats:
 
     def read(self, parallel: ParallelGroups, *, scaled: bool) -> dict[str, float]:
         """The step's statistics, the same on every rank; only here does the host wait for the device."""
-        if parallel.decisions_are_global and not self._used:
-            return {}
         if not parallel.decisions_are_global:
             parallel.model.all_reduce_identical(self._sums)
+        elif not self._used:
+            return {}
         elif scaled:
             parallel.workers.all_reduce(self._sums[-2:])
         sums = dict(zip(_SUMS, self._sums.tolist(), strict=True))

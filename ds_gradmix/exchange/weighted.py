@@ -30,9 +30,8 @@ class Weighting:
     _drawn: tuple[RngKey, npt.NDArray[np.float64]] | None = None
 
     def present(self, grads: Sequence[Tensor], group: RankGroup) -> Tensor:
-        """Which workers count, `[W]`; what is not finite in this one's gradients is zeroed if it does not.
-
-        Gradients that ranks of the group hold of one worker are parts of it: one bad part is enough.
+        """Which workers count, `[W]`; what is not finite in this one's gradients is zeroed if it does not. Of
+        one worker ranks of the group hold parts, and one bad part is enough. Only "drop" communicates.
         """
         everyone_W = torch.ones(self.workers.size, dtype=torch.bool, device=self.stats.device)
         if self.config.nonfinite == "propagate":
@@ -64,9 +63,7 @@ class Weighting:
         return decide_without_gradients(torch.from_numpy(weights_RW), present_W)
 
     def weigh(self, flat_N: Tensor, spans: Sequence[ParamSpan], key: RngKey) -> None:
-        """Multiply this rank's gradients by its worker's weights, in one pass, to be summed over the workers.
-        Communicates only for `nonfinite: "drop"`, one number a worker.
-        """
+        """Multiply gradients by their worker's weights, in one pass; communicates only what `present` does."""
         workers = self.workers
         present_W = self.present([span.of(flat_N) for span in spans], workers.decision_group)
         decision = self.decide(spans, present_W, key)
