@@ -63,7 +63,7 @@ class Weighting:
         return decide_without_gradients(torch.from_numpy(weights_RW), present_W)
 
     def weigh(self, flat_N: Tensor, spans: Sequence[ParamSpan], key: RngKey) -> None:
-        """Multiply gradients by their worker's weights, in one pass; communicates only what `present` does."""
+        """Multiply gradients by their worker's weights, in one pass; only `present` communicates."""
         workers = self.workers
         present_W = self.present([span.of(flat_N) for span in spans], workers.decision_group)
         decision = self.decide(spans, present_W, key)
