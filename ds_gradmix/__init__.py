@@ -6,8 +6,6 @@
 delta; all are switched on by a block in ds_config.json. See the README.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from ds_gradmix.combine import combine

@@ -1,8 +1,4 @@
-"""`python -m ds_gradmix SCRIPT ...`: any DeepSpeed script, unedited, with its config's gradmix block
-honoured.
-"""
-
-from __future__ import annotations
+"""`python -m ds_gradmix SCRIPT ...`: any DeepSpeed script, unedited, honours its config's gradmix block."""
 
 import importlib.machinery
 import os

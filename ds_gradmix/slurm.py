@@ -1,7 +1,5 @@
 """Slurm's variables, in the form that torch.distributed and DeepSpeed read."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 
@@ -29,6 +27,4 @@ def rank_environment(environment: Mapping[str, str]) -> dict[str, str]:
 def first_host(nodes: str) -> str:
     """The first of Slurm's host list: `gpu[07-09,12],login1` is `gpu07`."""
     match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", nodes)
-    if match is None:
-        return nodes
-    return match[1] + (match[2] or "") + (match[3] or "")
+    return nodes if match is None else "".join(part or "" for part in match.groups())

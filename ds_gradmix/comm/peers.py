@@ -3,8 +3,6 @@ collective: by the key-value store of the default process group, since a rank wi
 come to a collective of ours.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import os
@@ -25,14 +23,9 @@ _NOTICE_S = 2.0  # what a rank waits before it ends, so that others can read why
 class PeerCheck:
     """What the ranks of one group announce for the engine that they are about to build together.
 
-    Engines are told apart by the ranks of the group and their number in it, so what is built on some of the
-    ranks does not interfere with what is built on others. A rank sends a few small requests, however large
-    the group is.
-
-    Args:
-        store: of the default process group.
-        ranks: the group.
-        fault: what is wrong with this rank's config, None if it has a valid block.
+    Engines are distinguished by the ranks of the group and their number in it, so that those built on
+    different ranks do not interfere. A rank sends a few small requests, however large the group is. `fault`
+    is what is wrong with this rank's config, None if it has a valid block.
     """
 
     def __init__(self, store: distributed_c10d.Store, ranks: Sequence[int], fault: str | None) -> None:
@@ -109,8 +102,7 @@ class PeerCheck:
         faults = self._count("faults")
         if not faults or not self._count("blocks"):
             return None
-        told = [self._store.get(f"fault {i + 1}").decode() for i in range(faults)]
-        whose = "; ".join(sorted(told))
+        whose = "; ".join(sorted(self._store.get(f"fault {i + 1}").decode() for i in range(faults)))
         return f"building the engine: {whose}, while others have one; give every rank the same config"
 
     def _count(self, name: str, more: int = 0) -> int:

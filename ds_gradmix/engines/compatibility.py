@@ -1,41 +1,31 @@
 """Every combination of DeepSpeed's settings and models that ds_gradmix refuses, and why.
 
-All of it is known from the config, the model and the mpu, so it is raised before DeepSpeed builds anything.
+Nearly all of it is known from the config, the model and the mpu, and raised before DeepSpeed builds anything.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ds_gradmix.config import KEY, ConfigError, GradmixConfig
+from ds_gradmix.config_messages import value_text
 
 
 class Refusal(NamedTuple):
     """A setting of ds_config.json with which gradients would pass the rules by, or come out wrong."""
 
-    path: str  # in ds_config.json
-    default: object  # DeepSpeed's
+    path: str  # in ds_config.json; DeepSpeed's default is never refused
     refused: Callable[[Any], bool]
     advice: str
 
 
 class EngineRequest(NamedTuple):
-    """What is known of an engine before it is built.
+    """What is known of an engine before it is built."""
 
-    Args:
-        parallelism: the kinds besides that over data: "tensor", "pipeline", "experts", "sequence".
-        optimizer: the name of the optimizer's class or type, None if there is no optimizer.
-        num_replicas: ranks of the data-parallel group, None if DeepSpeed has yet to make it.
-        pipeline_size: what an mpu without a PipelineModule says of pipeline parallelism.
-        ranks: those that build the engine, None if they are all of the world's.
-    """
-
-    parallelism: frozenset[str] = frozenset()
-    optimizer: str | None = "AdamW"
-    num_replicas: int | None = None
-    pipeline_size: int = 1
-    ranks: Collection[int] | None = None
+    parallelism: frozenset[str]  # besides that over data: "tensor", "pipeline", "experts", "sequence"
+    optimizer: str | None  # the name of its class or type, None if there is no optimizer
+    num_replicas: int | None  # ranks of the data-parallel group, None if DeepSpeed has yet to make it
+    pipeline_size: int  # what an mpu without a PipelineModule says of pipeline parallelism
+    ranks: Collection[int] | None  # those that build the engine, None if they are all of the world's
 
 
 def _is_true(value: object) -> bool:
@@ -43,44 +33,27 @@ def _is_true(value: object) -> bool:
 
 
 _UNSUPPORTED = "is not supported by this version: "
+_DEEPCOMPILE = "reduces inside the compiled graph (DeepCompile): set it to false"
 _MUON = "reduces whole matrices to several owners (Muon): use another optimizer"
+_AUTOEP = f"replaces layers by experts of its own (AutoEP), which {_UNSUPPORTED}set it to false, or use "
+_PRESCALE = "scales gradients before the rules see them: set it to false"
 
-REFUSALS: tuple[Refusal, ...] = (
-    Refusal("zero_optimization.stage", 0, lambda v: v not in (0, 1, 2), _UNSUPPORTED + "set it to 1 or 2"),
+REFUSALS = (
+    Refusal("zero_optimization.stage", lambda v: v not in (0, 1, 2), _UNSUPPORTED + "set it to 1 or 2"),
     Refusal(
-        "zero_optimization.zenflow",
-        None,
-        lambda v: v is not None,
-        _UNSUPPORTED + "remove the ZenFlow section",
+        "zero_optimization.zenflow", lambda v: v is not None, _UNSUPPORTED + "remove the ZenFlow section"
     ),
-    Refusal(
-        "compile.deepcompile",
-        False,
-        _is_true,
-        "reduces inside the compiled graph (DeepCompile): set it to false",
-    ),
-    Refusal("optimizer.type", None, lambda v: "muon" in str(v).lower(), _MUON),
-    Refusal(
-        "expert_parallel.enabled",
-        False,
-        _is_true,
-        "replaces layers by experts of its own (AutoEP), which " + _UNSUPPORTED + "set it to false, or use "
-        "deepspeed.moe.layer.MoE",
-    ),
-    Refusal("torch_autocast.enabled", False, _is_true, _UNSUPPORTED + "use the bf16 or fp16 section"),
-    Refusal("hybrid_engine.enabled", False, _is_true, _UNSUPPORTED + "set it to false"),
-    Refusal(
-        "prescale_gradients", False, _is_true, "scales gradients before the rules see them: set it to false"
-    ),
+    Refusal("compile.deepcompile", _is_true, _DEEPCOMPILE),
+    Refusal("optimizer.type", lambda v: "muon" in str(v).lower(), _MUON),
+    Refusal("expert_parallel.enabled", _is_true, _AUTOEP + "deepspeed.moe.layer.MoE"),
+    Refusal("torch_autocast.enabled", _is_true, _UNSUPPORTED + "use the bf16 or fp16 section"),
+    Refusal("hybrid_engine.enabled", _is_true, _UNSUPPORTED + "set it to false"),
+    Refusal("prescale_gradients", _is_true, _PRESCALE),
 )
 
 
 def check_request(config: Mapping[str, Any], block: GradmixConfig, request: EngineRequest) -> None:
-    """Refuse an engine that is about to be built.
-
-    Raises:
-        ConfigError: with one line for everything that has to be changed.
-    """
+    """Raise a ConfigError, with a line for everything that has to be changed before an engine is built."""
     refused = [*refused_settings(config, block), *_refused_request(config, block, request)]
     if refused:
         raise ConfigError("\n".join(dict.fromkeys(refused)))
@@ -88,24 +61,42 @@ def check_request(config: Mapping[str, Any], block: GradmixConfig, request: Engi
 
 def refused_settings(config: Mapping[str, Any], block: GradmixConfig) -> Iterator[str]:
     """One line for each setting in a ds_config that cannot be combined with the block."""
+    absent = object()
     for refusal in REFUSALS:
-        value = lookup(config, refusal.path, refusal.default)
-        if refusal.refused(value):
-            shown = f'"{value}"' if isinstance(value, str) else str(value).lower()
-            yield f"{refusal.path}: {shown} {refusal.advice}"
-    yield from _refused_combinations(config, block)
+        value = lookup(config, refusal.path, absent)
+        if value is not absent and refusal.refused(value):
+            yield f"{refusal.path}: {value_text(value)} {refusal.advice}"
+    if block.decides_for_model and lookup(config, "zero_optimization.stage", 0) == 2:
+        yield (
+            'gradmix.scope: "model" needs every gradient before the first reduction, and ZeRO-2 '
+            "(zero_optimization.stage: 2) exists to have thrown them away by then: set stage to 1, or scope "
+            'to "bucket" or "parameter"'
+        )
+    if block.decides_for_model and lookup(config, "zero_optimization.overlap_comm", False) is True:
+        yield (
+            'gradmix.scope: "model" leaves nothing to overlap with backward: set '
+            'zero_optimization.overlap_comm to false, or scope to "bucket" or "parameter"'
+        )
+    if block.extrapolation is not None and lookup(config, "managed_gradient_accumulation", True) is False:
+        yield (
+            "managed_gradient_accumulation: false leaves it open which backward pass is a step's last, and "
+            "gradmix.extrapolation has to know: set it to true, or remove the extrapolation"
+        )
+    if block.nonfinite == "drop" and lookup(config, "fp16.enabled", False) is True:
+        yield (
+            'gradmix.nonfinite: "drop" would hide overflows from the loss scaling of fp16.enabled: true; set '
+            'it to "propagate", or use bf16'
+        )
 
 
 def _refused_request(
     config: Mapping[str, Any], block: GradmixConfig, request: EngineRequest
 ) -> Iterator[str]:
-    kind, parallelism = f"ZeRO-{lookup(config, 'zero_optimization.stage', 0)}", request.parallelism
-    reasons = [
-        refused_engine(kind, "fp32", parallelism) if kind != "ZeRO-3" else None,
-        refused_model_scope(block, parallelism),
-        refused_worker(block, parallelism),
-        refused_optimizer(request.optimizer),
-    ]
+    kind = f"ZeRO-{lookup(config, 'zero_optimization.stage', 0)}"
+    reasons = [refused_engine(kind, "fp32", request.parallelism) if kind != "ZeRO-3" else None]
+    if "experts" in request.parallelism:
+        reasons += [_refused_scope(block), refused_worker(block)]
+    reasons.append(refused_optimizer(request.optimizer))
     yield from (f'"{KEY}" with {kind}: {why}; or remove the "{KEY}" block' for why in reasons if why)
     if request.num_replicas and isinstance(block.worker, int) and request.num_replicas % block.worker:
         yield refused_worker_size(block.worker, request.num_replicas)
@@ -129,90 +120,86 @@ def refused_optimizer(name: str | None) -> str | None:
     return f"the optimizer {name} {_MUON}" if "muon" in name.lower() else None
 
 
-def _refused_combinations(config: Mapping[str, Any], block: GradmixConfig) -> Iterator[str]:
-    stage = lookup(config, "zero_optimization.stage", 0)
-    if block.decides_for_model and stage == 2:
-        yield (
-            'gradmix.scope: "model" needs every gradient before the first reduction, and ZeRO-2 '
-            "(zero_optimization.stage: 2) exists to have thrown them away by then: set stage to 1, or scope "
-            'to "bucket" or "parameter"'
-        )
-    if block.decides_for_model and lookup(config, "zero_optimization.overlap_comm", False) is True:
-        yield (
-            'gradmix.scope: "model" leaves nothing to overlap with backward: set '
-            'zero_optimization.overlap_comm to false, or scope to "bucket" or "parameter"'
-        )
-    if block.extrapolation is not None and lookup(config, "managed_gradient_accumulation", True) is False:
-        yield (
-            "managed_gradient_accumulation: false leaves it open which backward pass is a step's last, and "
-            "gradmix.extrapolation has to know: set it to true, or remove the extrapolation"
-        )
-    if block.nonfinite == "drop" and lookup(config, "fp16.enabled", False) is True:
-        yield (
-            'gradmix.nonfinite: "drop" would hide overflows from the loss scaling of fp16.enabled: true; set '
-            'it to "propagate", or use bf16'
-        )
-
-
 ENGINES = ("ZeRO-0", "ZeRO-1", "ZeRO-2", "BF16_Optimizer", "ZeRO-3")
 DTYPES = ("fp32", "bf16", "fp16")
-PARALLELISM: dict[str, frozenset[str]] = {
-    "data": frozenset(),
-    "tensor": frozenset({"tensor"}),
-    "pipeline": frozenset({"pipeline"}),
-    "tensor and pipeline": frozenset({"tensor", "pipeline"}),
-    "experts": frozenset({"experts"}),
-    "sequence": frozenset({"sequence"}),
-}
-
-_BF16_ONLY = "BF16_Optimizer (ZeRO-1, bf16, data_types.grad_accum_dtype fp32) has no other dtype"
-_STAGE_3 = "ZeRO-3 reduces by a path of its own, which this version does not replace: set stage to 1 or 2"
-_PIPELINE = "DeepSpeed's pipeline takes ZeRO-0 and ZeRO-1 only: set zero_optimization.stage to 1"
-_TOGETHER = "is not supported together by this version: use one of them, or tensor with pipeline parallelism"
+_SUPPORTED = ("data", "tensor", "pipeline", "tensor and pipeline", "experts", "sequence")
+PARALLELISM = {name: frozenset(name.split(" and ")) - {"data"} for name in _SUPPORTED}
 
 
 def refused_engine(engine: str, dtype: str, parallelism: frozenset[str]) -> str | None:
-    """Why an engine of this kind is refused, or None: with README's support matrix, made from it, the whole
-    truth.
-    """
+    """Why an engine of this kind is refused, or None; README's support matrix is made from it."""
     if engine == "ZeRO-3":
-        return _STAGE_3
+        return "ZeRO-3 reduces by a path of its own, which this version does not replace: set stage to 1 or 2"
     if engine == "BF16_Optimizer" and dtype != "bf16":
-        return _BF16_ONLY
+        return "BF16_Optimizer (ZeRO-1, bf16, data_types.grad_accum_dtype fp32) has no other dtype"
     if engine == "ZeRO-2" and "pipeline" in parallelism:
-        return _PIPELINE
+        return "DeepSpeed's pipeline takes ZeRO-0 and ZeRO-1 only: set zero_optimization.stage to 1"
     if parallelism not in PARALLELISM.values():
-        return f"{' and '.join(sorted(parallelism))} parallelism {_TOGETHER}"
-    return None
-
-
-def refused_model_scope(block: GradmixConfig, parallelism: frozenset[str]) -> str | None:
-    """Why the scope `"model"` is refused with a kind of parallelism, or None."""
-    if block.decides_for_model and "experts" in parallelism:
         return (
-            'gradmix.scope: "model" is one decision for all workers, and experts are reduced over other '
-            'workers than the rest: set it to "bucket" or "parameter"'
+            f"{' and '.join(sorted(parallelism))} parallelism is not supported together by this version: "
+            "use one of them, or tensor with pipeline parallelism"
         )
     return None
 
 
-def refused_worker(block: GradmixConfig, parallelism: frozenset[str]) -> str | None:
-    """Why workers of several ranks are refused with a kind of parallelism, or None."""
-    if block.worker not in ("rank", 1) and "experts" in parallelism:
-        shown = f'"{block.worker}"' if isinstance(block.worker, str) else str(block.worker)
-        return (
-            f"gradmix.worker: {shown} is not supported with experts by this version, since they are reduced "
-            'over other ranks than the rest: set it to "rank"'
-        )
-    return None
+def _refused_scope(block: GradmixConfig) -> str | None:
+    if not block.decides_for_model:
+        return None
+    return (
+        'gradmix.scope: "model" is one decision for all workers, and experts are reduced over other '
+        'workers than the rest: set it to "bucket" or "parameter"'
+    )
+
+
+def refused_worker(block: GradmixConfig) -> str | None:
+    """Why workers of several ranks are refused in a model with experts, or None."""
+    if block.worker in ("rank", 1):
+        return None
+    return (
+        f"gradmix.worker: {value_text(block.worker)} is not supported with experts by this version, since "
+        'they are reduced over other ranks than the rest: set it to "rank"'
+    )
 
 
 def refused_worker_size(worker: str | int, group_size: int, found: str = "") -> str:
     """That a data-parallel group cannot be divided into workers of this size; `found` on the nodes."""
-    shown = '"node"' if worker == "node" else str(worker)
     return (
-        f"gradmix.worker: {shown}, but a data-parallel group has {group_size} ranks{found}; allowed is a "
-        'number that divides it, or "rank"'
+        f"gradmix.worker: {value_text(worker)}, but a data-parallel group has {group_size} ranks{found}; "
+        'allowed is a number that divides it, or "rank"'
+    )
+
+
+def refused_part_of_replica(worker: str | int, ranks_per_replica: int, found: str) -> str:
+    """That a worker would have a part of a replica that sequence parallelism divides over several ranks."""
+    return (
+        f"gradmix.worker: {value_text(worker)}, but {ranks_per_replica} ranks share a replica by sequence "
+        f'parallelism{found}; allowed is a multiple of these, or "rank" for one replica'
+    )
+
+
+def refused_nodes(sets: Sequence[Sequence[int]]) -> str:
+    """That data-parallel groups, given by their ranks, cannot be divided into nodes of one size."""
+    return (
+        'gradmix.worker: "node", but data-parallel groups do not have the same number of consecutive '
+        f'ranks on every node: {list(map(list, sets))}; allowed there is a number of ranks, or "rank"'
+    )
+
+
+def refused_rank_order(host: str, rank: int, local_rank: int | None) -> str:
+    """That the ranks of a node do not follow each other."""
+    return (
+        f'gradmix.worker: "node", but the ranks of node {host} do not follow each other (rank {rank} has '
+        f"LOCAL_RANK {local_rank}); allowed are launchers that fill one node after another, or a number of "
+        'ranks, or "rank"'
+    )
+
+
+def refused_sequence_group(sequence: Sequence[int], data: Sequence[int]) -> str:
+    """That the ranks which share a replica are not neighbours in the group that DeepSpeed reduces over."""
+    return (
+        f"sequence parallelism: ranks {list(sequence)} share a replica, and are not neighbours in the "
+        f"group {list(data)} that gradients are reduced over: order the ranks of the mpu's "
+        "get_sequence_data_parallel_group() by replicas"
     )
 
 

@@ -8,8 +8,6 @@ the signature relied on, and the attributes of instances. After a change of vers
 writes the hashes and signatures of the installed DeepSpeed into it; `git diff` shows what has changed.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import importlib.metadata
@@ -35,10 +33,8 @@ class DeepSpeedApiError(RuntimeError):
 def check_functions() -> None:
     """Compare the functions of the installed DeepSpeed with the table.
 
-    Logs one warning if the version is untested or the source of any function differs.
-
-    Raises:
-        DeepSpeedApiError: for functions that are missing or have another signature.
+    Raises a DeepSpeedApiError for functions that are missing or have another signature, and logs one warning
+    if the version is untested or the source of any function differs.
     """
     wrong, changed = [], []
     for name, relied in TABLE["functions"].items():
@@ -60,11 +56,7 @@ def check_functions() -> None:
 
 
 def check_attributes(instance: Any, kind: str) -> None:
-    """Check that an instance has the attributes that are read of its kind, a class name in the table.
-
-    Raises:
-        DeepSpeedApiError: naming those that are missing.
-    """
+    """Raise a DeepSpeedApiError if an instance lacks attributes that the table lists for its class `kind`."""
     missing = [name for name in TABLE["attributes"].get(kind, ()) if not hasattr(instance, name)]
     if missing:
         raise DeepSpeedApiError(f"{_versions()}: {kind} has no attribute {', '.join(missing)}{_INSTALL}")
@@ -118,9 +110,11 @@ def _describe(function: Any) -> str | None:
     """Hash of the source and signature without annotations, one space between; None if not DeepSpeed's."""
     if function is None:
         return "- missing"
+    import deepspeed
+
     *_, function = _chain(function)
     code = getattr(function, "__code__", None)
-    if code is None or not code.co_filename.startswith(_folder()):
+    if code is None or not code.co_filename.startswith(str(Path(deepspeed.__file__).parent)):
         return None
     signature = inspect.signature(function)
     bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
@@ -130,12 +124,6 @@ def _describe(function: Any) -> str | None:
         source = ""  # counts as changed
     digest = hashlib.sha256(source.encode()).hexdigest()[:12]
     return f"{digest} {signature.replace(parameters=bare, return_annotation=inspect.Signature.empty)}"
-
-
-def _folder() -> str:
-    import deepspeed
-
-    return str(Path(deepspeed.__file__).parent)
 
 
 def _installed() -> str:

@@ -1,7 +1,5 @@
 """What is known of an engine from the arguments of its constructor, before anything is built."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Mapping
 from typing import Any
@@ -62,12 +60,8 @@ def request_of(
     tensor = int(lookup(config, "tensor_parallel.autotp_size", 0) or 0)
     if mpu is not None and (sequence == 1 or hasattr(mpu, "get_tensor_model_parallel_world_size")):
         tensor = max(tensor, int(bwc_tensor_model_parallel_world_size(mpu)))
-    kinds = {
-        "tensor": tensor > 1,
-        "sequence": sequence > 1,
-        "experts": model is not None and any(isinstance(module, MoE) for module in model.modules()),
-        "pipeline": is_pipeline,
-    }
+    experts = model is not None and any(isinstance(module, MoE) for module in model.modules())
+    kinds = {"tensor": tensor > 1, "sequence": sequence > 1, "experts": experts, "pipeline": is_pipeline}
     optimizer = given.get("optimizer") or lookup(config, "optimizer.type", None)
     if optimizer is not None and not isinstance(optimizer, str):
         optimizer = getattr(optimizer, "__name__", type(optimizer).__name__)

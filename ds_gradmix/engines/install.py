@@ -5,8 +5,6 @@ before. An engine with a block is built by all ranks of the world, since all tak
 groups; engines without one may be built by any.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Callable, Mapping
@@ -39,11 +37,7 @@ _enabled = False
 
 
 def enable() -> None:
-    """Make every DeepSpeed engine built from here on honour its gradmix block.
-
-    Raises:
-        DeepSpeedApiError: if the installed DeepSpeed is not as ds_gradmix relies on it to be.
-    """
+    """Make every DeepSpeed engine built from here on honour its gradmix block, if DeepSpeed's API fits."""
     global _enabled
     if not _enabled:
         deepspeed_api.check_functions()
@@ -156,12 +150,11 @@ def _optimizer_class(stock: type, context: EngineContext) -> type:
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         super(built, self).__init__(*args, gradmix_context=context, **kwargs)
-        if bases == (GradmixZeroOptimizer,):
+        if is_deepspeeds:
             self.__class__ = GradmixZeroOptimizer  # which pickle finds by its name
 
-    bases: tuple[type, ...] = (GradmixZeroOptimizer,)
-    if not issubclass(GradmixZeroOptimizer, stock):
-        bases = (GradmixZeroOptimizer, stock)
+    is_deepspeeds = issubclass(GradmixZeroOptimizer, stock)
+    bases = (GradmixZeroOptimizer,) if is_deepspeeds else (GradmixZeroOptimizer, stock)
     same = {name: getattr(GradmixZeroOptimizer, name) for name in ("__module__", "__qualname__", "__doc__")}
     built: Any = type(GradmixZeroOptimizer.__name__, bases, {**same, "__init__": __init__})
     return built

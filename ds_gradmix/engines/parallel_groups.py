@@ -17,6 +17,7 @@ from ds_gradmix.comm.consistency import ConsistencyCheck
 from ds_gradmix.comm.groups import RankGroup, TiedParameter, gather_objects, group_of, ranks_of
 from ds_gradmix.comm.workers import ParallelGroups, WorkerGroup
 from ds_gradmix.config import ConfigError
+from ds_gradmix.engines.compatibility import refused_sequence_group
 from ds_gradmix.engines.worker_size import find_levels
 from ds_gradmix.exchange.bucket import ParamInfo
 from ds_gradmix.weights.extrapolated import ShardInfo
@@ -131,11 +132,7 @@ def _shares_replicas(data: tuple[int, ...], sequence: tuple[int, ...]) -> bool:
         return False
     begin = data.index(sequence[0])
     if begin % len(sequence) or data[begin : begin + len(sequence)] != sequence:
-        raise ConfigError(
-            f"sequence parallelism: ranks {list(sequence)} share a replica, and are not neighbours in the "
-            f"group {list(data)} that gradients are reduced over: order the ranks of the mpu's "
-            "get_sequence_data_parallel_group() by replicas"
-        )
+        raise ConfigError(refused_sequence_group(sequence, data))
     return True
 
 

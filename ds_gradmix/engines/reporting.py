@@ -1,7 +1,5 @@
 """What users are told of an engine: one line when it is built, and the rules' decisions after each step."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -48,17 +46,15 @@ def announce_rules(
 
 
 def report_step(engine: Any, stats: Mapping[str, float]) -> None:
-    """Report a step's decisions where DeepSpeed reports its steps: in the log, at every multiple of
-    `steps_per_print`, and to TensorBoard and the other writers of its monitor.
-
-    Called before the engine counts the step.
+    """Report a step's decisions, before the engine counts it, where DeepSpeed reports its steps: in the log
+    at every multiple of `steps_per_print`, and to the writers of its monitor.
     """
     if not stats or engine.global_rank != 0:
         return
     step, every = engine.global_steps + 1, engine.steps_per_print()
     if every and step % every == 0:
-        told = ", ".join(f"{name} {value:.4g}" for name, value in stats.items())
-        logger.info(f"ds_gradmix: step {step}: {told}")
+        text = ", ".join(f"{name} {value:.4g}" for name, value in stats.items())
+        logger.info(f"ds_gradmix: step {step}: {text}")
     if engine.monitor.enabled:
         samples = engine.global_samples + engine.train_batch_size()
         events = [(f"Train/GradMix/{name}", value, samples) for name, value in stats.items()]

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from ds_gradmix.comm.groups import RankGroup, gather_objects, group_of
 from ds_gradmix.comm.workers import WorkerLevels
 from ds_gradmix.config import ConfigError
-from ds_gradmix.engines.compatibility import refused_worker_size
+from ds_gradmix.engines import compatibility
 
 
 class RankLocation(NamedTuple):
@@ -44,51 +44,43 @@ def find_levels(
 
 
 def ranks_per_worker(
-    sets: Sequence[Sequence[int]], seats: Sequence[RankLocation], worker: str | int, ranks_per_replica: int
+    sets: Sequence[Sequence[int]],
+    locations: Sequence[RankLocation],
+    worker: str | int,
+    ranks_per_replica: int,
 ) -> int:
-    """How many consecutive ranks of each data-parallel group, one of `sets`, make a worker; `seats` are where
-    all ranks run.
+    """How many consecutive ranks of each data-parallel group, one of `sets`, make a worker; `locations` are
+    those of all ranks.
     """
     if worker in ("rank", 1):
         return ranks_per_replica
-    size = _node_size(sets, seats) if worker == "node" else int(worker)
-    shown = '"node"' if worker == "node" else str(worker)
+    size = _node_size(sets, locations) if worker == "node" else int(worker)
     found = f" (every node has {size} ranks of a group)" if worker == "node" else ""
     if any(len(ranks) % size for ranks in sets):
-        raise ConfigError(refused_worker_size(worker, len(sets[0]), found))
+        raise ConfigError(compatibility.refused_worker_size(worker, len(sets[0]), found))
     if size % ranks_per_replica:
-        raise ConfigError(
-            f"gradmix.worker: {shown}, but {ranks_per_replica} ranks share a replica by sequence "
-            f'parallelism{found}; allowed is a multiple of these, or "rank" for one replica'
-        )
+        raise ConfigError(compatibility.refused_part_of_replica(worker, ranks_per_replica, found))
     return size
 
 
-def _node_size(sets: Sequence[Sequence[int]], seats: Sequence[RankLocation]) -> int:
-    nodes = _nodes(seats)
+def _node_size(sets: Sequence[Sequence[int]], locations: Sequence[RankLocation]) -> int:
+    nodes = _nodes(locations)
     sizes: set[int] = set()
     for ranks in sets:
         own = [nodes[rank] for rank in ranks]
         runs = [len(list(run)) for _, run in groupby(own)]
         sizes.update(runs if len(runs) == len(set(own)) > 0 else [0])
     if len(sizes) > 1 or 0 in sizes:
-        raise ConfigError(
-            'gradmix.worker: "node", but data-parallel groups do not have the same number of consecutive '
-            f'ranks on every node: {list(map(list, sets))}; allowed there is a number of ranks, or "rank"'
-        )
+        raise ConfigError(compatibility.refused_nodes(sets))
     return sizes.pop()
 
 
-def _nodes(seats: Sequence[RankLocation]) -> list[tuple[str, int]]:
+def _nodes(locations: Sequence[RankLocation]) -> list[tuple[str, int]]:
     """The node of every rank. Containers may share a host name, so local ranks say where a node begins."""
-    counted = all(seat.local_rank is not None for seat in seats)
-    nodes = [(seat.host, rank - (seat.local_rank or 0) if counted else 0) for rank, seat in enumerate(seats)]
-    for rank, (node, seat) in enumerate(zip(nodes, seats, strict=True)):
+    counted = all(local is not None for _, local in locations)
+    nodes = [(host, rank - (local or 0) if counted else 0) for rank, (host, local) in enumerate(locations)]
+    for rank, (node, (host, local)) in enumerate(zip(nodes, locations, strict=True)):
         is_first = rank == 0 or node != nodes[rank - 1]
-        if is_first and (seat.local_rank != 0 if counted else nodes.index(node) != rank):
-            raise ConfigError(
-                f'gradmix.worker: "node", but the ranks of node {node[0]} do not follow each other (rank '
-                f"{rank} has LOCAL_RANK {seat.local_rank}); allowed are launchers that fill one node after "
-                'another, or a number of ranks, or "rank"'
-            )
+        if is_first and (local != 0 if counted else nodes.index(node) != rank):
+            raise ConfigError(compatibility.refused_rank_order(host, rank, local))
     return nodes
