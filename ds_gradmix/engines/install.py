@@ -136,13 +136,17 @@ def _build(engine: Any, build: Callable[[], None], given: Mapping[str, Any], blo
         adapter.install()
     reducer: GradientReducer = engine.optimizer.gradmix
     reporting.announce_rules(engine, config, block, reducer.parallel)
-    weights = reducer.weights
-    if isinstance(weights, ExtrapolatedWeights):
+    if isinstance(reducer.weights, ExtrapolatedWeights):
+        _attach(engine, adapter, reducer, reducer.weights)
 
-        def extrapolate() -> None:
-            weights.extrapolate(int(engine.global_steps), adapter.learning_rates())
 
-        attach(engine, weights, extrapolate, lambda why: reducer.load(None, why), lambda: reducer.state.loads)
+def _attach(engine: Any, adapter: Any, reducer: GradientReducer, weights: ExtrapolatedWeights) -> None:
+    """Have the engine's forwards move its parameters to the extrapolated point."""
+
+    def extrapolate() -> None:
+        weights.extrapolate(int(engine.global_steps), adapter.learning_rates())
+
+    attach(engine, weights, extrapolate, lambda why: reducer.load(None, why), lambda: reducer.state.loads)
 
 
 def _optimizer_class(stock: type, context: EngineContext) -> type:
