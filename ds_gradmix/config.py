@@ -22,6 +22,8 @@ from ds_gradmix.rules import Extrapolation, Mixing, Scaling
 
 KEY = "gradmix"
 Model = TypeVar("Model", bound=BaseModel)
+Rules = Sequence[type[BaseModel]]  # of one slot
+Values = Mapping[Any, object]  # of a JSON object, whose keys should be strings
 
 
 class ConfigError(ValueError):
@@ -55,7 +57,7 @@ class GradmixConfig(BaseModel):
         return ", ".join(parts + [f"{name} {getattr(self, name)}" for name in settings])
 
 
-SLOTS: dict[str, Sequence[type[BaseModel]]] = {
+SLOTS: dict[str, Rules] = {
     "mixing": rules.MIXING,
     "scaling": rules.SCALING,
     "extrapolation": rules.EXTRAPOLATION,
@@ -88,9 +90,7 @@ def parse_block(block: object, path: str = KEY) -> GradmixConfig:
     return parsed
 
 
-def _parse_slot(
-    path: str, slot: object, known: Sequence[type[BaseModel]], mistakes: list[str]
-) -> BaseModel | None:
+def _parse_slot(path: str, slot: object, known: Rules, mistakes: list[str]) -> BaseModel | None:
     """The slot's rule, or None with what is wrong appended to `mistakes`."""
     names = [rule.__name__ for rule in known]
     allowed = ", ".join(f'"{name}"' for name in names)
@@ -114,9 +114,7 @@ def _parse_slot(
     return None
 
 
-def _known(
-    path: str, values: Mapping[Any, object], known: Sequence[str], advice: str, mistakes: list[str]
-) -> dict[str, object]:
+def _known(path: str, values: Values, known: Sequence[str], advice: str, mistakes: list[str]) -> Values:
     """The entries whose keys are known; for every other a line is appended to `mistakes`."""
     found = {name: values[name] for name in known if name in values}
     unknown = [(key, value) for key, value in values.items() if key not in found]
@@ -124,9 +122,7 @@ def _known(
     return found
 
 
-def _validated(
-    path: str, model: type[Model], values: Mapping[Any, object], mistakes: list[str]
-) -> Model | None:
+def _validated(path: str, model: type[Model], values: Values, mistakes: list[str]) -> Model | None:
     """The model with these values, or None with what is wrong appended to `mistakes`."""
     known = _known(path, values, list(model.model_fields), "remove it", mistakes)
     oversized = [name for name, value in known.items() if messages.is_oversized(value)]
@@ -138,7 +134,7 @@ def _validated(
         return None
 
 
-def misspelt_key(config: Mapping[Any, object]) -> str | None:
+def misspelt_key(config: Values) -> str | None:
     """A top-level key that looks like a misspelt `gradmix`, which DeepSpeed would ignore without a word."""
     for key in config:
         text = key if isinstance(key, str) else messages.key_text(key)

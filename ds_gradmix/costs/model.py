@@ -85,13 +85,6 @@ class Workload:
         return self.owners not in ("even", "one")
 
     @property
-    def copied_bytes(self) -> float:
-        """The size of the buffer that DeepSpeed copies gradients into before it reduces them."""
-        if self.owners == "BF16_Optimizer":  # all gradients of a parameter group
-            return self.parameters * self.stock_bytes
-        return min(self.bucket_elements, self.parameters) * self.stock_bytes
-
-    @property
     def buckets(self) -> int:
         """How many buckets a reduction has if they are full."""
         return math.ceil(self.parameters / self.bucket_elements)
@@ -230,11 +223,15 @@ def _decision_seconds(plan: ReductionPlan, workload: Workload, cluster: Cluster)
 
 def _memory_bytes(plan: ReductionPlan, workload: Workload, cluster: Cluster) -> float:
     num_bytes = plan.parameter_copies * workload.parameters * workload.grad_bytes
+    copied = min(workload.bucket_elements, workload.parameters)  # by DeepSpeed, before it reduces them
+    if workload.owners == "BF16_Optimizer":
+        copied = workload.parameters  # of a parameter group
     if plan.transport != "exchange":
-        return num_bytes + workload.copied_bytes + (plan.tile_bytes if plan.transport == "weighted" else 0)
+        tile_bytes = plan.tile_bytes if plan.transport == "weighted" else 0
+        return num_bytes + copied * workload.stock_bytes + tile_bytes
     num_bytes += 3 * plan.tile_bytes
     if workload.owners == "ZeRO-0":
-        num_bytes += workload.copied_bytes
+        num_bytes += copied * workload.stock_bytes
     if workload.every_rank_needs_result and plan.decides_for_model:
         num_bytes += 1.5 * plan.tile_bytes * workload.buckets  # that wait for the decision
     if plan.has_momentum:
