@@ -49,6 +49,8 @@ CASES: dict[int, dict[str, Case]] = {
         "overlap, stage 1": Case(past(lr=0.1), stage=1, accumulation=2, zero={"overlap_comm": True}),
         "round robin": Case(past(lr=0.1), zero={"round_robin_gradients": True}, bucket=2000),
         "reduce to owners": Case(past(lr=0.1), zero={"use_multi_rank_bucket_allreduce": False}),
+        "not contiguous": Case({**GAF, **past(lr=0.1)}, zero={"contiguous_gradients": False}, accumulation=2),
+        "all-reduced": Case(past(lr=0.1), zero={"reduce_scatter": False}, accumulation=2),
         "offload": Case(past(lr=0.1), zero={"offload_optimizer": {"device": "cpu"}}, accumulation=2),
     },
     4: {

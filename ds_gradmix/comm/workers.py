@@ -129,13 +129,6 @@ class ParallelGroups:
     is_pipeline: bool  # the model is a PipelineModule
 
     @property
-    def parallelism(self) -> frozenset[str]:
-        """The kinds of parallelism besides that over data."""
-        found: dict[str, object] = {"tensor": self.tensor, "sequence": self.sequence}
-        found |= {"experts": self.experts, "pipeline": self.is_pipeline}
-        return frozenset(name for name, there in found.items() if there)
-
-    @property
     def decisions_are_global(self) -> bool:
         """Whether the workers take part in every decision on the model, and so know them all."""
         return not self.experts and self.model.num_ranks == self.workers.num_ranks

@@ -65,7 +65,7 @@ def shard_info(parallel: ParallelGroups, named: Named) -> ShardInfo | None:
 
 
 def find_parallel_groups(engine: Any, everyone: ConsistencyCheck, worker: str | int) -> ParallelGroups:
-    """The place of an engine's rank; all ranks must ask together, once the engine has its process groups.
+    """The groups of this rank in an engine; all ranks must call this, once the engine has its process groups.
 
     Args:
         engine: DeepSpeed's.
@@ -81,7 +81,9 @@ def find_parallel_groups(engine: Any, everyone: ConsistencyCheck, worker: str | 
     is_pipeline = isinstance(engine.module, PipelineModule)
     pipe = engine.mpu.get_pipe_parallel_group() if is_pipeline else None
     sequence = RankGroup(groups._get_sequence_parallel_group()) if sequence_size > 1 else None
-    apart = sequence is not None and not _shares_replicas(ranks_of(data), ranks_of(sequence.group))
+    sum_sequence_ranks = sequence is not None and not _shares_replicas(
+        ranks_of(data), ranks_of(sequence.group)
+    )
     near = [ranks_of(data), ranks_of(tensor), *([ranks_of(sequence.group)] if sequence is not None else [])]
     sets = gather_objects((near, [*near, ranks_of(pipe)]))
     stage_sets = _connected(own for own, _ in sets)
@@ -89,7 +91,9 @@ def find_parallel_groups(engine: Any, everyone: ConsistencyCheck, worker: str | 
     stage = next(ranks for ranks in stage_sets if dist.get_rank() in ranks)
     model_ranks = next(ranks for ranks in model_sets if dist.get_rank() in ranks)
     decision_group = None if stage == sorted(ranks_of(data)) else RankGroup(group_of(stage_sets))
-    workers = WorkerGroup(data, find_levels(data, worker, 1 if apart else sequence_size), decision_group)
+    workers = WorkerGroup(
+        data, find_levels(data, worker, 1 if sum_sequence_ranks else sequence_size), decision_group
+    )
     model = workers.decision_group if model_ranks == stage else RankGroup(group_of(model_sets))
     return ParallelGroups(
         workers,
@@ -97,7 +101,7 @@ def find_parallel_groups(engine: Any, everyone: ConsistencyCheck, worker: str | 
         everyone if len(stage_sets) == 1 else ConsistencyCheck(group_of(stage_sets, "gloo")),
         None if tensor is None else RankGroup(tensor),
         sequence,
-        apart,
+        sum_sequence_ranks,
         _experts(engine),
         _tied(engine.module) if is_pipeline else [],
         is_pipeline,
@@ -118,8 +122,8 @@ def _connected(own_sets: Iterable[Sequence[Sequence[int]]]) -> list[list[int]]:
     found: list[set[int]] = []
     for sets in own_sets:
         joined = set().union(*sets)
-        apart = [ranks for ranks in found if not ranks & joined]
-        found = [*apart, joined.union(*(ranks for ranks in found if ranks & joined))]
+        others = [ranks for ranks in found if not ranks & joined]
+        found = [*others, joined.union(*(ranks for ranks in found if ranks & joined))]
     return sorted(sorted(ranks) for ranks in found)
 
 
