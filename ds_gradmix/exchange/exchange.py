@@ -153,8 +153,8 @@ class PendingExchange:
         return gram_SWW[:1] if any(plan.counted) else torch.zeros_like(gram_SWW)
 
     def combine(self, decision: MixingDecision, present_W: Tensor) -> None:
-        """Replace gradients in every owner's slices by their combination; elsewhere the bucket is undefined
-        afterwards. There is one row of weights, or one a parameter; what workers not present have is finite.
+        """Write the combination of all workers' gradients to every owner's slices; the rest of the bucket is
+        undefined afterwards. Gradients of workers that are not present must be finite.
         """
         tiled, plan, exchange = self.tiled, self._plan, self._exchange
         if not plan.tiles:

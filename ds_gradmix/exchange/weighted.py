@@ -30,8 +30,8 @@ class Weighting:
     _drawn: tuple[RngKey, npt.NDArray[np.float64]] | None = None
 
     def present(self, grads: Sequence[Tensor], group: RankGroup) -> Tensor:
-        """Which workers count, `[W]`; what is not finite in this one's gradients is zeroed if it does not. Of
-        one worker ranks of the group hold parts, and one bad part is enough. Only "drop" communicates.
+        """Which workers count, `[W]`; what is not finite in this one's gradients is zeroed if it does not.
+        Ranks of the group may hold parts of one worker's gradient: one bad part is enough to leave it out.
         """
         everyone_W = torch.ones(self.workers.size, dtype=torch.bool, device=self.stats.device)
         if self.config.nonfinite == "propagate":
@@ -63,7 +63,7 @@ class Weighting:
         return decide_without_gradients(torch.from_numpy(weights_RW), present_W)
 
     def weigh(self, flat_N: Tensor, spans: Sequence[ParamSpan], key: RngKey) -> None:
-        """Multiply gradients by their worker's weights, in one pass; only `present` communicates."""
+        """Multiply gradients by their worker's weights, in one pass; only `present` may communicate."""
         workers = self.workers
         present_W = self.present([span.of(flat_N) for span in spans], workers.decision_group)
         decision = self.decide(spans, present_W, key)
