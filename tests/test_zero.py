@@ -130,7 +130,7 @@ STOCK: dict[str, Case] = {
         config={"data_types": {"grad_accum_dtype": "fp32"}},
     ),
     **{
-        f"{name}, {rule}": Case(block, steps=4, **case)
+        f"{name}, {rule}": Case(block, steps=3, **case)
         for name, case in SETTINGS.items()
         for rule, block in SAME.items()
     },

@@ -67,13 +67,8 @@ def shard_info(parallel: ParallelGroups, named: Named) -> ShardInfo | None:
 def find_parallel_groups(engine: Any, everyone: ConsistencyCheck, worker: str | int) -> ParallelGroups:
     """The groups of this rank in an engine; all ranks must call this, once the engine has its process groups.
 
-    Args:
-        engine: DeepSpeed's.
-        everyone: the hosts of all ranks.
-        worker: the block's `worker`.
-
     Raises:
-        ConfigError: on all ranks, if the groups are not made of such workers.
+        ConfigError: on all ranks, if the groups are not made of workers as the block's `worker` says.
     """
     data = engine.seq_data_parallel_group
     sequence_size = int(engine.sequence_parallel_size)
