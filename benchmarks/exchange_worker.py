@@ -106,7 +106,7 @@ def measure_memory(engine: Any, inputs: torch.Tensor, repeats: int) -> dict[str,
     watch, results = Watch(), []
     owner, name = engine.optimizer, "average_tensor"
     if not hasattr(owner, name):  # every rank needs the result, and the engine reduces
-        owner, name = engine, "allreduce_bucket"
+        owner, name = engine, "buffered_allreduce_fallback"
     reduce = getattr(owner, name)
     setattr(owner, name, watch.call(reduce))
     for _ in range(repeats):
