@@ -17,7 +17,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.utils import is_model_parallel_parameter
 
-from ds_gradmix.comm.consistency import ConsistencyCheck, fingerprint_of
+from ds_gradmix.comm.consistency import ConsistencyCheck
 from ds_gradmix.comm.groups import gather_objects, group_of
 from ds_gradmix.comm.peers import announce
 from ds_gradmix.config import KEY, ConfigError, GradmixConfig, parse_block
@@ -172,7 +172,7 @@ def _check_equal(given: Mapping[str, Any], block: GradmixConfig, everyone: Consi
     # A model that DeepSpeed has divided before it is handed over has parts of different shapes.
     divided = int(lookup(config, "tensor_parallel.autotp_size", 0) or 0) > 1
     words = [f"gradmix block {block!r}", f"zero_optimization {config.get('zero_optimization')!r}"]
-    everyone.check_equal(fingerprint_of(words), lambda: words, "building the engine", _ADVICE)
+    everyone.check_equal(tuple(words), lambda: words, "building the engine", _ADVICE)
     words = []
     for name, p in model.named_parameters() if isinstance(model, torch.nn.Module) else ():
         dtype = str(p.dtype).removeprefix("torch.")
@@ -183,4 +183,4 @@ def _check_equal(given: Mapping[str, Any], block: GradmixConfig, everyone: Consi
     if hasattr(grid, "get_data_parallel_group"):
         sets = gather_objects(dist.get_process_group_ranks(grid.get_data_parallel_group()))
         replicas = ConsistencyCheck(group_of(sorted(set(map(tuple, sets))), "gloo"))
-    replicas.check_equal(fingerprint_of(words), lambda: words, "building the engine", _ADVICE)
+    replicas.check_equal(tuple(words), lambda: words, "building the engine", _ADVICE)

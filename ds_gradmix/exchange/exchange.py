@@ -161,7 +161,7 @@ class PendingExchange:
             return
         tiled.resume()
         one_row = len(decision.weights_SW) == 1
-        elements_S = plan.num_elements_P.sum() if one_row else plan.num_elements_P
+        elements_S = float(sum(plan.num_elements)) if one_row else plan.num_elements_P
         exchange.weighting.stats.add_decision(decision, elements_S, present_W)
         weights_WS = decision.weights_SW.t().float()
         segments = plan.as_one if one_row else plan.by_param

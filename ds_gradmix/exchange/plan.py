@@ -103,12 +103,17 @@ class ExchangePlan:
         return [piece for piece in self.pieces if piece.owner == self.rank]
 
     @cached_property
-    def num_elements_P(self) -> Tensor:
-        """Elements of every parameter of the bucket that this rank counts, float64."""
+    def num_elements(self) -> list[int]:
+        """Elements of every parameter of the bucket that this rank counts."""
         numbers = [0] * len(self.counted)
         for piece in self.pieces:
             numbers[piece.param] += piece.length if self.counted[piece.param] else 0
-        return to_device(torch.tensor(numbers, dtype=torch.float64), self.device)
+        return numbers
+
+    @cached_property
+    def num_elements_P(self) -> Tensor:
+        """The same on the device, float64."""
+        return to_device(torch.tensor(self.num_elements, dtype=torch.float64), self.device)
 
     @cached_property
     def counted_P(self) -> Tensor | None:
