@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from corpus import add_corpus_arguments, chosen_pieces
+from gradmix_pretrain.corpus import add_corpus_arguments, chosen_pieces
 
 
 def main(argv: Sequence[str] | None = None) -> None:

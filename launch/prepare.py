@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import sentencepiece
-from corpus import Piece, add_corpus_arguments, chosen_pieces, split
+from gradmix_pretrain.corpus import Piece, add_corpus_arguments, chosen_pieces, split
 
 FORMAT = 1  # a folder in another format is prepared again
 CHUNK_CHARS = 1 << 17  # for one call of the encoder; cut after a line, since no token contains a line break

@@ -21,19 +21,18 @@ import warnings
 from functools import partial
 from typing import Any
 
-import checkpoint
 import deepspeed
 import deepspeed.ops
 import numpy as np
-import pipeline
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.engine import PipelineEngine
-from metrics import MetricsFile, draw_summary, read_lines, report
-from schedule import cosine_with_warmup
-from settings import Inputs, check, load_json, parse_args, set_process_environment
-from tokens import TrainingWindows, validation_batches
+from gradmix_pretrain import checkpoint, pipeline
+from gradmix_pretrain.metrics import MetricsFile, draw_summary, read_lines, report
+from gradmix_pretrain.schedule import cosine_with_warmup
+from gradmix_pretrain.settings import Inputs, check, load_json, parse_args, set_process_environment
+from gradmix_pretrain.tokens import TrainingWindows, validation_batches
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM

@@ -6,7 +6,7 @@
     S   decisions: one for a bucket, a parameter tensor, or the model
 
 Collectives run one after another, and each takes as long as the slower of its two networks: between nodes,
-and inside a node. tests/test_scaling.py compares the byte counts with the kernel's counters. Times are
+and inside a node. tests/system/test_scaling.py compares the byte counts with the kernel's counters. Times are
 estimates for the given bandwidths, and nothing overlaps. Only the standard library is imported.
 """
 

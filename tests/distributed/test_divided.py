@@ -1,0 +1,218 @@
+"""The many ways to divide a model: each equals the same model undivided, under the rules."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from test_matrix import BLOCKS, essence, replays
+
+from tests.support.parallel import Case, Layout, alone, drift, furthest, run_cases
+from tests.support.ranks import RankError, run_ranks
+
+GAF = BLOCKS["mixing"]["GAF"][0]
+VRGD = BLOCKS["scaling"]["VRGD"][0]
+PAST: dict[str, Any] = {**GAF, "extrapolation": {"type": "PastGradient", "params": {"lr": 0.1}}}
+ALL = {"mixing": {"type": "GAF", "params": {"threshold": 2}}, "tile_bytes": 4096}  # nobody is left out
+MODEL = {"mixing": {"type": "GAF", "params": {"threshold": 0.92}}, "scope": "model", "tile_bytes": 4096}
+LAYERWISE = {
+    **MODEL,
+    "extrapolation": {"type": "PastGradient", "params": {"lr": 0.02, "layerwise": True}},
+}
+TEAMS = {  # two ranks a worker, at these stages
+    "PastGradient": (PAST, (0, 1, 2)),
+    "VRGD": (VRGD, (0, 2)),
+    "GradientMix": (BLOCKS["mixing"]["GradientMix"][0], (1,)),
+}
+TOLERANCE = 1e-5
+
+
+def _replayed() -> dict[str, Case]:
+    """Compared with the replay of the reference."""
+    cases = {}
+    kinds = [("tensor", "autotp"), *((("sequence", kind)) for kind in ("state", "mesh", "config"))]
+    if importlib.util.find_spec("megatron"):
+        kinds.append(("tensor", "megatron"))
+    for axis, kind in kinds:
+        layout = Layout(2, kind=kind, **{axis: 2})
+        cases[f"{kind} ZeRO-1 GAF"] = Case(layout, GAF, stage=1, accumulation=2, steps=4)
+        cases[f"{kind} ZeRO-2 VRGD"] = Case(layout, VRGD, stage=2, steps=2)
+        cases[f"{kind} ZeRO-0 PastGradient"] = Case(layout, PAST, steps=4)
+    for size in (1, 4):
+        layout = Layout(4, expert=size)
+        cases[f"experts over {size} ZeRO-1"] = Case(layout, GAF, stage=1, experts=4, steps=4)
+        cases[f"experts over {size} ZeRO-2"] = Case(layout, PAST, stage=2, experts=4, steps=4)
+    for name, (block, stages) in TEAMS.items():
+        for stage in stages:
+            steps, accumulation = 2 if "scaling" in block else 4, 2 if stage == 1 else 1
+            pairs = Case(
+                Layout(4), {**block, "worker": 2}, stage=stage, accumulation=accumulation, steps=steps
+            )
+            cases[f"pairs ZeRO-{stage} {name}"] = pairs
+    return cases
+
+
+REPLAYED = _replayed()
+ALONE = {  # compared with the undivided model under DeepSpeed, whose buckets for the model are the same
+    "tensor ZeRO-1": Case(Layout(3, tensor=2), MODEL, stage=1, accumulation=2, steps=8),
+    "tensor ZeRO-0": Case(Layout(3, tensor=2), LAYERWISE, steps=8),
+    "pipeline ZeRO-1": Case(Layout(3, pipe=2), MODEL, stage=1, accumulation=2, steps=8, tied=True),
+    "pipeline ZeRO-0": Case(Layout(3, pipe=2), LAYERWISE, steps=8, tied=True),
+    "pipeline and tensor ZeRO-1": Case(Layout(2, pipe=2, tensor=2), MODEL, stage=1, steps=8, tied=True),
+}
+STOCK = {
+    "experts ZeRO-0": Case(Layout(4, expert=2), ALL, experts=4),
+    "experts ZeRO-1": Case(Layout(4, expert=2), ALL, experts=4, stage=1, accumulation=2),
+    "experts ZeRO-2": Case(Layout(4, expert=2), ALL, experts=4, stage=2, accumulation=2),
+    "one worker ZeRO-0": Case(Layout(4), {**GAF, "worker": 4}),
+    "one worker ZeRO-1": Case(Layout(4), {**GAF, "worker": "node"}, stage=1, accumulation=2),
+    "experts ZeRO-1, weighed": Case(Layout(4, expert=2), {"nonfinite": "drop"}, experts=4, stage=1),
+}
+
+
+@cache
+def results() -> dict[str, list[dict[str, Any]]]:
+    """Of every case all ranks' results; cases of as many ranks share a spawn."""
+    cases = {**REPLAYED, **ALONE, **STOCK}
+    cases |= {f"{name}, undivided": alone(case) for name, case in ALONE.items()}
+    cases |= {f"{name}, stock": replace(case, block=None) for name, case in STOCK.items()}
+    cases |= {f"{name}, one": replace(case, layout=Layout(4)) for name, case in STOCK.items()}
+    found = {}
+    for world in sorted({case.layout.world for case in cases.values()}):
+        here = {name: case for name, case in cases.items() if case.layout.world == world}
+        ranks = run_ranks(world, run_cases, here, timeout=280)
+        found.update({name: [rank[name] for rank in ranks] for name in here})
+    return found
+
+
+@cache
+def expected() -> dict[str, Any]:
+    return run_ranks(1, replays, {repr(essence(case)): essence(case) for case in REPLAYED.values()})[0]
+
+
+@pytest.mark.parametrize("name", REPLAYED)
+def test_a_divided_model_equals_the_replay(name: str) -> None:
+    wanted = expected()[repr(essence(REPLAYED[name]))]
+    largest = max(float(np.abs(w).max()) for w in wanted.values())
+    ranks = results()[name]
+    assert drift(ranks) == []
+    for rank in ranks:
+        for weight, values in rank["weights"].items():
+            assert np.abs(values - wanted[weight]).max() / largest < TOLERANCE, weight
+        assert rank["stats"] == ranks[0]["stats"]
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_one_decision_for_the_whole_model(name: str) -> None:
+    reference, ranks = results()[f"{name}, undivided"][0], results()[name]
+    assert drift(ranks) == []
+    for rank in ranks:
+        assert furthest(rank, reference) < TOLERANCE
+        assert rank["skipped"] == reference["skipped"]
+        kept = [told["kept_fraction"] for told in rank["stats"]]
+        assert kept == pytest.approx([told["kept_fraction"] for told in reference["stats"]])
+    assert any(0 < told["kept_fraction"] < 1 for told in reference["stats"]) or ALONE[name].layout.data == 2
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_what_nobody_is_left_out_of_equals_deepspeed(name: str) -> None:
+    for rank, stock, one in zip(
+        results()[name], results()[f"{name}, stock"], results()[f"{name}, one"], strict=True
+    ):
+        assert furthest(rank, stock) < 1e-6
+        assert furthest(rank, one) < TOLERANCE
+
+
+def without_norm() -> None:
+    import parallel
+    import parallel_models as models
+    import torch.distributed as dist
+
+    forward = models.Block.forward
+
+    def other(self: Any, x: Any) -> Any:
+        if dist.get_rank() % 2:
+            self.norm2.requires_grad_(False)
+        return forward(self, x)
+
+    models.Block.forward = other
+    parallel.run(Case(Layout(2, tensor=2), {**GAF, "scope": "bucket"}, stage=2, steps=2))
+
+
+def test_tensor_parallel_ranks_that_differ_do_not_hang() -> None:
+    with pytest.raises(RankError, match=r"MismatchError.*norm2"):
+        run_ranks(4, without_norm, timeout=60)
+
+
+def experts_and_tensor() -> None:
+    import deepspeed
+    import parallel
+    import parallel_models as models
+    import tensor_layers
+    import torch
+
+    case = Case(Layout(4), GAF, stage=1)
+    model = models.Model(models.Plain(), experts=2)
+    optimizer = torch.optim.SGD(parallel._groups(model, replace(case, experts=2)), lr=0.1)
+    mpu = tensor_layers.TensorParallel(2, 2)
+    deepspeed.initialize(model=model, optimizer=optimizer, mpu=mpu, config=parallel.ds_config(case))
+
+
+REFUSED: dict[str, tuple[Case | None, str]] = {
+    "experts and tensor": (None, "experts and tensor parallelism"),
+    "pipeline, ZeRO-2": (
+        Case(Layout(2, pipe=2), GAF, stage=2),
+        "DeepSpeed's pipeline takes ZeRO-0 and ZeRO-1",
+    ),
+    "experts, for the model": (
+        Case(Layout(4, expert=2), MODEL, stage=1, experts=4),
+        "experts are reduced over",
+    ),
+    "experts, two ranks a worker": (
+        Case(Layout(4, expert=2), {**GAF, "worker": 2}, stage=1, experts=4),
+        "gradmix.worker: 2 is not supported with experts",
+    ),
+    "three ranks a worker": (
+        Case(Layout(4), {**GAF, "worker": 3}, stage=1),
+        "gradmix.worker: 3, but a data-parallel group has 4 ranks",
+    ),
+    "three ranks a worker, ZeRO-0": (
+        Case(Layout(4), {**GAF, "worker": 3}),
+        "gradmix.worker: 3, but a data-parallel group has 4 ranks",
+    ),
+    "half a replica a worker": (
+        Case(Layout(1, sequence=4), {**GAF, "worker": 2}, stage=1),
+        "4 ranks share a replica by sequence parallelism",
+    ),
+    "ZeRO-3": (Case(Layout(4), GAF, stage=3), "zero_optimization.stage: 3"),
+}
+
+
+def refusals() -> dict[str, str]:
+    import parallel
+
+    import ds_gradmix
+
+    ds_gradmix.enable()
+    found = {}
+    for name, (case, _) in REFUSED.items():
+        try:
+            if case is None:
+                experts_and_tensor()
+            else:
+                parallel._Work(case)
+            found[name] = "built"
+        except ds_gradmix.ConfigError as error:
+            found[name] = str(error)
+        parallel.reset()
+    return found
+
+
+def test_refused_when_the_engine_is_built() -> None:
+    for found in run_ranks(4, refusals):
+        for name, (_, words) in REFUSED.items():
+            assert words in found[name], name

@@ -1,0 +1,127 @@
+"""Every combination of README's support matrix trains right; those that are not in it are refused."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ds_gradmix.engines.compatibility import ENGINES, PARALLELISM, refused_engine
+from tests.support import support_matrix
+from tests.support.parallel import Case, Layout, drift, run_cases
+from tests.support.ranks import run_ranks
+from tests.support.replay_parallel import replay
+from tests.support.support_matrix import SUPPORTED, Cell
+
+# Decided by parameter, so that what a bucket holds does not matter; many tiles, although the model is small.
+GAF: dict[str, Any] = {
+    "mixing": {"type": "GAF", "params": {"threshold": 0.87}},
+    "scope": "parameter",
+    "tile_bytes": 4096,
+}
+MIX: dict[str, Any] = {"mixing": {"type": "GradientMix"}}
+# Two steps: with few workers ratios amplify the rounding of the model's own gradients.
+BLOCKS: dict[str, dict[str, tuple[dict[str, Any], int]]] = {
+    "mixing": {"GradientMix": (MIX, 3), "GAF": (GAF, 3)},
+    "scaling": {"VRGD": ({"scaling": {"type": "VRGD", "params": {"gamma": 0.5}}}, 2)},
+    "extrapolation": {
+        "PastGradient": ({**MIX, "extrapolation": {"type": "PastGradient", "params": {"lr": 0.1}}}, 3)
+    },
+}
+LAYOUTS = {
+    "data": Layout(2),
+    "tensor": Layout(2, tensor=2),
+    "pipeline": Layout(2, pipe=2),
+    "tensor and pipeline": Layout(2, tensor=2, pipe=2),
+    "experts": Layout(4, expert=2),
+    "sequence": Layout(2, sequence=2),
+}
+# Of the largest weight: the order of sums in fp32; else some places of the last bits, in a few steps.
+TOLERANCE = {"fp32": 1e-5, "bf16": 0.02, "fp16": 0.003}
+# Ratios of two workers amplify the rounding of gradients; there, a step is about 0.1 of the largest weight.
+ROUGH_TOLERANCE = {"fp32": 1e-5, "bf16": 0.03, "fp16": 0.03}
+
+
+def case_of(cell: Cell, rule: str) -> Case:
+    block, steps = BLOCKS[cell.slot][rule]
+    return Case(
+        LAYOUTS[cell.parallelism],
+        block,
+        stage={"BF16_Optimizer": 1}.get(cell.engine) or int(cell.engine[-1]),
+        dtype=cell.dtype,
+        fp32_sums=cell.engine == "BF16_Optimizer",
+        accumulation=2,
+        steps=steps,
+        tied="pipeline" in cell.parallelism,
+        experts=4 if cell.parallelism == "experts" else 0,
+    )
+
+
+@cache
+def results(parallelism: str, engine: str) -> list[dict[str, Any]]:
+    """Of every rank, by (cell, rule)."""
+    here = [cell for cell in SUPPORTED if (cell.parallelism, cell.engine) == (parallelism, engine)]
+    cases = {f"{cell} {rule}": case_of(cell, rule) for cell in here for rule in BLOCKS[cell.slot]}
+    return run_ranks(LAYOUTS[parallelism].world, run_cases, cases, timeout=280)
+
+
+def essence(case: Case) -> Case:
+    """What the training depends on; the rest is where it runs."""
+    layout = Layout(case.layout.data, expert=case.layout.expert)
+    return replace(case, layout=layout, stage=max(case.stage, 1), dtype="fp32", fp32_sums=False)
+
+
+def replays(cases: dict[str, Case]) -> dict[str, Any]:
+    return {name: replay(case) for name, case in cases.items()}
+
+
+@cache
+def expected() -> dict[str, dict[str, Any]]:
+    cases = [essence(case_of(cell, rule)) for cell in SUPPORTED for rule in BLOCKS[cell.slot]]
+    return run_ranks(1, replays, {repr(case): case for case in cases})[0]
+
+
+@pytest.mark.parametrize("cell", SUPPORTED, ids=str)
+def test_supported(cell: Cell) -> None:
+    for rule in BLOCKS[cell.slot]:
+        ranks = [rank[f"{cell} {rule}"] for rank in results(cell.parallelism, cell.engine)]
+        assert drift(ranks) == []
+        wanted = expected()[repr(essence(case_of(cell, rule)))]
+        tolerance = (ROUGH_TOLERANCE if rule == "VRGD" else TOLERANCE)[cell.dtype]
+        largest = max(float(np.abs(w).max()) for w in wanted.values())
+        for found in ranks:
+            assert found["weights"].keys() == wanted.keys()
+            for name, weight in found["weights"].items():
+                if rule == "GAF" and cell.dtype != "fp32":
+                    assert np.isfinite(weight).all()  # rounding may turn a decision
+                else:
+                    assert np.abs(weight - wanted[name]).max() / largest < tolerance, name
+            assert found["stats"] == ranks[0]["stats"]
+            if rule == "GAF":
+                assert any(0 < told["kept_fraction"] < 1 for told in found["stats"])
+
+
+KINDS = [
+    set(kinds)
+    for size in range(5)
+    for kinds in itertools.combinations(("tensor", "pipeline", "experts", "sequence"), size)
+]
+
+
+@pytest.mark.parametrize("kinds", KINDS, ids=lambda kinds: "+".join(sorted(kinds)) or "data")
+def test_what_is_not_in_the_matrix_is_refused(kinds: set[str]) -> None:
+    for engine in ENGINES:
+        reason = refused_engine(engine, "bf16", frozenset(kinds))
+        assert (reason is None) == any(
+            cell.engine == engine and cell.dtype == "bf16" and PARALLELISM[cell.parallelism] == kinds
+            for cell in SUPPORTED
+        )
+
+
+def test_the_readme_has_the_matrix() -> None:
+    text = support_matrix.README.read_text()
+    assert support_matrix.written(text) == text, "run python tests/support/support_matrix.py"

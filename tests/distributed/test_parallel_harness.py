@@ -1,0 +1,114 @@
+"""The harness itself: DeepSpeed without a gradmix block trains the small language model alike in every
+layout.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.support.parallel import Case, Layout, alone, drift, furthest, run_cases
+from tests.support.ranks import run_ranks
+
+# In fp32 sums are taken in another order; in bf16 that moves a few weights by a place or two.
+TOLERANCE = {"fp32": 1e-5, "bf16": 0.02}
+
+CLIPPED = {"gradient_clipping": 0.2}  # by the norm of the whole model's gradient, which is about 1
+
+
+def _cases() -> dict[str, Case]:
+    tensor, pipe = Layout(2, tensor=2), Layout(2, pipe=2)
+    cases = {
+        "tensor ZeRO-1 bf16 fp32 sums": Case(tensor, stage=1, dtype="bf16", fp32_sums=True),
+        "tensor ZeRO-2": Case(tensor, stage=2, accumulation=2, config=CLIPPED),
+        "tensor ZeRO-2 Adam": Case(tensor, stage=2, optimizer="Adam", tied=True),
+        "pipe ZeRO-0": Case(pipe, accumulation=3),
+        "pipe ZeRO-0 bf16": Case(pipe, dtype="bf16", accumulation=2, tied=True),
+        "pipe ZeRO-1": Case(pipe, stage=1, accumulation=2, tied=True),
+        "pipe ZeRO-1 bf16 fp32 sums": Case(
+            pipe, stage=1, dtype="bf16", fp32_sums=True, accumulation=2, tied=True
+        ),
+        "experts ZeRO-1": Case(Layout(4, expert=4), experts=4, stage=1, accumulation=2),
+        "experts ZeRO-2": Case(Layout(4, expert=2), experts=4, stage=2, accumulation=2),
+    }
+    for kind in ("autotp", "megatron"):
+        if kind == "autotp" or importlib.util.find_spec("megatron"):
+            layout = replace(tensor, kind=kind)
+            cases[f"{kind} ZeRO-2"] = Case(layout, stage=2, tied=True, config=CLIPPED)
+    for kind in ("mpu", "state"):
+        layout = Layout(2, sequence=2, kind=kind)
+        cases[f"sequence by {kind} ZeRO-2"] = Case(layout, stage=2, accumulation=2, config=CLIPPED)
+    return cases
+
+
+CASES = _cases()
+EIGHT = {
+    "pipe and tensor ZeRO-1 bf16 fp32 sums": Case(
+        Layout(2, tensor=2, pipe=2), stage=1, dtype="bf16", fp32_sums=True, accumulation=2, tied=True
+    ),
+}
+MESH = {kind: Case(Layout(2, sequence=2, kind=kind), stage=1) for kind in ("mesh", "config")}
+AGAIN = {f"again {name}": case for name, case in reversed(CASES.items()) if case.stage == 0}
+
+
+def _spawn(cases: dict[str, Case]) -> dict[str, list[Any]]:
+    """Results of all ranks, by case; cases of as many ranks share a spawn."""
+    results = {}
+    for world in sorted({case.layout.world for case in cases.values()}):
+        here = {name: case for name, case in cases.items() if case.layout.world == world}
+        ranks = run_ranks(world, run_cases, here)
+        results.update({name: [rank[name] for rank in ranks] for name in here})
+    return results
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, list[Any]]:
+    return _spawn({**CASES, **MESH, **AGAIN, **EIGHT})
+
+
+@pytest.fixture(scope="module")
+def references() -> dict[str, list[Any]]:
+    """What each case would be without model parallelism; and after no step at all."""
+    cases = [alone(case) for case in (*CASES.values(), *EIGHT.values(), *MESH.values())]
+    cases += [replace(case, steps=0) for case in cases]
+    return _spawn({repr(case): case for case in cases})
+
+
+@pytest.mark.parametrize("name", [*CASES, *EIGHT])
+def test_trains_as_without_model_parallelism(
+    name: str, results: dict[str, list[Any]], references: dict[str, list[Any]]
+) -> None:
+    case = {**CASES, **EIGHT}[name]
+    reference = references[repr(alone(case))][0]
+    for result in results[name]:
+        assert furthest(result, reference) < TOLERANCE[case.dtype]
+    assert drift(results[name]) == []
+
+
+def test_a_layout_leaves_nothing_to_the_next(results: dict[str, list[Any]]) -> None:
+    for name in AGAIN:
+        before = results[name.removeprefix("again ")]
+        assert [rank["local"] for rank in results[name]] == [rank["local"] for rank in before]
+
+
+def test_every_weight_is_trained(references: dict[str, list[Any]]) -> None:
+    for case in (*CASES.values(), *EIGHT.values()):
+        after = references[repr(alone(case))][0]["weights"]
+        before = references[repr(replace(alone(case), steps=0))][0]["weights"]
+        for name, weight in after.items():
+            assert np.abs(weight - before[name]).max() > 3 * TOLERANCE["fp32"] * np.abs(weight).max(), name
+
+
+@pytest.mark.parametrize("kind", MESH)
+def test_deepspeed_does_not_add_up_gradients_over_the_sequence_ranks_of_a_mesh(
+    kind: str, results: dict[str, list[Any]], references: dict[str, list[Any]]
+) -> None:
+    reference = references[repr(alone(MESH[kind]))][0]
+    assert furthest(results[kind][0], reference) > 1e-3
+    one, other = (results[kind][rank]["local"] for rank in (0, 1))  # of one replica
+    assert one != other
+    assert one == results[kind][2]["local"]

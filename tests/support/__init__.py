@@ -1,0 +1,1 @@
+"""What tests share: the harness, the models, the replay, and the references."""

@@ -1,0 +1,79 @@
+"""README's support matrix, from the table that decides what is refused and that tests are parametrised with.
+
+python tests/support/support_matrix.py      writes it into the README
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from ds_gradmix.config import SLOTS
+from ds_gradmix.engines.compatibility import DTYPES, ENGINES, PARALLELISM, refused_engine
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+BEGIN, END = (
+    "<!-- support matrix: written by tests/support/support_matrix.py -->\n",
+    "<!-- end of support matrix -->",
+)
+
+
+class Cell(NamedTuple):
+    """A combination; its string is what its test is called."""
+
+    engine: str
+    dtype: str
+    parallelism: str
+    slot: str
+
+    @property
+    def reason(self) -> str | None:
+        """Why it is refused, if it is."""
+        return refused_engine(self.engine, self.dtype, PARALLELISM[self.parallelism])
+
+    def __str__(self) -> str:
+        return "-".join(self).replace(" and ", "+")
+
+
+def cells() -> Iterator[Cell]:
+    for engine in ENGINES:
+        for dtype in DTYPES:
+            for parallelism in PARALLELISM:
+                for slot in SLOTS:
+                    yield Cell(engine, dtype, parallelism, slot)
+
+
+SUPPORTED = [cell for cell in cells() if cell.reason is None]
+
+
+def table() -> str:
+    """Rows are engines and dtypes, columns kinds of parallelism; slots that share a cell share its fate."""
+    reasons: list[str] = []
+    lines = ["| engine | dtype | " + " | ".join(PARALLELISM) + " |", "|---" * (len(PARALLELISM) + 2) + "|"]
+    for engine in ENGINES:
+        for dtype in DTYPES:
+            row = []
+            for parallelism in PARALLELISM:
+                found = [Cell(engine, dtype, parallelism, slot) for slot in SLOTS]
+                assert len({cell.reason for cell in found}) == 1
+                reason = found[0].reason
+                if reason is None:
+                    row.append(f"`{str(found[0]).removesuffix(found[0].slot)}*`")
+                    continue
+                if reason not in reasons:
+                    reasons.append(reason)
+                row.append(f"no ({reasons.index(reason) + 1})")
+            lines.append(f"| {engine} | {dtype} | " + " | ".join(row) + " |")
+    notes = [f"({number}) {reason}." for number, reason in enumerate(reasons, 1)]
+    return "\n".join([*lines, "", *notes]) + "\n"
+
+
+def written(text: str) -> str:
+    """The README with the matrix of now."""
+    before, rest = text.split(BEGIN)
+    return before + BEGIN + table() + END + rest.split(END)[1]
+
+
+if __name__ == "__main__":
+    README.write_text(written(README.read_text()))

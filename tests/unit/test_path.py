@@ -1,0 +1,78 @@
+"""The reduction path: no waiting for the device, and at most three tiles of memory, whatever the bucket."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.solo import BLOCKS, OWNERS, NoSynchronisation, PeakMemory, reduce_bucket, share_bucket
+
+EVERY_RANK = "every rank"  # nobody owns the bucket, and all need the result
+
+
+def reduce_as(
+    owners: str,
+    block: dict[str, Any],
+    lengths: list[int],
+    flat: torch.Tensor,
+    ranks: int,
+    around: Any,
+    per_worker: int = 1,
+) -> None:
+    if owners == EVERY_RANK:
+        share_bucket(block, lengths, flat, ranks, around, per_worker)
+        return
+    owning = [owner % ranks for owner in OWNERS[owners]]
+    reduce_bucket(block, lengths, owning, flat, ranks, around=around, per_worker=per_worker)
+
+
+@pytest.mark.parametrize("owners", [*OWNERS, EVERY_RANK])
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("per_worker", [1, 2])
+def test_the_host_never_waits(name: str, owners: str, per_worker: int) -> None:
+    block = {**BLOCKS[name], "tile_bytes": 8192}
+    reduce_as(owners, block, [200] * 8, torch.randn(1600), 4, NoSynchronisation(), per_worker)
+
+
+def test_waiting_is_noticed() -> None:
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoSynchronisation():
+        torch.ones(2).sum().item()
+
+
+TILE = 2**16
+
+
+@pytest.mark.parametrize("owners", [*OWNERS, EVERY_RANK])
+@pytest.mark.parametrize(
+    "ranks, per_worker, dtype",
+    [
+        (2, 1, torch.bfloat16),
+        (4, 1, torch.float32),
+        (8, 1, torch.bfloat16),
+        (4, 2, torch.float32),
+        (8, 4, torch.bfloat16),
+    ],
+)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_memory_is_bounded(name: str, ranks: int, per_worker: int, dtype: torch.dtype, owners: str) -> None:
+    block = {**BLOCKS[name], "tile_bytes": TILE}
+    lengths = [500, 90_000, 7, 12_000, 18_000, 12_000, 3000, 4000]
+    with torch.no_grad():
+        flat = torch.randn(sum(lengths)).to(dtype)
+        watch = PeakMemory()
+        reduce_as(owners, block, lengths, flat, ranks, watch, per_worker)
+    small = 32 * 1024  # W^2 and P numbers, and padding of a tile to whole blocks
+    assert watch.peak_bytes <= 3 * TILE + small, watch.peak_bytes / TILE
+    if "gradientmix" not in name or "vrgd" in name:
+        assert watch.peak_bytes > TILE / 2  # it did see something
+
+
+def test_memory_is_noticed() -> None:
+    with PeakMemory() as watch:
+        kept = torch.empty(1000)
+        for _ in range(5):
+            torch.empty(500)
+        del kept
+    assert 4 * 1000 <= watch.peak_bytes <= 4 * 2000
