@@ -124,7 +124,7 @@ def resolved(block: GradmixConfig) -> dict[str, Any]:
     out = dict(block)
     for slot in SLOTS:
         if (rule := out[slot]) is not None:
-            out[slot] = {"type": type(rule).__name__, "params": rule.model_dump()}
+            out[slot] = {"type": rule.type_name(), "params": rule.model_dump()}
     return out
 
 

@@ -18,7 +18,7 @@ def combine(
     """Apply a gradmix block to a stack of W workers' gradients, in one process: `g = r * sum_i w_i g_i`.
 
     The functions are those of training, and the stack is one bucket. `extrapolation` and the momentum of
-    factors have no effect here.
+    factors have no effect here, and a mixing rule with state has its initial one.
 
     Args:
         grads_WN: gradients `[W, N]`, one worker a row, float16, bfloat16, float32 or float64; not modified.
@@ -53,7 +53,8 @@ def _combine(
     segments = params if by_param else Segments([0], [grads_WN.shape[1]], 1, grads_WN.device)
     mixing = config.mixing if len(grads_WN) > 1 else Mean()
     if isinstance(mixing, GramianMixing):
-        decision = apply.decide_from_gram(mixing, segments.gram(grads_WN), present_W, key)
+        state_KW = mixing.initial_state(len(grads_WN)).to(grads_WN.device)
+        decision, _ = apply.decide_from_gram(mixing, segments.gram(grads_WN), present_W, key, state_KW)
     else:
         assert isinstance(mixing, GradientFreeMixing)
         drawn_SW = torch.from_numpy(mixing.weights(key, len(grads_WN), segments.num_segments))
@@ -66,10 +67,10 @@ def _combine(
     if scaling is None or len(grads_WN) == 1:
         combined_N = apply.mix(grads_WN, weights_WS, segments)
         return combined_N, info if scaling is None else {**info, "factors": torch.ones_like(combined_N)}
-    statistics_KN = apply.scaling_statistics(scaling, grads_WN, weights_WS, segments)
-    sums_2P = apply.layer_sums(scaling, statistics_KN, params)
-    factors_N = apply.scaling_factors(scaling, statistics_KN, sums_2P, params)
-    return factors_N * statistics_KN[0], {**info, "factors": factors_N}
+    mean_N, statistics_KN = apply.scaling_statistics(scaling, grads_WN, weights_WS, segments)
+    sums_LP = apply.layer_sums(scaling, mean_N, statistics_KN, params)
+    factors_N = apply.scaling_factors(scaling, mean_N, statistics_KN, sums_LP, params)
+    return factors_N * mean_N, {**info, "factors": factors_N}
 
 
 def _check(grads_WN: Tensor, sizes: Sequence[int] | None) -> list[int]:

@@ -7,22 +7,23 @@
       "scope": "bucket", "seed": 1234, "nonfinite": "propagate", "tile_bytes": 33554432
     }
 
-A slot names a rule by `type` (in any case) and gives its `params`, which are the fields of the rule's class.
+A slot names a rule by `type`, one of ours in any case or `package.module:Class`, and gives its `params`,
+which are the fields of the rule's class.
 """
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ds_gradmix import config_messages as messages
 from ds_gradmix import rules
-from ds_gradmix.rules import Extrapolation, Mixing, Scaling
+from ds_gradmix.rules import Extrapolation, Mixing, Rule, Scaling
+from ds_gradmix.rules.lookup import NotARule, import_rule
 
 KEY = "gradmix"
 Model = TypeVar("Model", bound=BaseModel)
-Rules = Sequence[type[BaseModel]]  # of one slot
 Values = Mapping[Any, object]  # of a JSON object, whose keys should be strings
 
 
@@ -57,10 +58,17 @@ class GradmixConfig(BaseModel):
         return ", ".join(parts + [f"{name} {getattr(self, name)}" for name in settings])
 
 
-SLOTS: dict[str, Rules] = {
-    "mixing": rules.MIXING,
-    "scaling": rules.SCALING,
-    "extrapolation": rules.EXTRAPOLATION,
+class Slot(NamedTuple):
+    """A slot of the block: the base of its rules, and those that need no import."""
+
+    base: type[Rule]
+    known: Sequence[type[Rule]]
+
+
+SLOTS = {
+    "mixing": Slot(Mixing, rules.MIXING),
+    "scaling": Slot(Scaling, rules.SCALING),
+    "extrapolation": Slot(Extrapolation, rules.EXTRAPOLATION),
 }
 
 
@@ -77,40 +85,55 @@ def parse_block(block: object, path: str = KEY) -> GradmixConfig:
     if isinstance(block, GradmixConfig):
         return block
     if not isinstance(block, Mapping):
-        raise ConfigError(messages.wrong_value(path, block, "an object", "see the README for its keys"))
+        raise ConfigError(messages.wrong_value(path, block, "an object", "see docs/configuration.md"))
     mistakes: list[str] = []
     values = dict(block)
-    for slot, known in SLOTS.items():
-        value = values.pop(slot, None)  # null is the default, in every slot
-        if value is not None and (rule := _parse_slot(f"{path}.{slot}", value, known, mistakes)) is not None:
-            values[slot] = rule
+    for name, slot in SLOTS.items():
+        value = values.pop(name, None)  # null is the default, in every slot
+        if value is not None and (rule := _parse_slot(f"{path}.{name}", value, slot, mistakes)) is not None:
+            values[name] = rule
     parsed = _validated(path, GradmixConfig, values, mistakes)
     if parsed is None or mistakes:
         raise ConfigError("\n".join(mistakes))
     return parsed
 
 
-def _parse_slot(path: str, slot: object, known: Rules, mistakes: list[str]) -> BaseModel | None:
+def _parse_slot(path: str, value: object, slot: Slot, mistakes: list[str]) -> Rule | None:
     """The slot's rule, or None with what is wrong appended to `mistakes`."""
-    names = [rule.__name__ for rule in known]
-    allowed = ", ".join(f'"{name}"' for name in names)
-    if not isinstance(slot, Mapping):
+    if not isinstance(value, Mapping):
         expected = 'an object {"type": ..., "params": {...}}'
-        mistakes.append(messages.wrong_value(path, slot, expected, f"types are {allowed}"))
+        mistakes.append(messages.wrong_value(path, value, expected, f"types are {_types(slot)}"))
         return None
     numbers = f"a rule's own numbers go into {path}.params"
-    values = _known(path, slot, ["type", "params"], numbers, mistakes)
-    kind, params = values.get("type"), values.get("params")
-    lower = kind.lower() if isinstance(kind, str) else None
-    rule = next((rule for rule in known if rule.__name__.lower() == lower), None)
-    if rule is None:
-        hint = messages.nearest(kind, names) or "name one of these"
-        mistakes.append(messages.wrong_value(f"{path}.type", kind, allowed, hint, "type" not in values))
-    elif params is None or isinstance(params, Mapping):
+    values = _known(path, value, ["type", "params"], numbers, mistakes)
+    rule, params = _rule_class(f"{path}.type", values, slot, mistakes), values.get("params")
+    if rule is not None and (params is None or isinstance(params, Mapping)):
         return _validated(f"{path}.params", rule, params or {}, mistakes)
-    else:
+    if rule is not None:
         hint = "remove it for the defaults"
         mistakes.append(messages.wrong_value(f"{path}.params", params, "an object", hint))
+    return None
+
+
+def _types(slot: Slot) -> str:
+    names = [f'"{rule.__name__}"' for rule in slot.known]
+    return ", ".join([*names, 'or a rule of your own as "package.module:Class"'])
+
+
+def _rule_class(path: str, values: Values, slot: Slot, mistakes: list[str]) -> type[Rule] | None:
+    kind = values.get("type")
+    lower = kind.lower() if isinstance(kind, str) else None
+    rule = next((rule for rule in slot.known if rule.__name__.lower() == lower), None)
+    if rule is not None:
+        return rule
+    names = [rule.__name__ for rule in slot.known]
+    hint = messages.nearest(kind, names) or "name one of these"
+    if isinstance(kind, str) and ":" in kind:
+        try:
+            return import_rule(kind, slot.base)
+        except NotARule as reason:
+            hint = messages.printable(str(reason))
+    mistakes.append(messages.wrong_value(path, kind, _types(slot), hint, "type" not in values))
     return None
 
 
@@ -131,7 +154,9 @@ def _validated(path: str, model: type[Model], values: Values, mistakes: list[str
     except ValidationError as error:
         if len(known) == len(values) or error.errors()[0]["loc"]:  # else what is missing may be misspelt
             mistakes += messages.validation_mistakes(error, path, model, known)
-        return None
+    except Exception as error:  # from the validators of a rule that is not ours
+        mistakes.append(f"{path}: {messages.printable(f'{type(error).__name__}: {error}')}")
+    return None
 
 
 def misspelt_key(config: Values) -> str | None:

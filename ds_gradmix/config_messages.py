@@ -27,15 +27,19 @@ def validation_mistakes(
     error: ValidationError, path: str, model: type[BaseModel], values: Mapping[str, object]
 ) -> Iterator[str]:
     """A line for each key with errors, since pydantic has one for each type that a value might have."""
-    properties = model.model_json_schema()["properties"]
+    try:
+        properties = model.model_json_schema()["properties"]
+    except Exception:  # of a rule that is not ours, with a field that JSON knows nothing of
+        properties = {}
     for item in {item["loc"][:1]: item for item in error.errors()}.values():
         if not item["loc"]:  # from a validator of the whole model
             yield f"{path}: {printable(item['msg'].removeprefix('Value error, '))}"
             continue
         name = str(item["loc"][0])
-        value, schema = values.get(name), properties[name]
+        value, schema = values.get(name), properties.get(name, {})
         options = schema.get("anyOf", [schema])
-        allowed = f"{' or '.join(map(_option_text, options))} (default {value_text(schema.get('default'))})"
+        allowed = " or ".join(map(_option_text, options)) if schema else printable(item["msg"])
+        allowed += f" (default {value_text(schema['default'])})" if "default" in schema else ""
         choices = [str(choice) for option in options for choice in option.get("enum", ())]
         hint = nearest(value, choices) or "change it, or remove it for the default"
         if is_oversized(value) and any(option.get("type") in ("integer", "number") for option in options):

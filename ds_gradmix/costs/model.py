@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default with ZeRO, and its fixed size elsewhere
-KERNELS_PER_WORKER = 9  # launched for a sequential decision (GAF) by the rank that takes it
 _GRAM_COPIES = 5  # of a W x W float64 matrix, alive while a decision is taken
 
 Owners = Literal["even", "one", "ZeRO-0", "BF16_Optimizer"]
@@ -90,19 +89,32 @@ class Workload:
         return math.ceil(self.parameters / self.bucket_elements)
 
 
+class RuleCost(NamedTuple):
+    """What a rule adds to the costs of a reduction, for a given number of workers."""
+
+    launches: float = 0.0  # small kernels, one after another, of the rank that decides, for each decision
+    state_numbers: int = 0  # of a mixing rule, sent with each decision
+    layer_terms: int = 0  # float64 that are summed over the ranks for each parameter tensor
+    bytes_per_element: float = 0.0  # read and written for every worker's gradient element
+
+
+NO_COST = RuleCost()
+
+
 @dataclass(frozen=True)
 class ReductionPlan:
     """What a gradmix block does with the gradients: without arguments, nothing.
 
     `transport` is "stock" where DeepSpeed averages, "weighted" where it sums gradients that each worker has
     multiplied by its weight, and "exchange" where a rank receives all workers' gradients for its share. Only
-    then are `needs_gram`, `scales` and `has_momentum` true.
+    then is there a Gram matrix, a scaling rule or momentum.
     """
 
     transport: str = "stock"
     scope: Literal["bucket", "parameter", "model"] = "bucket"
     needs_gram: bool = False  # weights depend on the Gram matrix of the workers' gradients
-    scales: bool = False  # there is a scaling rule
+    mixing: RuleCost = NO_COST
+    scaling: RuleCost | None = None  # None without a scaling rule
     has_momentum: bool = False  # its factors have a running mean
     averages_past_gradient: bool = False  # over a worker's ranks, for extrapolation
     parameter_copies: int = 0  # kept by extrapolation
@@ -205,11 +217,14 @@ def gradient_collectives(plan: ReductionPlan, workload: Workload, cluster: Clust
 
 
 def _decision_collectives(plan: ReductionPlan, workload: Workload, cluster: Cluster) -> list[CollectiveCost]:
-    """Gram matrices are summed and weights broadcast; a scaling rule sums a mean for every tensor."""
-    w = cluster.workers
-    gram_and_weights = _ring(8.0 * plan.decisions(workload) * (w * w + w + 2), cluster.ranks, cluster)
-    means = all_reduce(16.0 * workload.tensors, cluster)
-    return [gram_and_weights] * plan.needs_gram + [means] * plan.scales
+    """Gram matrices are summed and weights broadcast; a scaling rule's terms are summed for every tensor."""
+    w, collectives = cluster.workers, []
+    if plan.needs_gram:
+        numbers = plan.decisions(workload) * (w * w + w + 2 + plan.mixing.state_numbers)
+        collectives.append(_ring(8.0 * numbers, cluster.ranks, cluster))
+    if plan.scaling is not None and plan.scaling.layer_terms > 0:
+        collectives.append(all_reduce(8.0 * plan.scaling.layer_terms * workload.tensors, cluster))
+    return collectives
 
 
 def _decision_seconds(plan: ReductionPlan, workload: Workload, cluster: Cluster) -> float:
@@ -218,7 +233,7 @@ def _decision_seconds(plan: ReductionPlan, workload: Workload, cluster: Cluster)
         return 0.0
     w, rounds = cluster.workers, 1 if plan.scope == "model" else workload.buckets
     seconds = 2 * w * workload.parameters / cluster.ranks_per_worker / cluster.fp64_rate
-    return seconds + rounds * KERNELS_PER_WORKER * w * cluster.launch_s
+    return seconds + rounds * plan.mixing.launches * cluster.launch_s
 
 
 def _memory_bytes(plan: ReductionPlan, workload: Workload, cluster: Cluster) -> float:
@@ -251,5 +266,7 @@ def _read_and_written_bytes(plan: ReductionPlan, workload: Workload, cluster: Cl
     combining = 16.0 + b if n > 1 else 0.0  # a worker's mean
     if plan.needs_gram:
         combining += 16 + b + 4 * b  # products in float64; gradients are kept in the bucket and read again
-    combining += 44 + b if plan.scales else 8 + b
+    combining += 8 + b + plan.mixing.bytes_per_element  # the weighted sum, and its result
+    if plan.scaling is not None:
+        combining += plan.scaling.bytes_per_element
     return workload.parameters * (sending + combining / n)

@@ -27,7 +27,8 @@ def reduction_plan(config: Mapping[str, Any], block: GradmixConfig, num_workers:
         transport=transport.value,
         scope=block.scope,
         needs_gram=exchanges and block.mixing.needs_gram,
-        scales=exchanges and scaling is not None,
+        mixing=block.mixing.cost(num_workers),
+        scaling=scaling.cost(num_workers) if exchanges and scaling is not None else None,
         has_momentum=exchanges and scaling is not None and scaling.factor_momentum > 0,
         averages_past_gradient=needs_gradient,
         parameter_copies=0 if extrapolation is None else 1 + keeps_two,
@@ -72,7 +73,7 @@ def cost_table(config: Mapping[str, Any], block: GradmixConfig, clusters: Sequen
     plan = reduction_plan(config, block, num_workers=2)  # or more
     lines += _memory_lines(plan, even)
     if block.extrapolation is not None:
-        lines.append(_extrapolation_line(config, block, plan))
+        lines.append(_extrapolation_line(config, block, plan, block.extrapolation.type_name()))
     if plan.needs_gram and block.scope == "bucket":
         name = "DeepSpeed's own bucket size" if even.every_rank_needs_result else "reduce_bucket_size"
         size = f"{name} ({even.bucket_elements:g} elements)"
@@ -104,7 +105,9 @@ def _memory_lines(plan: ReductionPlan, workload: Workload) -> Iterator[str]:
         yield "  and for momentum 4 bytes per parameter / ranks throughout, as much again during reductions"
 
 
-def _extrapolation_line(config: Mapping[str, Any], block: GradmixConfig, plan: ReductionPlan) -> str:
+def _extrapolation_line(
+    config: Mapping[str, Any], block: GradmixConfig, plan: ReductionPlan, name: str
+) -> str:
     needs_gradient = plan.averages_past_gradient
     undecided = "gradient_accumulation_steps" not in config and "train_batch_size" in config
     words, num_bytes = "one copy", plan.parameter_copies * _grad_bytes(config)
@@ -116,7 +119,7 @@ def _extrapolation_line(config: Mapping[str, Any], block: GradmixConfig, plan: R
     if needs_gradient and block.worker not in ("rank", 1):
         communication = "once a step its gradient is averaged over the worker's ranks"
     return (
-        f"extra memory per rank for {type(block.extrapolation).__name__}: {words} of the parameters in their "
+        f"extra memory per rank for {name}: {words} of the parameters in their "
         f"own dtype ({num_bytes} bytes a parameter); {communication}"
     )
 

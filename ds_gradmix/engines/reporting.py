@@ -33,7 +33,7 @@ def announce_rules(
     if block.worker == "node" and parallel.workers.replicas_per_worker == 1:
         warnings.append("by LOCAL_RANK every node has one rank of a data-parallel group: a worker is a rank")
     if size > 1 and block.scaling is not None and size < block.scaling.min_workers:
-        warnings.append(f"{type(block.scaling).__name__} wants at least {block.scaling.min_workers} workers")
+        warnings.append(f"{block.scaling.type_name()} wants at least {block.scaling.min_workers} workers")
     if size == 1:
         parts.append("with one worker every rule of mixing and scaling is the identity")
     if lookup(config, "gradient_predivide_factor", 1.0) != 1.0:

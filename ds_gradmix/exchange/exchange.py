@@ -3,8 +3,9 @@ them.
 
     1. all-to-all: rank j gets every worker's gradient for region j (plan.py);  a rank sends (W-1)/W B
     2. Gram matrices of the shares are summed on the first rank, which decides; W^2 numbers
-       it sends the weights to all, so that they are identical;                  W numbers
-    3. a scaling rule's sums over every parameter, over the ranks;               2 P numbers
+       it sends the weights, and the rule's next state, to all, so that
+       they are identical;                                                       (1 + K) W numbers
+    3. a scaling rule's L sums over every parameter, over the ranks;             L P numbers
     4. weighted combination, one pass over the share
     5. all-to-all of what was combined to its owners, unless regions are owned;  (W-1)/W B/W
        or to all ranks, where every one of them needs all of the result          (W-1)/W B
@@ -24,6 +25,7 @@ what has been sent is overwritten by what was received, and that by the result.
 
 from collections.abc import Iterator, Sequence
 from functools import reduce
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,12 +34,14 @@ from ds_gradmix.comm.groups import RankGroup
 from ds_gradmix.config import GradmixConfig
 from ds_gradmix.exchange.bucket import Bucket, CommDtypes, ParamSpan
 from ds_gradmix.exchange.factor_momentum import FactorMomentum
+from ds_gradmix.exchange.mixing_state import MixingState
 from ds_gradmix.exchange.plan import ExchangePlan, even_sizes, plan_tiles, share_evenly
 from ds_gradmix.exchange.tiled_buffer import TiledBuffer
 from ds_gradmix.exchange.weighted import Weighting
 from ds_gradmix.ops.segments import Segments
 from ds_gradmix.rules import GramianMixing, MixingDecision, RngKey, Scaling
 from ds_gradmix.rules.apply import decide_from_gram, layer_sums, mix, scaling_factors, scaling_statistics
+from ds_gradmix.rules.decision import packed, unpacked
 
 _PLANS_KEPT = 1024  # compositions of buckets; they recur from step to step
 
@@ -45,7 +49,7 @@ _PLANS_KEPT = 1024  # compositions of buckets; they recur from step to step
 def columns_per_tile(config: GradmixConfig, num_ranks: int, num_workers: int, comm_bytes: int) -> int:
     """Elements a rank combines at a time, such that 3 `tile_bytes` hold all that a tile needs.
 
-    Per column: `comm_bytes` for every rank, an element sent and one received; up to 12 float32 of statistics;
+    Per column: `comm_bytes` for every rank, an element sent and one received; 48 bytes of statistics;
     and for the work of each worker a float64 (Gram matrix, or gradients in float32), or half as much again
     where weights differ by parameter, or six times as much for Gram matrices by parameter (blocks that
     parameters share are copied for each); and a float32 more where its ranks' parts are summed.
@@ -59,6 +63,14 @@ def columns_per_tile(config: GradmixConfig, num_ranks: int, num_workers: int, co
     return max(3 * config.tile_bytes // per_column, 1)
 
 
+class Decided(NamedTuple):
+    """A decision, what the mixing rule's state is after it, `[S, K, W]`, and which workers count, `[W]`."""
+
+    decision: MixingDecision
+    next_state_SKW: Tensor | None
+    present_W: Tensor
+
+
 class Exchange:
     """Exchanges and combines the buckets of one group of workers."""
 
@@ -67,6 +79,9 @@ class Exchange:
         self.workers = weighting.workers
         self.weighting = weighting
         self.momentum = momentum  # of a scaling rule's factors, if it has any
+        rule, size = self.config.mixing, self.workers.size
+        initial_KW = rule.initial_state(size) if isinstance(rule, GramianMixing) else torch.zeros(0, size)
+        self.state = MixingState(initial_KW, weighting.stats.device)
         self._plans: dict[tuple[CommDtypes, bool, tuple[ParamSpan, ...]], ExchangePlan] = {}
 
     def send(self, bucket: Bucket) -> "PendingExchange":
@@ -110,16 +125,16 @@ class Exchange:
             gram_SWW += Segments([0], [rows_WC.shape[1]], 1, device, workers.size).gram(rows_WC)
         return gram_SWW
 
-    def decide(self, gram_SWW: Tensor, present_W: Tensor, key: RngKey, group: RankGroup) -> MixingDecision:
+    def decide(self, gram_SWW: Tensor, present_W: Tensor, key: RngKey, group: RankGroup) -> Decided:
         """Decide from Gram matrices of which every rank of a group has a share; the first of them decides."""
-        rule = self.config.mixing
+        rule, state_KW = self.config.mixing, self.state.values_KW
         assert isinstance(rule, GramianMixing)
         group.reduce(gram_SWW)
-        packed = gram_SWW.new_empty(gram_SWW.shape[0], self.workers.size + 2)
+        sent = gram_SWW.new_empty(len(gram_SWW), self.workers.size + 2 + state_KW.numel())
         if group.is_first:
-            packed = decide_from_gram(rule, gram_SWW, present_W, key).packed()
-        group.broadcast(packed)
-        return MixingDecision.unpacked(packed)
+            sent = packed(*decide_from_gram(rule, gram_SWW, present_W, key, state_KW))
+        group.broadcast(sent)
+        return Decided(*unpacked(sent, self.workers.size), present_W)
 
 
 class PendingExchange:
@@ -131,14 +146,14 @@ class PendingExchange:
         self._plan = plan
         self.tiled = TiledBuffer(exchange.workers, bucket, plan, exchange.momentum)
 
-    def decide(self, key: RngKey) -> tuple[MixingDecision, Tensor]:
-        """The decision for this bucket alone, and which workers count."""
+    def decide(self, key: RngKey) -> Decided:
+        """The decision for this bucket alone."""
         exchange, group = self._exchange, self._exchange.workers.decision_group
         grads = [span.of(self.tiled.flat_N) for span in self._bucket.spans]
         present_W = exchange.weighting.present(grads, group)
         if exchange.config.mixing.needs_gram:
-            return exchange.decide(self.gram(), present_W, key, group), present_W
-        return exchange.weighting.decide(self._bucket.spans, present_W, key), present_W
+            return exchange.decide(self.gram(), present_W, key, group)
+        return Decided(exchange.weighting.decide(self._bucket.spans, present_W, key), None, present_W)
 
     def gram(self) -> Tensor:
         """Gram matrices `[S, W, W]` of this rank's share of the bucket."""
@@ -152,17 +167,19 @@ class PendingExchange:
             return gram_SWW if plan.counted_P is None else gram_SWW * plan.counted_P[:, None, None]
         return gram_SWW[:1] if any(plan.counted) else torch.zeros_like(gram_SWW)
 
-    def combine(self, decision: MixingDecision, present_W: Tensor) -> None:
+    def combine(self, decided: Decided) -> None:
         """Write the combination of all workers' gradients to every owner's slices; the rest of the bucket is
         undefined afterwards. Gradients of workers that are not present must be finite.
         """
-        tiled, plan, exchange = self.tiled, self._plan, self._exchange
+        tiled, plan, exchange, decision = self.tiled, self._plan, self._exchange, decided.decision
         if not plan.tiles:
             return
         tiled.resume()
         one_row = len(decision.weights_SW) == 1
         elements_S = float(sum(plan.num_elements)) if one_row else plan.num_elements_P
-        exchange.weighting.stats.add_decision(decision, elements_S, present_W)
+        exchange.weighting.stats.add_decision(decision, elements_S, decided.present_W)
+        if decided.next_state_SKW is not None:
+            exchange.state.add(decided.next_state_SKW, elements_S)
         weights_WS = decision.weights_SW.t().float()
         segments = plan.as_one if one_row else plan.by_param
         if exchange.config.scaling is not None:
@@ -176,25 +193,27 @@ class PendingExchange:
     def _scale(self, rule: Scaling, segments: Sequence[Segments], weights_WS: Tensor) -> None:
         """Statistics of all tiles, their sums over every parameter on all the ranks, and factors."""
         tiled, plan, exchange, counted_P = self.tiled, self._plan, self._exchange, self._plan.counted_P
-        stashes = tiled.can_stash(1 + rule.num_statistics)
+        stashes = rule.num_layer_terms > 0 and tiled.can_stash(1 + rule.num_statistics)
 
-        def statistics(last: bool) -> Iterator[tuple[int, Tensor]]:
+        def statistics(last: bool) -> Iterator[tuple[int, Tensor, Tensor]]:
             for k, grads_WC in tiled.sweep(last):
-                yield k, scaling_statistics(rule, grads_WC, weights_WS, segments[k])
+                yield k, *scaling_statistics(rule, grads_WC, weights_WS, segments[k])
 
-        sums_2P = torch.zeros(2, len(plan.counted), dtype=torch.float64, device=plan.device)
-        for k, statistics_KC in statistics(last=stashes):
-            sums_2P += layer_sums(rule, statistics_KC, plan.by_param[k])
-            if stashes:
-                tiled.stash(k, statistics_KC)
-        if counted_P is not None:
-            sums_2P *= counted_P
-        exchange.workers.sum_over_shares(sums_2P)
+        size = (rule.num_layer_terms, len(plan.counted))
+        sums_LP = torch.zeros(size, dtype=torch.float64, device=plan.device)
+        if rule.num_layer_terms > 0:  # of which the factors need the whole parameters' sums
+            for k, mean_C, statistics_KC in statistics(last=stashes):
+                sums_LP += layer_sums(rule, mean_C, statistics_KC, plan.by_param[k])
+                if stashes:
+                    tiled.stash(k, torch.cat([mean_C[None], statistics_KC]))
+            if counted_P is not None:
+                sums_LP *= counted_P
+            exchange.workers.sum_over_shares(sums_LP)
         if exchange.momentum is not None:
             exchange.momentum.begin(plan.owned)
-        again = tiled.stashed(1 + rule.num_statistics) if stashes else statistics(last=True)
-        for k, statistics_KC in again:
-            factors_C = scaling_factors(rule, statistics_KC, sums_2P, plan.by_param[k])
+        stashed = ((k, rows[0], rows[1:]) for k, rows in tiled.stashed(1 + rule.num_statistics))
+        for k, mean_C, statistics_KC in stashed if stashes else statistics(last=True):
+            factors_C = scaling_factors(rule, mean_C, statistics_KC, sums_LP, plan.by_param[k])
             counted_C = None if counted_P is None else plan.by_param[k].expand(counted_P[None])[0]
             exchange.weighting.stats.add_factors(factors_C, counted_C)
-            tiled.write_result(k, statistics_KC[0] * exchange.weighting.weight_sum, factors_C)
+            tiled.write_result(k, mean_C * exchange.weighting.weight_sum, factors_C)

@@ -15,14 +15,14 @@ from ds_gradmix.comm.groups import ranks_of
 from ds_gradmix.comm.workers import ParallelGroups, WorkerGroup
 from ds_gradmix.config import GradmixConfig
 from ds_gradmix.exchange.bucket import Bucket, CommDtypes, ParamSpan, ParamTable, runs_of
-from ds_gradmix.exchange.exchange import Exchange, PendingExchange
+from ds_gradmix.exchange.exchange import Decided, Exchange, PendingExchange
 from ds_gradmix.exchange.factor_momentum import FactorMomentum
 from ds_gradmix.exchange.state import RuleState, WorkerWeights
 from ds_gradmix.exchange.step_stats import StepStats
 from ds_gradmix.exchange.transport import Transport, choose_transport
 from ds_gradmix.exchange.weighted import Weighting
 from ds_gradmix.log import logger
-from ds_gradmix.rules import MixingDecision, RngKey
+from ds_gradmix.rules import RngKey
 
 _ADVICE = (
     "every worker must have the same gradients, of the same shapes, in the same order; look for "
@@ -40,7 +40,7 @@ Grads = Sequence[tuple[int, Tensor]]  # position and gradient of parameters
 class Backward:
     """What lasts from the first reduction of a backward pass to its end."""
 
-    decision: tuple[MixingDecision, Tensor] | None = None  # for the whole model, with the workers present
+    decided: Decided | None = None  # for the whole model
     combined: set[int] = field(default_factory=set)  # tied parameters whose gradient is combined already
     sequence_summed: bool = False  # all gradients are summed over sequence-parallel ranks
 
@@ -66,7 +66,6 @@ class GradientReducer:
         if (rule := config.scaling) is not None and rule.factor_momentum > 0 and parallel.workers.size > 1:
             sizes = params.partition_sizes
             self.momentum = FactorMomentum(rule.factor_momentum, rule.idle_factor, sizes, params.device)
-        self.state = RuleState(config, self.momentum, weights, params.layout)
         self.weights = weights
         self._params = params
         self._tied = {} if self.transport is Transport.STOCK else dict(params.tied)  # combined by `prepare`
@@ -80,6 +79,8 @@ class GradientReducer:
             weighting = Weighting(config, workers, params.infos, self._sums, share)
             self._exchanges[workers.ranks] = Exchange(weighting, self.momentum)
         self._backward = Backward()
+        mixing = [exchange.state for exchange in self._exchanges.values()]
+        self.state = RuleState(config, mixing, self.momentum, weights, params.layout)
 
     def workers_of(self, group: Any) -> WorkerGroup:
         """The workers of a process group: the data-parallel one, or one of experts."""
@@ -161,8 +162,7 @@ class GradientReducer:
             pending.append(exchange.send(replace(bucket, spans=spans)))
             gram_SWW += pending[-1].gram()
             pending[-1].tiled.suspend()
-        decision = exchange.decide(gram_SWW, present_W, key, self.parallel.model)
-        self._backward.decision = (decision, present_W)
+        self._backward.decided = exchange.decide(gram_SWW, present_W, key, self.parallel.model)
         return pending
 
     def _sum_sequence_ranks(self, grads: Grads) -> None:
@@ -192,7 +192,7 @@ class GradientReducer:
                 if any(span.start <= start < span.start + span.length for span in done):
                     output.add_(bucket.load().narrow(0, start, output.numel()).to(output.dtype))
             pending = pending or exchange.send(replace(bucket, spans=spans))
-            pending.combine(*(self._backward.decision or pending.decide(key)))
+            pending.combine(self._backward.decided or pending.decide(key))
             return
         flat_N = bucket.load()
         exchange.weighting.weigh(flat_N, spans, key)
@@ -216,6 +216,8 @@ class GradientReducer:
         if self.transport is Transport.STOCK:
             return False
         self.stats = self._sums.read(self.parallel, scaled=self.config.scaling is not None)
+        if not self.parallel.decisions_are_global:  # experts have a state of their own, for theirs
+            self._exchanges[self.parallel.workers.ranks].state.sum_over(self.parallel.model)
         drops = self.stats.get("dropped_workers", 0.0)
         if drops > 0 and self.parallel.model.is_first:
             logger.warning(
@@ -228,6 +230,8 @@ class GradientReducer:
         """The optimizer has taken the step, or left it out."""
         if self.momentum is not None:
             (self.momentum.commit if taken else self.momentum.discard)()
+        for exchange in self._exchanges.values():
+            exchange.state.end_step(taken=taken)
         if self.stats:
             self.stats = {**self.stats, "skipped": float(not taken)}
         if self.weights is not None:

@@ -1,14 +1,15 @@
-"""What a checkpoint holds of the rules: factor momentum, and a worker's past gradient."""
+"""What a checkpoint holds of the rules: state of a mixing rule, factor momentum, a worker's past gradient."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pydantic import BaseModel
 from torch import Tensor
 
 from ds_gradmix.config import GradmixConfig
 from ds_gradmix.exchange.factor_momentum import FactorMomentum
+from ds_gradmix.exchange.mixing_state import MixingState, load_states
+from ds_gradmix.rules import Rule
 
 CHECKPOINT_KEY = "gradmix"
 
@@ -40,6 +41,7 @@ class RuleState:
     """The rules' state on this rank. Random draws need none: they are keyed by DeepSpeed's own step count."""
 
     config: GradmixConfig
+    mixing: Sequence[MixingState]  # of every group of workers; all of them without numbers for most rules
     momentum: FactorMomentum | None
     weights: WorkerWeights | None
     layout: int  # a fingerprint of where parameters lie in the partitions, which all state depends on
@@ -48,6 +50,8 @@ class RuleState:
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of a checkpoint."""
         return {
+            "mixing": _name(self.config.mixing),
+            "mixing_states": [state.values_KW for state in self.mixing],
             "scaling": _name(self.config.scaling),
             "extrapolation": _name(self.config.extrapolation),
             "layout": self.layout,
@@ -57,11 +61,12 @@ class RuleState:
 
     def load(self, saved: dict[str, Any] | None, why: str) -> str | None:
         """Take over what `state_dict` returned where it fits, and start afresh where it does not, or where it
-        is None for the reason `why`; returns what to warn of. `mixing` may change: no mixing rule has state.
+        is None for the reason `why`; returns what to warn of. A `mixing` rule without state may change.
         """
         self.loads += 1
         if self.momentum is not None:
             self.momentum.reset()
+        load_states(self.mixing, [])
         if self.weights is not None:
             self.weights.forget()
         if found := "; ".join([why] if saved is None else self._load(saved)):
@@ -70,6 +75,11 @@ class RuleState:
 
     def _load(self, saved: dict[str, Any]) -> Iterator[str]:
         """Take over what fits; the reasons why the rest does not."""
+        mixing, states = _name(self.config.mixing), saved["mixing_states"]
+        if any(map(len, states)) and saved["mixing"] != mixing:
+            yield f"it has state of mixing {saved['mixing']}, which is {mixing} now"
+        elif any(len(state.values_KW) for state in self.mixing) and not load_states(self.mixing, states):
+            yield f"it has no state of mixing {mixing} for as many workers"
         if saved["layout"] != self.layout:
             yield "it is of another partitioning"
             return
@@ -88,5 +98,5 @@ class RuleState:
             yield "its past gradients are of another partitioning, or of workers of another size"
 
 
-def _name(rule: BaseModel | None) -> str:
-    return "none" if rule is None else type(rule).__name__
+def _name(rule: Rule | None) -> str:
+    return "none" if rule is None else rule.type_name()

@@ -1,5 +1,8 @@
-"""The rules, and what the author of one needs: the bases, `RngKey` and `MixingDecision`."""
+"""The rules, and all that the author of one needs: the bases, `RngKey`, `MixingDecision` and `RuleCost`."""
 
+from ds_gradmix.costs.model import RuleCost as RuleCost
+from ds_gradmix.ops.segments import to_device as to_device
+from ds_gradmix.ops.segments import weighted_sum as weighted_sum
 from ds_gradmix.rules.base import Extrapolation as Extrapolation
 from ds_gradmix.rules.base import GradientFreeMixing as GradientFreeMixing
 from ds_gradmix.rules.base import GramianMixing as GramianMixing
@@ -13,8 +16,9 @@ from ds_gradmix.rules.extrapolation.pastgradient import PastGradient as PastGrad
 from ds_gradmix.rules.mixing.gaf import GAF as GAF
 from ds_gradmix.rules.mixing.gradientmix import GradientMix as GradientMix
 from ds_gradmix.rules.mixing.mean import Mean as Mean
+from ds_gradmix.rules.scaling.andmask import AndMask as AndMask
 from ds_gradmix.rules.scaling.vrgd import VRGD as VRGD
 
 MIXING: tuple[type[Mixing], ...] = (GAF, GradientMix, Mean)
-SCALING: tuple[type[Scaling], ...] = (VRGD,)
+SCALING: tuple[type[Scaling], ...] = (AndMask, VRGD)
 EXTRAPOLATION: tuple[type[Extrapolation], ...] = (Noise, PastGradient)

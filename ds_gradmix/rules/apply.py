@@ -23,16 +23,20 @@ def decide_without_gradients(weights_SW: Tensor, present_W: Tensor) -> MixingDec
     return MixingDecision(weights_SW, agreed_S, torch.full_like(total_S, float("nan")))
 
 
-def decide_from_gram(rule: GramianMixing, gram_SWW: Tensor, present_W: Tensor, key: RngKey) -> MixingDecision:
-    """Weights from Gram matrices; NaN where one of them is not finite.
+def decide_from_gram(
+    rule: GramianMixing, gram_SWW: Tensor, present_W: Tensor, key: RngKey, state_KW: Tensor
+) -> tuple[MixingDecision, Tensor]:
+    """Weights from Gram matrices, and the rule's next state; NaN weights where a matrix is not finite.
 
     A filter that quietly dropped the worker with the Inf would hide an overflow from dynamic loss scaling, so
-    what is not finite stays visible: the combined gradient becomes NaN, as the mean would.
+    what is not finite stays visible: the combined gradient becomes NaN, as the mean would. It leaves the
+    state as it was.
     """
-    decision = rule.decide(gram_SWW, present_W, key)
+    decision, next_SKW = rule.decide_with_state(gram_SWW, present_W, key, state_KW)
     finite_S = gram_SWW.isfinite().all(-1).all(-1)
     weights_SW = torch.where(finite_S[:, None], decision.weights_SW, float("nan"))
-    return MixingDecision(weights_SW, decision.agreed_S | ~finite_S, mean_cosine(gram_SWW))
+    next_SKW = torch.where(finite_S[:, None, None], next_SKW, state_KW)
+    return MixingDecision(weights_SW, decision.agreed_S | ~finite_S, mean_cosine(gram_SWW)), next_SKW
 
 
 def mean_cosine(gram_SWW: Tensor) -> Tensor:
@@ -50,17 +54,23 @@ def mix(grads_WC: Tensor, weights_WS: Tensor, segments: Segments) -> Tensor:
     return weighted_sum(grads_WC.to(weights_WS.dtype), segments.expand(weights_WS))
 
 
-def scaling_statistics(rule: Scaling, grads_WC: Tensor, weights_WS: Tensor, segments: Segments) -> Tensor:
-    """The weighted mean and a scaling rule's own statistics, `[1 + K, C]`."""
-    return rule.statistics(grads_WC, segments.expand(weights_WS))
+def scaling_statistics(
+    rule: Scaling, grads_WC: Tensor, weights_WS: Tensor, segments: Segments
+) -> tuple[Tensor, Tensor]:
+    """The weighted mean `[C]`, and a scaling rule's statistics `[K, C]`."""
+    weights_WC = segments.expand(weights_WS)
+    mean_C = weighted_sum(grads_WC.to(weights_WS.dtype), weights_WC)
+    return mean_C, rule.statistics(grads_WC, weights_WC, mean_C)
 
 
-def layer_sums(rule: Scaling, statistics_KC: Tensor, params: Segments) -> Tensor:
-    """For every parameter the sum and the count of what its mean is taken of, `[2, P]`, float64."""
-    return torch.stack([params.sum(terms_C) for terms_C in rule.layer_terms(statistics_KC)])
+def layer_sums(rule: Scaling, mean_C: Tensor, statistics_KC: Tensor, params: Segments) -> Tensor:
+    """The sums of a scaling rule's terms over every parameter, `[L, P]`, float64."""
+    sums = [params.sum(terms_C) for terms_C in rule.layer_terms(mean_C, statistics_KC)]
+    return torch.stack(sums) if sums else mean_C.new_zeros(0, params.num_segments, dtype=torch.float64)
 
 
-def scaling_factors(rule: Scaling, statistics_KC: Tensor, sums_2P: Tensor, params: Segments) -> Tensor:
+def scaling_factors(
+    rule: Scaling, mean_C: Tensor, statistics_KC: Tensor, sums_LP: Tensor, params: Segments
+) -> Tensor:
     """A scaling rule's factors, `[C]`, once the sums are those of the whole parameters."""
-    layer_mean_P = (sums_2P[0] / sums_2P[1].clamp(min=1)).to(statistics_KC.dtype)
-    return rule.factors(statistics_KC, params.expand(layer_mean_P[None])[0])
+    return rule.factors(mean_C, statistics_KC, params.expand(sums_LP))

@@ -12,7 +12,9 @@ import numpy.typing as npt
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
+from typing_extensions import Self
 
+from ds_gradmix.costs.model import RuleCost
 from ds_gradmix.rules.decision import MixingDecision
 
 
@@ -33,6 +35,24 @@ class Rule(BaseModel):
     """Base of the rules of all slots."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    @classmethod
+    def type_name(cls) -> str:
+        """What `type` in the block calls this class: its name, or `package.module:Class` if not ours."""
+        ours = cls.__module__.startswith("ds_gradmix.rules.")
+        return cls.__name__ if ours else f"{cls.__module__}:{cls.__qualname__}"
+
+    def __repr_name__(self) -> str:
+        return self.type_name()
+
+    @classmethod
+    def examples(cls) -> tuple[Self, ...]:
+        """Instances that tests, documents and the benchmark use; the first is the usual one."""
+        return (cls(),)
+
+    def cost(self, num_workers: int) -> RuleCost:
+        """What this rule adds to a reduction, for `ds_gradmix check`; nothing unless it says so."""
+        return RuleCost()
 
 
 class Mixing(Rule):
@@ -61,26 +81,54 @@ class GradientFreeMixing(Mixing):
 
 
 class GramianMixing(Mixing):
-    """A rule that is a function of the Gram matrix `G_ij = <g_i, g_j>` alone."""
+    """A rule that is a function of the Gram matrix `G_ij = <g_i, g_j>` alone.
+
+    A rule without state has `decide`. One that keeps K numbers of each worker over steps has `initial_state`
+    and `decide_with_state` instead, which is what training calls.
+    """
 
     needs_gram: ClassVar[bool] = True
+    depends_on_order: ClassVar[bool] = False  # whether a permutation of the workers may change their weights
 
-    @abstractmethod
     def decide(self, gram_SWW: Tensor, present_W: Tensor, key: RngKey) -> MixingDecision:
         """Decide for S segments from Gram matrices `[S, W, W]`, float64; workers whose gradient is not finite
-        are left out where `present_W`, bool, is False.
+        are left out where `present_W`, bool, is False. Segments are decided independently of each other.
         """
+        state_KW = self.initial_state(gram_SWW.shape[1]).to(gram_SWW.device)
+        return self.decide_with_state(gram_SWW, present_W, key, state_KW)[0]
+
+    def initial_state(self, num_workers: int) -> Tensor:
+        """What the rule keeps of each worker before the first step: `[K, W]`, float64. K is 0 by default."""
+        return torch.zeros(0, num_workers, dtype=torch.float64)
+
+    def decide_with_state(
+        self, gram_SWW: Tensor, present_W: Tensor, key: RngKey, state_KW: Tensor
+    ) -> tuple[MixingDecision, Tensor]:
+        """The decision, and the next state `[S, K, W]` as each segment would have it.
+
+        All decisions of a step are given the same state. After a step that was taken it becomes the mean of
+        what they returned, weighted by their elements; a skipped step leaves it as it was.
+        """
+        return self.decide(gram_SWW, present_W, key), state_KW.expand(len(gram_SWW), *state_KW.shape)
 
 
 class Scaling(Rule):
-    """Base of the rules that give every coordinate a factor.
+    """Base of the rules that give every coordinate a factor, by which the weighted mean is multiplied.
 
-    Statistics of C coordinates are a tensor `[1 + K, C]`: the first row is the weighted mean over the
-    workers, and the others are the rule's own.
+    Three functions of C coordinates, which may lie in any parameters:
+
+        statistics    K numbers a coordinate, from all workers' gradients
+        layer_terms   L numbers a coordinate, which are summed over its whole parameter (L may be 0)
+        factors       from the mean, the statistics and these sums
     """
 
     min_workers: ClassVar[int] = 1  # with fewer, rank 0 warns
     num_statistics: ClassVar[int]  # K
+
+    @property
+    def num_layer_terms(self) -> int:
+        """L, as many rows as `layer_terms` returns."""
+        return len(self.layer_terms(torch.zeros(0), torch.zeros(self.num_statistics, 0)))
 
     @property
     def factor_momentum(self) -> float:
@@ -88,23 +136,40 @@ class Scaling(Rule):
         return 0.0
 
     @property
-    @abstractmethod
     def idle_factor(self) -> float:
-        """Factor of a coordinate that has no gradient at all."""
+        """Factor of a coordinate that was not reduced in a step, in the running mean."""
+        return 1.0
 
     @abstractmethod
-    def statistics(self, grads_WC: Tensor, weights_WC: Tensor) -> Tensor:
-        """Statistics `[1 + K, C]` of gradients `[W, C]`, of any dtype, which are not changed; computed in the
-        dtype of the weights `[W, C]` or `[W, 1]`, float32 or float64.
+    def statistics(self, grads_WC: Tensor, weights_WC: Tensor, mean_C: Tensor) -> Tensor:
+        """Statistics `[K, C]`, in the dtype of the mean.
+
+        Args:
+            grads_WC: gradients `[W, C]` in any dtype, which must not be changed.
+            weights_WC: the workers' weights, `[W, C]` or `[W, 1]`, float32 or float64.
+            mean_C: `sum_i w_i g_i`, `[C]`, in the dtype of the weights.
         """
 
-    @abstractmethod
-    def layer_terms(self, statistics_KC: Tensor) -> Tensor:
-        """What each coordinate adds to its layer's sum, and to the count it is divided by: `[2, C]`."""
+    def layer_terms(self, mean_C: Tensor, statistics_KC: Tensor) -> Tensor:
+        """What each coordinate adds to the sums of its parameter: `[L, C]`; none by default."""
+        return mean_C.new_zeros(0, len(mean_C))
 
     @abstractmethod
-    def factors(self, statistics_KC: Tensor, layer_mean_C: Tensor) -> Tensor:
-        """Factors `[C]` from the statistics and the mean over each coordinate's layer (`[C]` or `[1]`)."""
+    def factors(self, mean_C: Tensor, statistics_KC: Tensor, layer_sums_LC: Tensor) -> Tensor:
+        """Factors `[C]`, in the dtype of the mean.
+
+        Args:
+            mean_C: as given to `statistics`; not to be changed.
+            statistics_KC: what `statistics` returned.
+            layer_sums_LC: the sums of `layer_terms` over each coordinate's parameter, float64, `[L, C]` or
+                `[L, 1]`.
+        """
+
+    def cost(self, num_workers: int) -> RuleCost:
+        """The sums over parameters, and for each statistic one pass over the gradients that reads them,
+        writes float32 and reads that.
+        """
+        return RuleCost(layer_terms=self.num_layer_terms, bytes_per_element=12.0 * self.num_statistics)
 
 
 class Extrapolation(Rule):

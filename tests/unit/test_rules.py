@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_gradmix import combine
-from ds_gradmix.costs.model import KERNELS_PER_WORKER
 from ds_gradmix.rules import GAF, GradientMix, RngKey
 from tests.support.gradients import NASTY, RULES, SIZES, N, block, gaussian
 from tests.support.reference import gaf_weights, philox, vrgd
@@ -68,7 +67,7 @@ def test_gaf_decides_with_few_launches() -> None:
         with Launches() as launches:
             GAF().decide(gram, torch.ones(workers, dtype=torch.bool), RngKey(1, 2))
         counts.append(launches.count)
-    assert (counts[1] - counts[0]) / 8 == KERNELS_PER_WORKER
+    assert (counts[1] - counts[0]) / 8 == GAF().cost(1).launches
 
 
 def test_gaf_by_parameter() -> None:

@@ -24,6 +24,10 @@ class Noise(Extrapolation):
     std: float | None = Field(None, ge=0, allow_inf_nan=False, description="standard deviation")
     std_ratio: float | None = Field(None, ge=0, allow_inf_nan=False, description="same, in root mean squares")
 
+    @classmethod
+    def examples(cls) -> tuple[Self, ...]:
+        return cls(std=0.001), cls(std_ratio=0.01, distribution="uniform")
+
     @model_validator(mode="after")
     def _one_size(self) -> Self:
         if (self.std is None) == (self.std_ratio is None):

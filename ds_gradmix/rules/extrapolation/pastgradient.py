@@ -28,6 +28,10 @@ class PastGradient(Extrapolation):
     lr_ratio: float | None = Field(None, ge=0, allow_inf_nan=False, description="the same, in learning rates")
     layerwise: bool = Field(False, description="offsets in proportion to each tensor's norm")
 
+    @classmethod
+    def examples(cls) -> tuple[Self, ...]:
+        return cls(lr=0.05), cls(lr_ratio=1.0, layerwise=True)
+
     @model_validator(mode="after")
     def _one_step_size(self) -> Self:
         if (self.lr is None) == (self.lr_ratio is None):

@@ -1,9 +1,11 @@
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import Self
 
+from ds_gradmix.costs.model import RuleCost
 from ds_gradmix.ops.segments import to_device
 from ds_gradmix.rules.base import GramianMixing, RngKey
 from ds_gradmix.rules.decision import MixingDecision
@@ -26,10 +28,20 @@ class GAF(GramianMixing):
     training) and `on_disagreement: "mean"`. The cosine with a zero gradient is 0, as in the reference code.
     """
 
+    depends_on_order: ClassVar[bool] = True  # the first worker is the anchor
+
     threshold: float = Field(1.0, ge=0, le=2, allow_inf_nan=False, description="largest cosine distance kept")
     merge: Literal["mean", "midpoint"] = Field("mean", description="mean of the kept, or repeated midpoint")
     order: Literal["shuffled", "rank"] = Field("shuffled", description="of workers; the first is the anchor")
     on_disagreement: Literal["skip", "mean"] = Field("skip", description="what to do if nobody agrees")
+
+    @classmethod
+    def examples(cls) -> tuple[Self, ...]:
+        return cls(), cls(threshold=0.97, merge="midpoint"), cls(order="rank", on_disagreement="mean")
+
+    def cost(self, num_workers: int) -> RuleCost:
+        """Nine small operations for each worker, one after another."""
+        return RuleCost(launches=9 * num_workers)
 
     def decide(self, gram_SWW: Tensor, present_W: Tensor, key: RngKey) -> MixingDecision:
         """Weights `[S, W]` and whether anybody agreed `[S]`.

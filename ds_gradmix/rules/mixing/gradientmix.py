@@ -34,6 +34,10 @@ class GradientMix(GradientFreeMixing):
             raise ValueError(f"end_step must be greater than start_step ({start}), got {end}")
         return self
 
+    @classmethod
+    def examples(cls) -> tuple[Self, ...]:
+        return cls(), cls(distribution="beta", granularity="parameter")
+
     @property
     def by_parameter(self) -> bool:
         return self.granularity == "parameter"
@@ -46,7 +50,9 @@ class GradientMix(GradientFreeMixing):
         random = key.generator()
         if self.distribution == "dirichlet":
             return random.dirichlet(np.full(num_workers, self.alpha), size=rows)
-        half = max(num_workers // 2, 1)
+        half = num_workers // 2
+        if half == 0:
+            return np.ones((rows, 1))
         share = random.beta(self.alpha, self.alpha, size=(rows, 1))
         places = random.permuted(np.tile(np.arange(num_workers), (rows, 1)), axis=1)
-        return np.where(places < half, share / half, (1.0 - share) / max(num_workers - half, 1))
+        return np.where(places < half, share / half, (1.0 - share) / (num_workers - half))

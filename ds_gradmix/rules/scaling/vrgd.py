@@ -3,7 +3,9 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import Self
 
+from ds_gradmix.costs.model import RuleCost
 from ds_gradmix.ops.segments import weighted_sum
 from ds_gradmix.rules.base import Scaling
 
@@ -31,6 +33,10 @@ class VRGD(Scaling):
     gamma: float = Field(0.1, ge=0, le=1, allow_inf_nan=False, description="smallest factor")
     momentum: float = Field(0.0, ge=0, lt=1, allow_inf_nan=False, description="beta3 of the paper; 0 is off")
 
+    @classmethod
+    def examples(cls) -> tuple[Self, ...]:
+        return cls(), cls(momentum=0.9)
+
     @property
     def factor_momentum(self) -> float:
         return self.momentum
@@ -39,29 +45,34 @@ class VRGD(Scaling):
     def idle_factor(self) -> float:
         return self.gamma
 
-    def statistics(self, grads_WC: Tensor, weights_WC: Tensor) -> Tensor:
-        """m, and the ratio `m^2/v` before it is normalised: inf without noise, -1 without any gradient."""
-        precision = torch.finfo(weights_WC.dtype)
-        noiseless = (8 * precision.eps) ** 2  # v/m^2 of equal workers, as rounding leaves it
-        values_WC = grads_WC.to(weights_WC.dtype)
-        mean_C = weighted_sum(values_WC, weights_WC)
-        divisor_C = torch.where(mean_C == 0, precision.tiny, mean_C)
-        copied = values_WC is not grads_WC
-        deviations_WC = values_WC.sub_(mean_C) if copied else values_WC - mean_C
+    def statistics(self, grads_WC: Tensor, weights_WC: Tensor, mean_C: Tensor) -> Tensor:
+        """The relative noise `v/m^2`; where m = 0, a positive number instead if there is any noise."""
+        divisor_C = torch.where(mean_C == 0, torch.finfo(mean_C.dtype).tiny, mean_C)
+        deviations_WC = grads_WC - mean_C  # a copy, in the mean's dtype
         deviations_WC.div_(divisor_C).clamp_(-_HUGE, _HUGE).square_()
-        noise_C = weighted_sum(deviations_WC, weights_WC)  # v / m^2
-        ratio_C = torch.where(noise_C <= noiseless, float("inf"), 1.0 / noise_C)
-        without_mean_C = torch.where(noise_C == 0, -1.0, 0.0)
-        return torch.stack([mean_C, torch.where(mean_C == 0, without_mean_C, ratio_C)])
+        return weighted_sum(deviations_WC, weights_WC)[None]
 
-    def layer_terms(self, statistics_KC: Tensor) -> Tensor:
-        """The ratio, with 1 in place of no noise; coordinates without any gradient are left out."""
-        ratio_C = statistics_KC[1]
-        idle_C = ratio_C < 0
+    def layer_terms(self, mean_C: Tensor, statistics_KC: Tensor) -> Tensor:
+        """The ratio, with 1 in place of no noise, and 1; coordinates without any gradient are left out."""
+        ratio_C = _ratio(mean_C, statistics_KC[0])
         ratio_C = torch.where(ratio_C == float("inf"), 1.0, ratio_C)
-        return torch.stack([torch.where(idle_C, 0.0, ratio_C), (~idle_C).to(ratio_C.dtype)])
+        used_C = (mean_C != 0) | (statistics_KC[0] != 0)
+        return torch.stack([torch.where(used_C, ratio_C, 0.0), used_C.to(ratio_C.dtype)])
 
-    def factors(self, statistics_KC: Tensor, layer_mean_C: Tensor) -> Tensor:
+    def factors(self, mean_C: Tensor, statistics_KC: Tensor, layer_sums_LC: Tensor) -> Tensor:
         """`clip(r / layer mean, gamma, 1)`."""
-        ratio_C = statistics_KC[1] / layer_mean_C.clamp(min=torch.finfo(layer_mean_C.dtype).tiny)
+        layer_mean_C = (layer_sums_LC[0] / layer_sums_LC[1].clamp(min=1)).to(mean_C.dtype)
+        ratio_C = _ratio(mean_C, statistics_KC[0])
+        ratio_C = ratio_C / layer_mean_C.clamp(min=torch.finfo(mean_C.dtype).tiny)
         return ratio_C.clamp_(self.gamma, 1.0)
+
+    def cost(self, num_workers: int) -> RuleCost:
+        """Four passes in float32 over the deviations, and one that sums them: 36 bytes an element."""
+        return super().cost(num_workers)._replace(bytes_per_element=36.0)
+
+
+def _ratio(mean_C: Tensor, noise_C: Tensor) -> Tensor:
+    """`r = m^2 / v` from v/m^2: inf without noise, 0 without a mean."""
+    noiseless = (8 * torch.finfo(mean_C.dtype).eps) ** 2  # v/m^2 of equal workers, as rounding leaves it
+    ratio_C = torch.where(noise_C <= noiseless, float("inf"), 1.0 / noise_C)
+    return torch.where(mean_C == 0, 0.0, ratio_C)
