@@ -227,7 +227,7 @@ def wrapping(before: bool) -> dict[str, Any]:
 @pytest.mark.parametrize("before", [True, False])
 def test_others_may_wrap_average_tensor(before: bool) -> None:
     """They see the raw bucket before, and this rank's part of the combination after the call they wrap."""
-    from reference import gaf_weights, philox
+    from tests.support.reference import gaf_weights, philox
 
     ranks = run_ranks(2, wrapping, before)
     assert len(ranks[0]["seen"]) == 2

@@ -128,9 +128,10 @@ def test_what_nobody_is_left_out_of_equals_deepspeed(name: str) -> None:
 
 
 def without_norm() -> None:
-    import parallel
-    import parallel_models as models
     import torch.distributed as dist
+
+    from tests.support import parallel
+    from tests.support import parallel_models as models
 
     forward = models.Block.forward
 
@@ -150,10 +151,10 @@ def test_tensor_parallel_ranks_that_differ_do_not_hang() -> None:
 
 def experts_and_tensor() -> None:
     import deepspeed
-    import parallel
-    import parallel_models as models
-    import tensor_layers
     import torch
+
+    from tests.support import parallel, tensor_layers
+    from tests.support import parallel_models as models
 
     case = Case(Layout(4), GAF, stage=1)
     model = models.Model(models.Plain(), experts=2)
@@ -193,9 +194,8 @@ REFUSED: dict[str, tuple[Case | None, str]] = {
 
 
 def refusals() -> dict[str, str]:
-    import parallel
-
     import ds_gradmix
+    from tests.support import parallel
 
     ds_gradmix.enable()
     found = {}

@@ -231,7 +231,7 @@ def _groups(model: Any, case: Case) -> list[Any]:
 def _by_hand(layout: Layout) -> Any:
     import functools
 
-    import tensor_layers
+    from tests.support import tensor_layers
 
     mpu = tensor_layers.TensorParallel(layout.data * layout.pipe, layout.tensor)
     group = mpu.get_tensor_model_parallel_group()
@@ -244,9 +244,8 @@ def _by_hand(layout: Layout) -> Any:
 
 
 def _megatron(layout: Layout) -> Any:
-    from megatron_layers import Megatron
-
     from ds_gradmix.megatron import ParallelState
+    from tests.support.megatron_layers import Megatron
 
     parts = Megatron(layout.tensor)
     return parts, ParallelState()
@@ -262,7 +261,8 @@ def _autotp(layout: Layout) -> dict[str, Any]:
 
 def _spread(parts: Any, layout: Layout, options: dict[str, Any]) -> None:
     from deepspeed.runtime.sequence_parallel import parallel_state_sp
-    from sequence_layers import SequenceParallel, Ulysses
+
+    from tests.support.sequence_layers import SequenceParallel, Ulysses
 
     mpu = SequenceParallel(layout.data, layout.sequence)
     parts.attention = lambda: Ulysses(mpu.sequence_group)
