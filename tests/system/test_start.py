@@ -228,7 +228,7 @@ def one_rank() -> dict[str, str]:
 def test_launch_inside_a_batch_shell_is_one_process(scripts: Path) -> None:
     """There SLURM_NTASKS is set, without a job step; in one, launch/ finds its ranks as `-m ds_gradmix`."""
     tell = (
-        "import os, settings; settings.set_process_environment();"
+        "import os; from gradmix_pretrain import settings; settings.set_process_environment();"
         " print(*(os.environ[name] for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR')))"
     )
     launch = str(Path(__file__).parents[2] / "launch")

@@ -30,10 +30,18 @@ class GAF(GramianMixing):
 
     depends_on_order: ClassVar[bool] = True  # the first worker is the anchor
 
-    threshold: float = Field(1.0, ge=0, le=2, allow_inf_nan=False, description="largest cosine distance kept")
-    merge: Literal["mean", "midpoint"] = Field("mean", description="mean of the kept, or repeated midpoint")
-    order: Literal["shuffled", "rank"] = Field("shuffled", description="of workers; the first is the anchor")
-    on_disagreement: Literal["skip", "mean"] = Field("skip", description="what to do if nobody agrees")
+    threshold: float = Field(
+        1.0, ge=0, le=2, allow_inf_nan=False, description="largest cosine distance that is kept; 2 keeps all"
+    )
+    merge: Literal["mean", "midpoint"] = Field(
+        "mean", description="the paper's mean of the kept, or its code's repeated midpoint"
+    )
+    order: Literal["shuffled", "rank"] = Field(
+        "shuffled", description="the anchor is another worker in every step, or rank 0"
+    )
+    on_disagreement: Literal["skip", "mean"] = Field(
+        "skip", description="what happens if nobody agrees with the anchor"
+    )
 
     @classmethod
     def examples(cls) -> tuple[Self, ...]:

@@ -21,9 +21,15 @@ class GradientMix(GradientFreeMixing):
     `lambda ~ Beta(alpha, alpha)`.
     """
 
-    alpha: float = Field(1.0, gt=0, le=1e12, allow_inf_nan=False, description="the larger, the nearer to 1/W")
-    distribution: Literal["dirichlet", "beta"] = Field("dirichlet", description="how weights are drawn")
-    granularity: Literal["model", "parameter"] = Field("model", description="what has a draw of its own")
+    alpha: float = Field(
+        1.0, gt=0, le=1e12, allow_inf_nan=False, description="of the draw; large is near the mean"
+    )
+    distribution: Literal["dirichlet", "beta"] = Field(
+        "dirichlet", description="one draw over all workers, or two halves"
+    )
+    granularity: Literal["model", "parameter"] = Field(
+        "model", description="what has a draw of its own in a step"
+    )
     start_step: int = Field(0, ge=0, description="first optimizer step at which it acts")
     end_step: int | None = Field(None, ge=0, description="first optimizer step at which it no longer acts")
 
