@@ -17,7 +17,7 @@ _ORDER_STREAM = 1  # independent of what a GradientFreeMixing would draw at the 
 class GAF(GramianMixing):
     """Gradient Agreement Filtering: a worker that points elsewhere is left out of the mean.
 
-    Chaubard, Eyzaguirre, Kochenderfer 2024, arXiv 2412.18052:
+    Chaubard, Eddy, Kochenderfer 2024, arXiv 2412.18052:
 
         a <- g_1, c <- 1;  for i = 2..W:  if 1 - cos(a, g_i) <= threshold:  a <- a + g_i, c <- c + 1
 

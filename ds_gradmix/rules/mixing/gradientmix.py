@@ -11,8 +11,8 @@ from ds_gradmix.rules.base import GradientFreeMixing, RngKey
 class GradientMix(GradientFreeMixing):
     """A random convex combination of the workers' gradients in place of their mean.
 
-    GradientMix (ICLR 2023 submission, OpenReview 5c_nxk-dX1J; only its abstract and introduction are public,
-    so the distribution is our choice):
+    GradientMix (ICLR 2023 submission, OpenReview 5c_nxk-dX1J). Written from its abstract and introduction, so
+    the distribution is our choice:
 
         w ~ Dirichlet(alpha, ..., alpha),   w_i >= 0,   sum w_i = 1,   E w_i = 1/W
 
