@@ -1,6 +1,6 @@
 """Trains a small Llama on 8 workers by the mean and by GAF, with all workers good and with a bad one.
 
-    python benchmarks/bad_worker.py [--seeds 3] [--steps 150] [--out docs/pictures]
+    python benchmarks/bad_worker.py [--seeds 3] [--steps 150] [--workers 8] [--bad-from 50] [--out FOLDER]
     python benchmarks/bad_worker.py --draw
 
 The workers are processes on CPU over gloo, each with a DeepSpeed engine (ZeRO-2, fp32). From step 50 on, the
@@ -50,7 +50,7 @@ RULES: dict[str, dict[str, Any]] = {
     "mean": {},
     "GAF": {"mixing": {"type": "GAF", "params": {"threshold": 0.97}}},
 }
-WARMUP_STEPS, BAD_FROM, NOISE, VALIDATE_EVERY, VALIDATION_WINDOWS = 20, 50, 100.0, 10, 128
+WARMUP_STEPS, NOISE, VALIDATE_EVERY, VALIDATION_WINDOWS = 20, 100.0, 10, 128
 
 
 class Run(NamedTuple):
@@ -69,8 +69,8 @@ def runs(num_seeds: int) -> Iterator[Run]:
                 yield Run(rule, bad, seed)
 
 
-def train(run: Run, steps: int, data: Path) -> dict[str, Any]:
-    """Train on this rank; the losses of all ranks."""
+def train(run: Run, options: argparse.Namespace, data: Path) -> dict[str, Any]:
+    """Train on this rank; the losses are those of all ranks."""
     import deepspeed
     import torch
     from gradmix_pretrain.schedule import cosine_with_warmup
@@ -88,7 +88,7 @@ def train(run: Run, steps: int, data: Path) -> dict[str, Any]:
         model_parameters=model.parameters(),
         config={**CONFIG, "gradmix": RULES[run.rule]},
         lr_scheduler=lambda optimizer: LambdaLR(
-            optimizer, lambda step: cosine_with_warmup(step, WARMUP_STEPS, steps, 0.1)
+            optimizer, lambda step: cosine_with_warmup(step, WARMUP_STEPS, options.steps, 0.1)
         ),
     )[0]
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -96,9 +96,9 @@ def train(run: Run, steps: int, data: Path) -> dict[str, Any]:
     windows = TrainingWindows(tokens.train_N, LENGTH, SEQUENCES, 1, rank, world, run.seed)
     held_out = validation_batches(tokens.validation_N, LENGTH, 16, VALIDATION_WINDOWS, rank, world)
     found: dict[str, Any] = {**run._asdict(), "val_loss": [], "kept_fraction": []}
-    for step in range(steps):
+    for step in range(options.steps):
         batch_BT = windows.batch(step, 0)
-        if run.bad and rank == world - 1 and step == BAD_FROM:
+        if run.bad and rank == world - 1 and step == options.bad_from:
             break_gradients(model, run.seed)
         engine.backward(engine(input_ids=batch_BT, labels=batch_BT).loss)
         engine.step()
@@ -152,7 +152,7 @@ def rank_main(rank: int, options: argparse.Namespace, port: int, data: Path, res
     ds_gradmix.enable()
     found = []
     for run in runs(options.seeds):
-        found.append(train(run, options.steps, data))
+        found.append(train(run, options, data))
         if rank == 0:
             print(f"{run}: {found[-1]['val_loss'][-1][1]:.4f}", flush=True)
     seconds = torch.tensor(time.process_time())
@@ -190,6 +190,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         return {
             "workers": options.workers,
             "steps": options.steps,
+            "bad_from": options.bad_from,
             "seeds": options.seeds,
             "versions": versions | {"deepspeed": deepspeed.__version__},
             **json.loads(results.read_text()),
@@ -210,8 +211,8 @@ def conditions(results: dict[str, Any]) -> str:
     parameters = results["runs"][0]["parameters"] / 1e3
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     lines = (
-        f"One of {results['workers']} workers breaks after {BAD_FROM} steps: its gradients become noise, "
-        f"{NOISE:g} times as long.",
+        f"One of {results['workers']} workers breaks after {results['bad_from']} steps: its gradients become "
+        f"noise, {NOISE:g} times as long.",
         f"Validation loss after {results['steps']} steps, mean of {results['seeds']} seeds (least to most): "
         f"plain mean {told('mean', True)}, GAF with threshold 0.97",
         f"{told('GAF', True)}; it skipped {skipped:.0f} steps, in which it found no agreement. If no worker "
@@ -244,8 +245,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
                 steps, list(map(min, values)), list(map(max, values)), color=color, alpha=0.2, lw=0
             )
             axes.plot(steps, list(map(mean, values)), "-" if bad else ":", color=color, lw=1.8, label=label)
-    axes.axvline(BAD_FROM, color="gray", lw=0.8)
-    axes.annotate(" one worker breaks", (BAD_FROM, 1), (0, -10), "axes fraction", "offset points")
+    axes.axvline(results["bad_from"], color="gray", lw=0.8)
+    axes.text(results["bad_from"], 1, " one worker breaks", transform=axes.get_xaxis_transform(), va="top")
     axes.set(xlabel="step", ylabel="validation loss")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
@@ -262,6 +263,7 @@ def main() -> None:
     add("--seeds", type=int, default=3, help="how many")
     add("--steps", type=int, default=150)
     add("--workers", type=int, default=8)
+    add("--bad-from", type=int, default=50, help="steps after which the last worker is bad")
     add("--draw", action="store_true", help="draw what is there, without training")
     options = parser.parse_args()
     file = options.out / "bad_worker.json"

@@ -8,19 +8,21 @@ added to the tuples of ds_gradmix.rules is in the tables after that, without ano
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks import bad_worker
 from ds_gradmix.config import SLOTS, GradmixConfig
 from ds_gradmix.engines.deepspeed_api import TESTED_VERSIONS
 from ds_gradmix.rules import GradientFreeMixing, GramianMixing, Rule, Scaling
 from tests.support import scaling_table, support_matrix
 
 ROOT = Path(__file__).resolve().parents[2]
-PICTURE = ROOT / "docs" / "pictures" / "bad_worker.json"
+PICTURES = ROOT / "docs" / "pictures"
 _PART = re.compile(r"(<!-- generated: ([\w ]+) -->\n)(.*?)(<!-- end of generated -->)", flags=re.DOTALL)
 _BOUNDS = {"exclusiveMinimum": "> {}", "minimum": "≥ {}", "maximum": "≤ {}", "exclusiveMaximum": "< {}"}
 _TYPES = {"integer": "an integer", "number": "a number", "string": "a string", "null": "`null`"}
@@ -100,7 +102,7 @@ def _number(value: float) -> str:
     return f"2^{exponent}" if value == 2**exponent and exponent > 15 else f"{value:g}"
 
 
-def keys() -> str:
+def config_keys() -> str:
     """Every key of the block: those of the block itself, and under each slot those of its rules."""
     return table(["key", "default", "allowed", "meaning"], _key_rows())
 
@@ -135,9 +137,9 @@ def rules() -> str:
 def _rule_rows() -> Iterator[Sequence[str]]:
     for slot in SLOTS:
         for rule in rules_of(slot):
-            text = " ".join((rule.__doc__ or "").split())
-            first = re.split(r"(?<=\w\w)\. |\.$|: the control", text)[0].rstrip(".")
-            yield [slot, f"`{rule.type_name()}`", first, ", ".join(_papers(text)) or "", _needs(rule)]
+            text = inspect.getdoc(rule) or ""
+            first = text.partition("\n\n")[0].rstrip(".")
+            yield [slot, f"`{rule.type_name()}`", first, ", ".join(_papers(text)), _needs(rule)]
 
 
 def _papers(text: str) -> list[str]:
@@ -169,15 +171,31 @@ def _needs(rule: type[Rule]) -> str:
 
 def picture() -> str:
     """The conditions of the picture and what came out, from the results that it is drawn from."""
-    from benchmarks import bad_worker
+    return bad_worker.conditions(json.loads((PICTURES / "bad_worker.json").read_text()))
 
-    results = json.loads(PICTURE.read_text())
-    return bad_worker.conditions(results)
+
+def badges() -> Mapping[str, str]:
+    """The README's badges, as files beside the picture."""
+    (version,) = re.findall(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    texts = {"tests": "on CPU, no GPU yet", "licence": "Apache-2.0", "version": version}
+    return {f"{name}.svg": _badge(name, text) for name, text in texts.items()}
+
+
+def _badge(name: str, text: str) -> str:
+    left, right = 7 * len(name) + 12, 7 * len(text) + 12
+    words = f'<text x="{left / 2}" y="14">{name}</text><text x="{left + right / 2}" y="14">{text}</text>'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + right}" height="20">\n'
+        f'<rect width="{left}" height="20" fill="#555"/>'
+        f'<rect x="{left}" width="{right}" height="20" fill="#4c72b0"/>\n'
+        f'<g fill="#fff" text-anchor="middle" font-family="Verdana,sans-serif" font-size="11">{words}</g>\n'
+        "</svg>\n"
+    )
 
 
 PARTS: Mapping[str, Callable[[], str]] = {
     "versions": versions,
-    "keys": keys,
+    "keys": config_keys,
     "rules": rules,
     "support matrix": support_matrix.table,
     "scaling": scaling_table.table,
@@ -193,6 +211,8 @@ def written(text: str) -> str:
 def main() -> None:
     for document in documents():
         document.write_text(written(document.read_text()))
+    for name, text in badges().items():
+        (PICTURES / name).write_text(text)
 
 
 if __name__ == "__main__":

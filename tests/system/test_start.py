@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from ds_gradmix.slurm import first_host, rank_environment
+from tests.support.documents import blocks
+from tests.support.documents import commands as commands_of
 from tests.support.ranks import free_port
 
 BIN = Path(sys.executable).parent
@@ -134,14 +136,14 @@ def sums(output: str) -> list[str]:
 
 
 def test_every_launcher_trains_alike(scripts: Path) -> None:
-    """The commands are the README's, with a free port; srun is two processes that have a job step's
-    variables.
+    """The commands are those of docs/starting.md, with a free port, and the config is the README's; srun is two
+    processes that have a job step's variables.
     """
-    config(scripts, {"mixing": {"type": "GAF"}})
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    commands = {
-        line.split()[0]: line.split()[1:] for line in readme.splitlines() if "train.py --deep" in line
-    }
+    shown, _ = blocks("README.md", "diff")
+    new = [line[1:] for line in shown.text.splitlines() if line[0] in "+ "]
+    (scripts / "ds_config.json").write_text("\n".join(new))
+    lines = commands_of("docs/starting.md")
+    commands = {line.split()[0]: line.split()[1:] for line in lines if "train.py --deep" in line}
     assert set(commands) == {"deepspeed", "torchrun", "srun"}
     launcher = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port())]
     by_deepspeed = run(*launcher, *commands["deepspeed"], cwd=scripts)
