@@ -45,6 +45,7 @@ model = torch.nn.Linear(8, 8)
 engine, *_ = initialize(args=args, model=model, model_parameters=model.parameters())
 for step in range(2):
     x = torch.randn(4, 8, generator=torch.Generator().manual_seed(torch.distributed.get_rank()))
+    x = x.to(engine.module.weight.dtype)
     engine.backward(engine(x).square().mean())
     engine.step()
 told = f"TRAINED {torch.distributed.get_rank()} {float(model.weight.detach().double().sum())}\\n"
@@ -136,8 +137,8 @@ def sums(output: str) -> list[str]:
 
 
 def test_every_launcher_trains_alike(scripts: Path) -> None:
-    """The commands are those of docs/starting.md, with a free port, and the config is the README's; srun is two
-    processes that have a job step's variables.
+    """The commands are those of docs/starting.md, with a free port, and the config is the README's; srun is
+    two processes that have a job step's variables.
     """
     shown, _ = blocks("README.md", "diff")
     new = [line[1:] for line in shown.text.splitlines() if line[0] in "+ "]

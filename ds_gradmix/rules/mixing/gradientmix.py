@@ -22,7 +22,11 @@ class GradientMix(GradientFreeMixing):
     """
 
     alpha: float = Field(
-        1.0, gt=0, le=1e12, allow_inf_nan=False, description="of the draw; large is near the mean"
+        1.0,
+        gt=0,
+        le=1e12,
+        allow_inf_nan=False,
+        description="concentration of the draw; large is near the mean",
     )
     distribution: Literal["dirichlet", "beta"] = Field(
         "dirichlet", description="one draw over all workers, or two halves"
