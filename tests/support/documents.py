@@ -91,10 +91,10 @@ def allowed(schema: Mapping[str, Any]) -> str:
         return " or ".join(map(allowed, schema["anyOf"]))
     if "enum" in schema:
         return ", ".join(f"`{json.dumps(value)}`" for value in schema["enum"])
-    if schema["type"] == "boolean":
+    if schema.get("type") == "boolean":
         return "`true`, `false`"
     bounds = [_BOUNDS[key].format(_number(schema[key])) for key in _BOUNDS if key in schema]
-    return ", ".join([_TYPES[schema["type"]], *bounds])
+    return ", ".join([_TYPES.get(schema.get("type", ""), "see the rule"), *bounds])
 
 
 def _number(value: float) -> str:
@@ -126,7 +126,12 @@ def _key_rows() -> Iterator[Sequence[str]]:
         for known in rules_of(name):
             for key, param in known.model_json_schema()["properties"].items():
                 where = f"`{name}.params.{key}` ({known.type_name()})"
-                yield [where, f"`{json.dumps(param.get('default'))}`", allowed(param), param["description"]]
+                yield [
+                    where,
+                    f"`{json.dumps(param.get('default'))}`",
+                    allowed(param),
+                    param.get("description", ""),
+                ]
 
 
 def rules() -> str:
