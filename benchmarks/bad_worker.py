@@ -7,8 +7,8 @@
 The workers are processes on CPU over gloo, each with a DeepSpeed engine (ZeRO-2, fp32). From step 50 on, the
 last worker has a fault: "noise", its gradients are noise, a hundred times as long as they should be, as from
 broken hardware; "negative", they have the wrong sign; "tokens", it reads tokens drawn at random. The text is
-the standard library of the Python that runs this. NAME.json gets the losses of every run, and bad_worker.svg is
-drawn from bad_worker.json; `--draw` only draws.
+the standard library of the Python that runs this. NAME.json gets the losses of every run; bad_worker.svg is
+drawn from bad_worker.json, and `--draw` does no more.
 """
 
 from __future__ import annotations
@@ -225,10 +225,10 @@ def conditions(results: dict[str, Any]) -> str:
         f"noise, {NOISE:g} times as long.",
         f"Validation loss after {results['steps']} steps, mean of {results['seeds']} seeds (least to most): "
         f"plain mean {ends(results, 'mean', 'noise')}, GAF with threshold 0.97",
-        f"{ends(results, 'GAF', 'noise')}; it skipped {skipped:.0f} steps, in which it found no agreement. If "
-        f"no worker breaks: {ends(results, 'mean', 'none')} and",
-        f"{ends(results, 'GAF', 'none')}. A Llama of {parameters:.0f}k parameters, {SEQUENCES * LENGTH} tokens "
-        "a worker and step of",
+        f"{ends(results, 'GAF', 'noise')}; it skipped {skipped:.0f} steps, in which it found no agreement. "
+        f"If no worker breaks: {ends(results, 'mean', 'none')} and",
+        f"{ends(results, 'GAF', 'none')}. A Llama of {parameters:.0f}k parameters, {SEQUENCES * LENGTH} "
+        "tokens a worker and step of",
         "Python's standard library, AdamW, clipping 1.0, one learning rate for all, not tuned; fp32, ZeRO-2,",
         f"on a CPU over gloo ({versions}).",
     )
@@ -250,17 +250,10 @@ def draw(results: dict[str, Any], path: Path) -> None:
             steps = [step for step, _ in losses[0]]
             values = [[loss for _, loss in at_step] for at_step in zip(*losses, strict=True)]
             label = f"{rule}, {'one bad worker' if fault == 'noise' else 'all workers good'}"
-            axes.fill_between(
-                steps, list(map(min, values)), list(map(max, values)), color=color, alpha=0.2, lw=0
-            )
-            axes.plot(
-                steps,
-                list(map(mean, values)),
-                "-" if fault == "noise" else ":",
-                color=color,
-                lw=1.8,
-                label=label,
-            )
+            lowest, middle, highest = (list(map(of, values)) for of in (min, mean, max))
+            axes.fill_between(steps, lowest, highest, color=color, alpha=0.2, lw=0)
+            line = "-" if fault == "noise" else ":"
+            axes.plot(steps, middle, line, color=color, lw=1.8, label=label)
     axes.axvline(results["bad_from"], color="gray", lw=0.8)
     axes.text(results["bad_from"], 1, " one worker breaks", transform=axes.get_xaxis_transform(), va="top")
     axes.set(xlabel="step", ylabel="validation loss")
