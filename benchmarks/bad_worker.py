@@ -21,6 +21,7 @@ import platform
 import socket
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -220,19 +221,17 @@ def conditions(results: dict[str, Any]) -> str:
     skipped = mean(run["skipped_steps"] for run in chosen(results, "GAF", "noise"))
     parameters = results["runs"][0]["parameters"] / 1e3
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    lines = (
+    text = (
         f"One of {results['workers']} workers breaks after {results['bad_from']} steps: its gradients become "
-        f"noise, {NOISE:g} times as long.",
-        f"Validation loss after {results['steps']} steps, mean of {results['seeds']} seeds (least to most): "
-        f"plain mean {ends(results, 'mean', 'noise')}, GAF with threshold 0.97",
-        f"{ends(results, 'GAF', 'noise')}; it skipped {skipped:.0f} steps, in which it found no agreement. "
-        f"If no worker breaks: {ends(results, 'mean', 'none')} and",
+        f"noise, {NOISE:g} times as long. Validation loss after {results['steps']} steps, mean of "
+        f"{results['seeds']} seeds (least to most): plain mean {ends(results, 'mean', 'noise')}, GAF with "
+        f"threshold 0.97 {ends(results, 'GAF', 'noise')}; it skipped {skipped:.0f} steps, in which it found "
+        f"no agreement. If no worker breaks, the mean is better: {ends(results, 'mean', 'none')} against "
         f"{ends(results, 'GAF', 'none')}. A Llama of {parameters:.0f}k parameters, {SEQUENCES * LENGTH} "
-        "tokens a worker and step of",
-        "Python's standard library, AdamW, clipping 1.0, one learning rate for all, not tuned; fp32, ZeRO-2,",
-        f"on a CPU over gloo ({versions}).",
+        "tokens a worker and step of Python's standard library, AdamW, clipping 1.0, one learning rate for "
+        f"all, not tuned; fp32, ZeRO-2, on a CPU over gloo ({versions})."
     )
-    return "\n".join(lines) + "\n"
+    return textwrap.fill(text, 118, break_on_hyphens=False) + "\n"
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -280,7 +279,7 @@ def main() -> None:
     file = options.out / f"{options.name}.json"
     if not options.draw:
         options.out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(measure(options), indent=1)
+        text = json.dumps(measure(options))
         file.write_text(text + "\n")
     if options.name == "bad_worker":
         draw(json.loads(file.read_text()), options.out / "bad_worker.svg")
