@@ -224,9 +224,9 @@ def conditions(results: dict[str, Any]) -> str:
     text = (
         f"One of {results['workers']} workers breaks after {results['bad_from']} steps: its gradients become "
         f"noise, {NOISE:g} times as long. Validation loss after {results['steps']} steps, mean of "
-        f"{results['seeds']} seeds (least to most): plain mean {ends(results, 'mean', 'noise')}, GAF with "
-        f"threshold 0.97 {ends(results, 'GAF', 'noise')}; it skipped {skipped:.0f} steps, in which it found "
-        f"no agreement. If no worker breaks, the mean is better: {ends(results, 'mean', 'none')} against "
+        f"{results['seeds']} seeds (least to most): plain mean: {ends(results, 'mean', 'noise')}, GAF with "
+        f"threshold 0.97: {ends(results, 'GAF', 'noise')}; it skipped {skipped:.0f} steps, in which it found "
+        f"no agreement. If no worker breaks: plain mean {ends(results, 'mean', 'none')}, GAF "
         f"{ends(results, 'GAF', 'none')}. A Llama of {parameters:.0f}k parameters, {SEQUENCES * LENGTH} "
         "tokens a worker and step of Python's standard library, AdamW, clipping 1.0, one learning rate for "
         f"all, not tuned; fp32, ZeRO-2, on a CPU over gloo ({versions})."
