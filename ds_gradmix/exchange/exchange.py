@@ -49,10 +49,11 @@ _PLANS_KEPT = 1024  # compositions of buckets; they recur from step to step
 def columns_per_tile(config: GradmixConfig, num_ranks: int, num_workers: int, comm_bytes: int) -> int:
     """Elements a rank combines at a time, such that 3 `tile_bytes` hold all that a tile needs.
 
-    Per column: `comm_bytes` for every rank, an element sent and one received; 48 bytes of statistics, or more
-    for a scaling rule with many; and for the work of each worker a float64 (Gram matrix, or gradients in float32), or half as much again
-    where weights differ by parameter, or six times as much for Gram matrices by parameter (blocks that
-    parameters share are copied for each); and a float32 more where its ranks' parts are summed.
+    Per column: `comm_bytes` for every rank, an element sent and one received; 48 bytes of statistics, or
+    more for a scaling rule with many; and for the work of each worker a float64 (Gram matrix, or gradients in
+    float32), or half as much again where weights differ by parameter, or six times as much for Gram matrices
+    by parameter (blocks that parameters share are copied for each); and a float32 more where its ranks' parts
+    are summed.
     """
     work = 12 if config.mixing.by_parameter else 8
     if config.mixing.needs_gram and config.scope == "parameter":

@@ -152,9 +152,7 @@ def _spec(module: str) -> ModuleSpec | None:
         finders = [finder for finder in sys.meta_path if hasattr(finder, "find_spec")]
         try:
             spec = next(filter(None, (finder.find_spec(name, path) for finder in finders)), None)
-        except (
-            KeyError
-        ):  # of a folder without __init__.py, for which importlib looks up the package around it
+        except KeyError:  # a folder without __init__.py, in a package that importlib wants imported
             path = [os.path.join(folder, part) for folder in path or sys.path]
             continue
         path = spec.submodule_search_locations if spec is not None else None

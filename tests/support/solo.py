@@ -41,7 +41,6 @@ BLOCKS: dict[str, dict[str, Any]] = {
     },
     "andmask": {"scaling": {"type": "AndMask"}},
     "trust spread": {"mixing": {"type": f"{MODULE}:Trust"}, "scaling": {"type": f"{MODULE}:Spread"}},
-    "trust by parameter": {"mixing": {"type": f"{MODULE}:Trust"}, "scope": "parameter"},
 }
 OWNERS = {"one owner": [0] * 8, "other owner": [2] * 8, "even": [3, 3, 2, 2, 1, 1, 0, 0]}
 

@@ -1,4 +1,4 @@
-"""The numbers that a mixing rule keeps of each worker: they move on once a step, and are in the checkpoint."""
+"""The numbers that a mixing rule keeps of each worker: they move on once a step, and are in checkpoints."""
 
 from __future__ import annotations
 
