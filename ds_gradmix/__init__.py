@@ -3,7 +3,7 @@
     g = r * sum_i w_i grad f_i(theta + delta_i)
 
 `mixing` gives the workers' weights w, `scaling` the coordinates' factors r, `extrapolation` the offsets
-delta; all are switched on by a block in ds_config.json. See the README.
+delta; all are switched on by a block in ds_config.json: docs/configuration.md.
 """
 
 from typing import Any

@@ -36,15 +36,27 @@ class GradmixConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    mixing: Mixing = Field(default_factory=rules.Mean)  # gives the workers weights
-    scaling: Scaling | None = None  # gives every coordinate a factor
-    extrapolation: Extrapolation | None = None  # moves each worker's weights before it takes its gradient
-    scope: Literal["bucket", "parameter", "model"] = "bucket"  # what one Gram matrix covers
-    # The ranks whose gradients are averaged into one worker's: one rank's, a node's, or those of n ranks.
-    worker: Literal["rank", "node"] | Annotated[int, Field(ge=1)] = "rank"
-    seed: int = Field(1234, ge=0, lt=2**63)  # keys every random draw, together with the step
-    nonfinite: Literal["propagate", "drop"] = "propagate"  # is a worker with an Inf or NaN left out?
-    tile_bytes: int = Field(32 * 2**20, ge=4096, le=2**40)  # the exchange takes at most 3 as extra memory
+    mixing: Mixing = Field(default_factory=rules.Mean, description="the rule that gives workers weights")
+    scaling: Scaling | None = Field(None, description="the rule that gives every coordinate a factor")
+    extrapolation: Extrapolation | None = Field(
+        None, description="the rule that moves each worker's weights before it takes its gradient"
+    )
+    scope: Literal["bucket", "parameter", "model"] = Field(
+        "bucket", description="what one Gram matrix covers; all of the model, as published, not with ZeRO-2"
+    )
+    worker: Literal["rank", "node"] | Annotated[int, Field(ge=1)] = Field(
+        "rank", description="so many consecutive ranks are averaged into one worker before any rule"
+    )
+    seed: int = Field(
+        1234, ge=0, lt=2**63, description="keys every random draw, together with the step: the same on resume"
+    )
+    nonfinite: Literal["propagate", "drop"] = Field(
+        "propagate",
+        description="a worker with an Inf or NaN: as DeepSpeed does, or left out of the reduction",
+    )
+    tile_bytes: int = Field(
+        32 * 2**20, ge=4096, le=2**40, description="the exchange takes at most 3 of these as extra memory"
+    )
 
     @property
     def decides_for_model(self) -> bool:

@@ -127,7 +127,7 @@ PARALLELISM = {name: frozenset(name.split(" and ")) - {"data"} for name in _SUPP
 
 
 def refused_engine(engine: str, dtype: str, parallelism: frozenset[str]) -> str | None:
-    """Why an engine of this kind is refused, or None; README's support matrix is made from it."""
+    """Why an engine of this kind is refused, or None; the matrix of docs/parallelism.md is made from it."""
     if engine == "ZeRO-3":
         return "ZeRO-3 reduces by a path of its own, which this version does not replace: set stage to 1 or 2"
     if engine == "BF16_Optimizer" and dtype != "bf16":

@@ -38,7 +38,7 @@ def test_one_file_says_which_versions_are_tested() -> None:
     major, minor, _ = newest.split(".")
     assert f'"deepspeed>={newest},<{major}.{int(minor) + 1}"' in project
     assert f"deepspeed=={newest}" in (ROOT / "constraints.txt").read_text().splitlines()
-    assert f"Tested with DeepSpeed {newest}" in (ROOT / "README.md").read_text()
+    assert f"Tested with DeepSpeed {newest}" in (ROOT / "docs" / "parallelism.md").read_text()
     command = [sys.executable, "-m", "ds_gradmix", "env"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout
     assert re.search(rf"deepspeed +\S+ \(tested: {re.escape(newest)}\)", printed)

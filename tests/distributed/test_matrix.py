@@ -1,4 +1,4 @@
-"""Every combination of README's support matrix trains right; those that are not in it are refused."""
+"""Every combination of docs/parallelism.md's support matrix trains right; others are refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from ds_gradmix.engines.compatibility import ENGINES, PARALLELISM, refused_engine
-from tests.support import support_matrix
 from tests.support.parallel import Case, Layout, drift, run_cases
 from tests.support.ranks import run_ranks
 from tests.support.replay_parallel import replay
@@ -120,8 +119,3 @@ def test_what_is_not_in_the_matrix_is_refused(kinds: set[str]) -> None:
             cell.engine == engine and cell.dtype == "bf16" and PARALLELISM[cell.parallelism] == kinds
             for cell in SUPPORTED
         )
-
-
-def test_the_readme_has_the_matrix() -> None:
-    text = support_matrix.README.read_text()
-    assert support_matrix.written(text) == text, "run python tests/support/support_matrix.py"

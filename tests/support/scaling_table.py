@@ -1,17 +1,14 @@
-"""The tables in docs/scaling.md, from the formulas. `python tests/support/scaling_table.py` writes them."""
+"""The tables of docs/scaling.md, from the formulas. `python -m tests.support.documents` writes them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ds_gradmix.config import parse_block
 from ds_gradmix.costs.model import Cluster, Costs, block_costs
 from ds_gradmix.costs.report import reduction_plan, workload_of
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "scaling.md"
-BEGIN, END = "<!-- table: written by tests/support/scaling_table.py -->\n", "<!-- end of table -->"
 CONFIG: dict[str, Any] = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}
 GAF = {"mixing": {"type": "GAF"}}
 VRGD = {"scaling": {"type": "VRGD", "params": {"momentum": 0.9}}}
@@ -84,13 +81,3 @@ def table() -> str:
     head += "\n" + "|---" * 7 + "|"
     lines = list(map(str, rows()))
     return "\n".join([head, *lines[: len(BLOCKS)], "", head, *lines[len(BLOCKS) :]]) + "\n"
-
-
-def written(text: str) -> str:
-    """The document with a new table."""
-    before, rest = text.split(BEGIN)
-    return before + BEGIN + table() + END + rest.split(END)[1]
-
-
-if __name__ == "__main__":
-    DOCUMENT.write_text(written(DOCUMENT.read_text()))

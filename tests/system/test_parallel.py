@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tests.support.documents import commands
 from tests.support.ranks import run_ranks
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
@@ -254,12 +255,11 @@ def test_two_replicas_of_two_ranks_train_as_two_of_one(
     assert steps_of(stopped) == lines  # not approximately
 
 
-def test_readme_commands_train_with_rules(tmp_path: Path, inputs: dict[str, str]) -> None:
-    """The README's commands on 4 ranks, on less data and for 2 steps."""
-    readme = (ROOT / "README.md").read_text()
-    commands = [shlex.split(line) for line in readme.splitlines() if " launch/pretrain.py " in line]
-    assert len(commands) == 2
-    for number, command in enumerate(commands):
+def test_documented_commands_train_with_rules(tmp_path: Path, inputs: dict[str, str]) -> None:
+    """Those of docs/starting.md on 4 ranks, on less data and for 2 steps."""
+    found = [shlex.split(line) for line in commands("docs/starting.md") if " launch/pretrain.py " in line]
+    assert len(found) == 2
+    for number, command in enumerate(found):
         script = command.index("launch/pretrain.py")
         assert command[:script] == ["deepspeed", "--num_accelerators", "4", "--module", "ds_gradmix"]
         run = tmp_path / str(number)

@@ -7,7 +7,6 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from ds_gradmix.costs.model import (
     send_to_owners,
 )
 from tests.support import scaling_table
+from tests.support.documents import commands
 
 ROOT = Path(__file__).parents[2]
 Messages = Iterator[tuple[int, int, float]]  # from a rank, to a rank, elements
@@ -116,11 +116,6 @@ def test_formulas_agree_with_the_kernel_counters(
             assert row["bytes_ratio"] <= 0.6, run.stdout
 
 
-def test_the_table_is_up_to_date() -> None:
-    text = scaling_table.DOCUMENT.read_text()
-    assert text == scaling_table.written(text), "run python tests/support/scaling_table.py"
-
-
 @pytest.mark.parametrize("ranks", scaling_table.RANKS)
 def test_check_prints_the_table(ranks: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for row in scaling_table.rows():
@@ -143,9 +138,8 @@ LINES = ("GB sent per rank", "GB leaving a node", "GB of memory per rank", "seco
 
 
 def test_the_command_of_the_document_runs() -> None:
-    commands = re.findall(r"```bash\n(.*?)```", scaling_table.DOCUMENT.read_text(), flags=re.DOTALL)
-    assert len(commands) == 1
-    program, *arguments = commands[0].split()
+    (command,) = commands("docs/scaling.md")
+    program, *arguments = command.split()
     run = subprocess.run(
         [Path(sys.executable).parent / program, *arguments],
         cwd=ROOT,

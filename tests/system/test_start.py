@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from ds_gradmix.slurm import first_host, rank_environment
+from tests.support.documents import blocks
+from tests.support.documents import commands as commands_of
 from tests.support.ranks import free_port
 
 BIN = Path(sys.executable).parent
@@ -43,6 +45,7 @@ model = torch.nn.Linear(8, 8)
 engine, *_ = initialize(args=args, model=model, model_parameters=model.parameters())
 for step in range(2):
     x = torch.randn(4, 8, generator=torch.Generator().manual_seed(torch.distributed.get_rank()))
+    x = x.to(engine.module.weight.dtype)
     engine.backward(engine(x).square().mean())
     engine.step()
 told = f"TRAINED {torch.distributed.get_rank()} {float(model.weight.detach().double().sum())}\\n"
@@ -134,14 +137,14 @@ def sums(output: str) -> list[str]:
 
 
 def test_every_launcher_trains_alike(scripts: Path) -> None:
-    """The commands are the README's, with a free port; srun is two processes that have a job step's
-    variables.
+    """The commands are those of docs/starting.md, with a free port, and the config is the README's; srun is
+    two processes that have a job step's variables.
     """
-    config(scripts, {"mixing": {"type": "GAF"}})
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    commands = {
-        line.split()[0]: line.split()[1:] for line in readme.splitlines() if "train.py --deep" in line
-    }
+    shown, _ = blocks("README.md", "diff")
+    new = [line[1:] for line in shown.text.splitlines() if line[0] in "+ "]
+    (scripts / "ds_config.json").write_text("\n".join(new))
+    lines = commands_of("docs/starting.md")
+    commands = {line.split()[0]: line.split()[1:] for line in lines if "train.py --deep" in line}
     assert set(commands) == {"deepspeed", "torchrun", "srun"}
     launcher = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port())]
     by_deepspeed = run(*launcher, *commands["deepspeed"], cwd=scripts)
@@ -232,7 +235,7 @@ def one_rank() -> dict[str, str]:
 def test_launch_inside_a_batch_shell_is_one_process(scripts: Path) -> None:
     """There SLURM_NTASKS is set, without a job step; in one, launch/ finds its ranks as `-m ds_gradmix`."""
     tell = (
-        "import os, settings; settings.set_process_environment();"
+        "import os; from gradmix_pretrain import settings; settings.set_process_environment();"
         " print(*(os.environ[name] for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR')))"
     )
     launch = str(Path(__file__).parents[2] / "launch")

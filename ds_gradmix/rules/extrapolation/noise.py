@@ -20,9 +20,11 @@ class Noise(Extrapolation):
 
     needs_gradient: ClassVar[bool] = False
 
-    distribution: Literal["gaussian", "uniform"] = Field("gaussian", description="of the offset")
-    std: float | None = Field(None, ge=0, allow_inf_nan=False, description="standard deviation")
-    std_ratio: float | None = Field(None, ge=0, allow_inf_nan=False, description="same, in root mean squares")
+    distribution: Literal["gaussian", "uniform"] = Field("gaussian", description="which the offset has")
+    std: float | None = Field(None, ge=0, allow_inf_nan=False, description="its standard deviation")
+    std_ratio: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="std by each tensor's root mean square; give one of both"
+    )
 
     @classmethod
     def examples(cls) -> tuple[Self, ...]:

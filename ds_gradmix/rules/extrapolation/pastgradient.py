@@ -24,9 +24,13 @@ class PastGradient(Extrapolation):
 
     needs_gradient: ClassVar[bool] = True
 
-    lr: float | None = Field(None, ge=0, allow_inf_nan=False, description="step to the extrapolated weights")
-    lr_ratio: float | None = Field(None, ge=0, allow_inf_nan=False, description="the same, in learning rates")
-    layerwise: bool = Field(False, description="offsets in proportion to each tensor's norm")
+    lr: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="δ = −lr · the worker's own gradient of the step before"
+    )
+    lr_ratio: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="lr as a multiple of the learning rate; give one of both"
+    )
+    layerwise: bool = Field(False, description="make every tensor's offset lr · ‖θ‖ long")
 
     @classmethod
     def examples(cls) -> tuple[Self, ...]:

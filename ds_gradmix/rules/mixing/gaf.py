@@ -17,7 +17,7 @@ _ORDER_STREAM = 1  # independent of what a GradientFreeMixing would draw at the 
 class GAF(GramianMixing):
     """Gradient Agreement Filtering: a worker that points elsewhere is left out of the mean.
 
-    Chaubard, Eyzaguirre, Kochenderfer 2024, arXiv 2412.18052:
+    Chaubard, Eddy, Kochenderfer 2024, arXiv 2412.18052:
 
         a <- g_1, c <- 1;  for i = 2..W:  if 1 - cos(a, g_i) <= threshold:  a <- a + g_i, c <- c + 1
 
@@ -30,10 +30,18 @@ class GAF(GramianMixing):
 
     depends_on_order: ClassVar[bool] = True  # the first worker is the anchor
 
-    threshold: float = Field(1.0, ge=0, le=2, allow_inf_nan=False, description="largest cosine distance kept")
-    merge: Literal["mean", "midpoint"] = Field("mean", description="mean of the kept, or repeated midpoint")
-    order: Literal["shuffled", "rank"] = Field("shuffled", description="of workers; the first is the anchor")
-    on_disagreement: Literal["skip", "mean"] = Field("skip", description="what to do if nobody agrees")
+    threshold: float = Field(
+        1.0, ge=0, le=2, allow_inf_nan=False, description="largest cosine distance that is kept; 2 keeps all"
+    )
+    merge: Literal["mean", "midpoint"] = Field(
+        "mean", description="the paper's mean of the kept, or its code's repeated midpoint"
+    )
+    order: Literal["shuffled", "rank"] = Field(
+        "shuffled", description="the anchor is another worker in every step, or rank 0"
+    )
+    on_disagreement: Literal["skip", "mean"] = Field(
+        "skip", description="what happens if nobody agrees with the anchor"
+    )
 
     @classmethod
     def examples(cls) -> tuple[Self, ...]:

@@ -11,8 +11,8 @@ from ds_gradmix.rules.base import GradientFreeMixing, RngKey
 class GradientMix(GradientFreeMixing):
     """A random convex combination of the workers' gradients in place of their mean.
 
-    GradientMix (ICLR 2023 submission, OpenReview 5c_nxk-dX1J; only its abstract and introduction are public,
-    so the distribution is our choice):
+    GradientMix (ICLR 2023 submission, OpenReview 5c_nxk-dX1J). Written from its abstract and introduction, so
+    the distribution is our choice:
 
         w ~ Dirichlet(alpha, ..., alpha),   w_i >= 0,   sum w_i = 1,   E w_i = 1/W
 
@@ -21,9 +21,19 @@ class GradientMix(GradientFreeMixing):
     `lambda ~ Beta(alpha, alpha)`.
     """
 
-    alpha: float = Field(1.0, gt=0, le=1e12, allow_inf_nan=False, description="the larger, the nearer to 1/W")
-    distribution: Literal["dirichlet", "beta"] = Field("dirichlet", description="how weights are drawn")
-    granularity: Literal["model", "parameter"] = Field("model", description="what has a draw of its own")
+    alpha: float = Field(
+        1.0,
+        gt=0,
+        le=1e12,
+        allow_inf_nan=False,
+        description="concentration of the draw; large is near the mean",
+    )
+    distribution: Literal["dirichlet", "beta"] = Field(
+        "dirichlet", description="one draw over all workers, or two halves"
+    )
+    granularity: Literal["model", "parameter"] = Field(
+        "model", description="what has a draw of its own in a step"
+    )
     start_step: int = Field(0, ge=0, description="first optimizer step at which it acts")
     end_step: int | None = Field(None, ge=0, description="first optimizer step at which it no longer acts")
 

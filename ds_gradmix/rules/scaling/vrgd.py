@@ -31,7 +31,9 @@ class VRGD(Scaling):
     min_workers: ClassVar[int] = 8  # at W = 4 a third of all coordinates of pure noise sit on the floor
 
     gamma: float = Field(0.1, ge=0, le=1, allow_inf_nan=False, description="smallest factor")
-    momentum: float = Field(0.0, ge=0, lt=1, allow_inf_nan=False, description="beta3 of the paper; 0 is off")
+    momentum: float = Field(
+        0.0, ge=0, lt=1, allow_inf_nan=False, description="β₃, smooths over steps; 0 is off"
+    )
 
     @classmethod
     def examples(cls) -> tuple[Self, ...]:
