@@ -1,12 +1,14 @@
 """Trains a small Llama on 8 workers by the mean and by GAF, with all workers good and with a bad one.
 
-    python benchmarks/bad_worker.py [--seeds 3] [--steps 150] [--workers 8] [--bad-from 50] [--out FOLDER]
+    python benchmarks/bad_worker.py
+    python benchmarks/bad_worker.py --faults negative tokens --name other_faults
     python benchmarks/bad_worker.py --draw
 
 The workers are processes on CPU over gloo, each with a DeepSpeed engine (ZeRO-2, fp32). From step 50 on, the
-bad worker's gradients are noise, a hundred times as long as they should be, as from broken hardware. The text
-is the standard library of the Python that runs this. `bad_worker.json` gets the losses of every run, and
-`bad_worker.svg` is drawn from it; `--draw` only draws.
+last worker has a fault: "noise", its gradients are noise, a hundred times as long as they should be, as from
+broken hardware; "negative", they have the wrong sign; "tokens", it reads tokens drawn at random. The text is
+the standard library of the Python that runs this. NAME.json gets the losses of every run; bad_worker.svg is
+drawn from bad_worker.json, and `--draw` does no more.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
@@ -46,6 +48,7 @@ CONFIG: dict[str, Any] = {
     "gradient_clipping": 1.0,
     "zero_optimization": {"stage": 2},
 }
+FAULTS = ("none", "noise", "negative", "tokens")
 RULES: dict[str, dict[str, Any]] = {
     "mean": {},
     "GAF": {"mixing": {"type": "GAF", "params": {"threshold": 0.97}}},
@@ -57,16 +60,16 @@ class Run(NamedTuple):
     """A training run."""
 
     rule: str
-    bad: bool  # whether the last worker breaks
+    fault: str  # of the last worker
     seed: int
 
 
-def runs(num_seeds: int) -> Iterator[Run]:
-    """All rules with and without a bad worker, from the same seeds."""
+def runs(num_seeds: int, faults: Sequence[str]) -> Iterator[Run]:
+    """All rules with all faults, from the same seeds."""
     for seed in range(1, num_seeds + 1):
-        for bad in (False, True):
+        for fault in faults:
             for rule in RULES:
-                yield Run(rule, bad, seed)
+                yield Run(rule, fault, seed)
 
 
 def train(run: Run, options: argparse.Namespace, data: Path) -> dict[str, Any]:
@@ -98,8 +101,10 @@ def train(run: Run, options: argparse.Namespace, data: Path) -> dict[str, Any]:
     found: dict[str, Any] = {**run._asdict(), "val_loss": [], "kept_fraction": []}
     for step in range(options.steps):
         batch_BT = windows.batch(step, 0)
-        if run.bad and rank == world - 1 and step == options.bad_from:
-            break_gradients(model, run.seed)
+        if rank == world - 1 and step == options.bad_from:
+            break_gradients(model, run)
+        if rank == world - 1 and step >= options.bad_from and run.fault == "tokens":
+            batch_BT = torch.randint(VOCAB, batch_BT.shape, generator=torch.Generator().manual_seed(step))
         engine.backward(engine(input_ids=batch_BT, labels=batch_BT).loss)
         engine.step()
         found["kept_fraction"].append(round(ds_gradmix.stats(engine).get("kept_fraction", 1.0), 4))
@@ -109,18 +114,20 @@ def train(run: Run, options: argparse.Namespace, data: Path) -> dict[str, Any]:
     return {**found, "skipped_steps": engine.skipped_steps, "parameters": parameters}
 
 
-def break_gradients(model: Any, seed: int) -> None:
-    """From now on the gradients of this worker are noise."""
+def break_gradients(model: Any, run: Run) -> None:
+    """From now on this worker's gradients have the fault of the run."""
     import torch
 
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator().manual_seed(run.seed)
 
-    def noise_like(grad: torch.Tensor) -> torch.Tensor:
+    def broken(grad: torch.Tensor) -> torch.Tensor:
+        if run.fault != "noise":
+            return -grad
         noise = torch.randn(grad.shape, generator=random)
         return noise * (NOISE * grad.norm() / noise.norm())
 
-    for parameter in model.parameters():
-        parameter.register_hook(noise_like)
+    for parameter in model.parameters() if run.fault in ("noise", "negative") else ():
+        parameter.register_hook(broken)
 
 
 def validate(engine: Any, batches: list[Any]) -> float:
@@ -151,7 +158,7 @@ def rank_main(rank: int, options: argparse.Namespace, port: int, data: Path, res
     deepspeed.init_distributed("gloo", verbose=False)
     ds_gradmix.enable()
     found = []
-    for run in runs(options.seeds):
+    for run in runs(options.seeds, options.faults):
         found.append(train(run, options, data))
         if rank == 0:
             print(f"{run}: {found[-1]['val_loss'][-1][1]:.4f}", flush=True)
@@ -197,31 +204,33 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         }
 
 
+def chosen(results: dict[str, Any], rule: str, fault: str) -> list[dict[str, Any]]:
+    """The runs of all seeds."""
+    return [run for run in results["runs"] if (run["rule"], run["fault"]) == (rule, fault)]
+
+
+def ends(results: dict[str, Any], rule: str, fault: str) -> str:
+    """The last validation losses: their mean, and the least and the most."""
+    losses = [run["val_loss"][-1][1] for run in chosen(results, rule, fault)]
+    return f"{mean(losses):.2f} ({min(losses):.2f} to {max(losses):.2f})"
+
+
 def conditions(results: dict[str, Any]) -> str:
     """What was trained and what came out, for the text under the picture."""
-
-    def ended(rule: str, bad: bool) -> list[dict[str, Any]]:
-        return [run for run in results["runs"] if (run["rule"], run["bad"]) == (rule, bad)]
-
-    def told(rule: str, bad: bool) -> str:
-        losses = [run["val_loss"][-1][1] for run in ended(rule, bad)]
-        return f"{mean(losses):.2f} ({min(losses):.2f} to {max(losses):.2f})"
-
-    skipped = mean(run["skipped_steps"] for run in ended("GAF", True))
+    skipped = mean(run["skipped_steps"] for run in chosen(results, "GAF", "noise"))
     parameters = results["runs"][0]["parameters"] / 1e3
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     lines = (
         f"One of {results['workers']} workers breaks after {results['bad_from']} steps: its gradients become "
         f"noise, {NOISE:g} times as long.",
         f"Validation loss after {results['steps']} steps, mean of {results['seeds']} seeds (least to most): "
-        f"plain mean {told('mean', True)}, GAF with threshold 0.97",
-        f"{told('GAF', True)}; it skipped {skipped:.0f} steps, in which it found no agreement. If no worker "
-        f"breaks: {told('mean', False)} and",
-        f"{told('GAF', False)}, so GAF has its price. A Llama of {parameters:.0f}k parameters, "
-        f"{SEQUENCES * LENGTH} tokens a worker and step of",
+        f"plain mean {ends(results, 'mean', 'noise')}, GAF with threshold 0.97",
+        f"{ends(results, 'GAF', 'noise')}; it skipped {skipped:.0f} steps, in which it found no agreement. "
+        f"If no worker breaks: {ends(results, 'mean', 'none')} and",
+        f"{ends(results, 'GAF', 'none')}. A Llama of {parameters:.0f}k parameters, {SEQUENCES * LENGTH} "
+        "tokens a worker and step of",
         "Python's standard library, AdamW, clipping 1.0, one learning rate for all, not tuned; fp32, ZeRO-2,",
-        f"on a CPU over gloo ({versions}). Once more, in {results['cpu_minutes']:.0f} minutes of CPU time:",
-        "`python benchmarks/bad_worker.py`.",
+        f"on a CPU over gloo ({versions}).",
     )
     return "\n".join(lines) + "\n"
 
@@ -235,16 +244,16 @@ def draw(results: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7.2, 3.8), layout="constrained")
-    for bad in (True, False):
+    for fault in ("noise", "none"):
         for rule, color in zip(RULES, ("#4c72b0", "#dd8452"), strict=True):
-            chosen = [run["val_loss"] for run in results["runs"] if (run["rule"], run["bad"]) == (rule, bad)]
-            steps = [step for step, _ in chosen[0]][1:]
-            values = [[losses[i][1] for losses in chosen] for i in range(1, len(chosen[0]))]
-            label = f"{rule}, {'one bad worker' if bad else 'all workers good'}"
-            axes.fill_between(
-                steps, list(map(min, values)), list(map(max, values)), color=color, alpha=0.2, lw=0
-            )
-            axes.plot(steps, list(map(mean, values)), "-" if bad else ":", color=color, lw=1.8, label=label)
+            losses = [run["val_loss"][1:] for run in chosen(results, rule, fault)]
+            steps = [step for step, _ in losses[0]]
+            values = [[loss for _, loss in at_step] for at_step in zip(*losses, strict=True)]
+            label = f"{rule}, {'one bad worker' if fault == 'noise' else 'all workers good'}"
+            lowest, middle, highest = (list(map(of, values)) for of in (min, mean, max))
+            axes.fill_between(steps, lowest, highest, color=color, alpha=0.2, lw=0)
+            line = "-" if fault == "noise" else ":"
+            axes.plot(steps, middle, line, color=color, lw=1.8, label=label)
     axes.axvline(results["bad_from"], color="gray", lw=0.8)
     axes.text(results["bad_from"], 1, " one worker breaks", transform=axes.get_xaxis_transform(), va="top")
     axes.set(xlabel="step", ylabel="validation loss")
@@ -264,14 +273,17 @@ def main() -> None:
     add("--steps", type=int, default=150)
     add("--workers", type=int, default=8)
     add("--bad-from", type=int, default=50, help="steps after which the last worker is bad")
+    add("--faults", nargs="+", choices=FAULTS, default=["none", "noise"])
+    add("--name", default="bad_worker", help="of the results")
     add("--draw", action="store_true", help="draw what is there, without training")
     options = parser.parse_args()
-    file = options.out / "bad_worker.json"
+    file = options.out / f"{options.name}.json"
     if not options.draw:
         options.out.mkdir(parents=True, exist_ok=True)
         text = json.dumps(measure(options), indent=1)
         file.write_text(text + "\n")
-    draw(json.loads(file.read_text()), options.out / "bad_worker.svg")
+    if options.name == "bad_worker":
+        draw(json.loads(file.read_text()), options.out / "bad_worker.svg")
 
 
 if __name__ == "__main__":

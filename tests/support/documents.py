@@ -179,6 +179,21 @@ def picture() -> str:
     return bad_worker.conditions(json.loads((PICTURES / "bad_worker.json").read_text()))
 
 
+def faults() -> str:
+    """What became of the same training with other faults."""
+    good, bad = (
+        json.loads((PICTURES / f"{name}.json").read_text()) for name in ("bad_worker", "other_faults")
+    )
+    names = {"none": "none", "noise": f"gradients are noise, {bad_worker.NOISE:g} times as long"}
+    names |= {"negative": "gradients have the wrong sign", "tokens": "reads tokens drawn at random"}
+    rows = (
+        [names[fault], *(bad_worker.ends(results, rule, fault) for rule in bad_worker.RULES)]
+        for results in (good, bad)
+        for fault in dict.fromkeys(run["fault"] for run in results["runs"])
+    )
+    return table(["fault of one worker", "plain mean", "GAF, threshold 0.97"], rows)
+
+
 def badges() -> Mapping[str, str]:
     """The README's badges, as files beside the picture."""
     (version,) = re.findall(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
@@ -205,6 +220,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "support matrix": support_matrix.table,
     "scaling": scaling_table.table,
     "picture": picture,
+    "faults": faults,
 }
 
 

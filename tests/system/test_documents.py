@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import ds_gradmix
+from benchmarks import bad_worker
 from ds_gradmix.cli import main
 from ds_gradmix.config import parse_block
 from tests.support.documents import ROOT, Block, blocks, commands
@@ -137,25 +140,26 @@ def test_gpu_tests_are_there() -> None:
 
 @pytest.mark.timeout(200)
 def test_the_picture_can_be_made_again(tmp_path: Path) -> None:
-    """With two workers, one seed, and few steps."""
-    (command,) = chosen("python benchmarks/bad_worker.py")
+    """All faults at once, with two workers, one seed, and few steps."""
+    first, second = (command.split() for command in chosen("python benchmarks/bad_worker.py"))
+    assert second[2:] == ["--faults", "negative", "tokens", "--name", "other_faults"]
     fewer = ["--workers", "2", "--seeds", "1", "--steps", "10", "--bad-from", "4", "--out", str(tmp_path)]
-    run(sys.executable, *command.split()[1:], *fewer, timeout=180)
+    run(sys.executable, *first[1:], "--faults", *bad_worker.FAULTS, *fewer, timeout=180)
     results = json.loads((tmp_path / "bad_worker.json").read_text())
-    ends = {(run["rule"], run["bad"]): run["val_loss"][-1][1] for run in results["runs"]}
-    assert len(ends) == 4 and ends["mean", True] > ends["mean", False] < 6.2
+    ends = {(run["rule"], run["fault"]): run["val_loss"][-1][1] for run in results["runs"]}
+    assert len(ends) == 8 and all(
+        ends["mean", "none"] < ends["mean", fault] for fault in bad_worker.FAULTS[1:]
+    )
     assert (tmp_path / "bad_worker.svg").read_text().startswith("<?xml")
 
 
-def steps(folder: str, code: str, config: dict[str, Any]) -> dict[str, float]:
+def steps(folder: str, code: str) -> dict[str, float]:
     """On a rank: the code, and what the rules decided in its step."""
     os.chdir(folder)
     sys.path.insert(0, folder)
-    Path("ds_config.json").write_text(json.dumps(config))
+    torch.manual_seed(torch.distributed.get_rank())
     scope: dict[str, Any] = {}
     exec(code, scope)
-    import ds_gradmix
-
     return ds_gradmix.stats(scope["engine"])
 
 
@@ -170,14 +174,12 @@ def test_a_script_with_initialize_and_with_a_rule_of_ones_own(tmp_path: Path) ->
     """The code of starting.md, with the block of adding-a-rule.md, which imports that page's rules."""
     (code,) = (block.text for block in blocks("docs/starting.md", "python"))
     write_rules(tmp_path)
-    (block,) = blocks("docs/adding-a-rule.md", "json")
-    config = {**CONFIG, **json.loads("{" + block.text + "}")}
-    for stats in run_ranks(2, steps, str(tmp_path), code, config):
+    for stats in run_ranks(2, steps, str(tmp_path), code):
         assert stats["kept_fraction"] == 1.0 and 0 < stats["mean_factor"] < 1
 
 
 def write_rules(folder: Path) -> None:
-    """The files of adding-a-rule.md; a block begins with the name of its file."""
+    """The files of adding-a-rule.md, of which a block begins with its name, and its ds_config.json."""
     files: dict[str, str] = {}
     for block in blocks("docs/adding-a-rule.md", "python"):
         (name,) = re.findall(r"^# (\w+\.py)", block.text)
@@ -185,13 +187,13 @@ def write_rules(folder: Path) -> None:
     assert list(files) == ["my_rules.py", "test_my_rules.py"]
     for name, text in files.items():
         (folder / name).write_text(text)
+    (block,) = blocks("docs/adding-a-rule.md", "json")
+    (folder / "ds_config.json").write_text(json.dumps({**CONFIG, **json.loads("{" + block.text + "}")}))
 
 
 def test_a_rule_of_ones_own(tmp_path: Path) -> None:
     """`check` in the rule's folder, and the rule's own tests."""
     write_rules(tmp_path)
-    (block,) = blocks("docs/adding-a-rule.md", "json")
-    (tmp_path / "ds_config.json").write_text(json.dumps({**CONFIG, **json.loads("{" + block.text + "}")}))
     (command,) = chosen("python -m ds_gradmix check")
     assert '"my_rules:SteadyClip"' in run(sys.executable, *command.split()[1:], cwd=tmp_path)
     told = run(
