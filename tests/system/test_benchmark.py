@@ -13,11 +13,13 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 
 from benchmarks import cases
 from ds_gradmix.config import SLOTS, Slot
-from ds_gradmix.rules import MIXING, GradientFreeMixing, Mixing
+from ds_gradmix.rules import MIXING, GradientFreeMixing, Mixing, RngKey
 
 ROOT = Path(__file__).parents[2]
 SAY_RANK = "import os; print('rank', os.environ['RANK'], 'of', os.environ['WORLD_SIZE'])"
@@ -118,6 +120,9 @@ class Median(GradientFreeMixing):
     """A rule that is new in the repository."""
 
     width: int = 3
+
+    def weights(self, key: RngKey, num_workers: int, num_parameters: int) -> npt.NDArray[np.float64]:
+        return np.full((1, num_workers), 1 / num_workers)
 
 
 def test_a_new_rule_is_in_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
