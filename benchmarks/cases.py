@@ -6,8 +6,16 @@ needs the result ("every rank"). The expected bytes are those of `ds_gradmix che
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1]))  # ds_gradmix of this checkout, installed or not
+
+from ds_gradmix.config import SLOTS, GradmixConfig, parse_block
+from ds_gradmix.costs.model import Cluster, Workload, block_costs
+from ds_gradmix.costs.report import reduction_plan
 
 NUM_LAYERS, WIDTH = 32, 512
 NUM_ELEMENTS = NUM_LAYERS * WIDTH * WIDTH
@@ -26,13 +34,20 @@ _GAF = {"mixing": {"type": "GAF", "params": {"threshold": 1.0}}}
 _VRGD = {"scaling": {"type": "VRGD", "params": {"gamma": 0.1}}}
 _VRGD_MOMENTUM = {"scaling": {"type": "VRGD", "params": {"gamma": 0.1, "momentum": 0.9}}}
 
+
+def usual_blocks(*slots: str) -> dict[str, dict[str, Any]]:
+    """A block for each of our rules of some slots, with the params of its first example."""
+    rules = [(slot, rule.examples()[0]) for slot in slots for rule in SLOTS[slot].known]
+    return {
+        rule.type_name(): {slot: {"type": rule.type_name(), "params": rule.model_dump(exclude_none=True)}}
+        for slot, rule in rules
+    }
+
+
 # None is stock DeepSpeed, compared with a second stock engine: it shows how far from 1 a ratio is by chance.
 RULES: dict[str, dict[str, Any] | None] = {
     "stock": None,
-    "Mean": {},
-    "GradientMix": {"mixing": {"type": "GradientMix"}},
-    "GAF": _GAF,
-    "VRGD": _VRGD,
+    **usual_blocks("mixing", "scaling"),
     "GAF+VRGD": _GAF | _VRGD,
     "VRGD momentum 0.9": _VRGD_MOMENTUM,
     "GAF scope parameter": _GAF | {"scope": "parameter"},
@@ -46,9 +61,7 @@ RULES_WITH_LARGE_WORKERS: dict[str, dict[str, Any]] = {
 RULES_WITH_LARGE_WORKERS["GAF, worker 4"] = {**_GAF, "worker": 4}
 RULES |= RULES_WITH_LARGE_WORKERS
 QUICK_RULES = {"ZeRO-2": ("GAF", "GAF+VRGD"), "ZeRO-0": ("GAF scope model",)}
-WITHOUT_EXCHANGE = ("stock", "Mean", "GradientMix", "GradientMix, worker node")
 MODEL_SCOPE = "GAF scope model"
-MOMENTUM = "VRGD momentum 0.9"
 
 
 @dataclass(frozen=True)
@@ -100,10 +113,6 @@ class Case:
 
     def theory_bytes(self, rule: str) -> float:
         """The expected bytes that a host sends in one reduction of all gradients."""
-        from ds_gradmix.config import parse_block
-        from ds_gradmix.costs.model import Cluster, Workload, block_costs
-        from ds_gradmix.costs.report import reduction_plan
-
         definition = RULES[rule] or {}
         width = ELEMENT_BYTES[self.dtype]
         owners: Any = {"even": "even", "one owner": "one", EVERY_RANK: self.engine}[self.owners]
@@ -126,6 +135,9 @@ class Case:
         rank owns.
         """
         copied = self.bucket_bytes if self.engine == "ZeRO-0" else 0
-        base = stock_reduction_bytes if rule in WITHOUT_EXCHANGE else copied + 3 * self.tile_bytes
-        pending = 4 * NUM_ELEMENTS // self.world if rule == MOMENTUM else 0
+        block = GradmixConfig() if RULES[rule] is None else parse_block(RULES[rule])
+        exchanges = block.mixing.needs_gram or block.scaling is not None
+        base = copied + 3 * self.tile_bytes if exchanges else stock_reduction_bytes
+        has_momentum = block.scaling is not None and block.scaling.factor_momentum > 0
+        pending = 4 * NUM_ELEMENTS // self.world if has_momentum else 0
         return base + pending + (2 << 20)

@@ -216,7 +216,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     # A terminated run must still remove its namespaces and end its ranks.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    sys.path.append(str(Path(__file__).parents[1]))  # ds_gradmix of this checkout, installed or not
     start, cases = time.monotonic(), make_cases(options)
     measured = run(cases, options)
     rows = []

@@ -1,4 +1,4 @@
-"""Measures the time that PastGradient takes: pairs of steps of engines with it and without, on 2 ranks.
+"""Measures the time that each extrapolation rule takes: steps of engines with it and without, on 2 ranks.
 
 The model is a sequence of matrices, and the batch has as many tokens as that of a small language model on a
 rank, so that a step computes about as much for each parameter as in training. Quote the median, since single
@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as multiprocessing
+from cases import usual_blocks
 
 RAW = argparse.RawDescriptionHelpFormatter
-RULE = {"extrapolation": {"type": "PastGradient", "params": {"lr": 0.01}}}
 
 
 def build(width: int, depth: int, block: dict[str, Any], stage: int, dtype: str) -> Any:
@@ -62,16 +62,18 @@ def rank_main(rank: int, options: argparse.Namespace, port: int) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled first
     deepspeed.init_distributed("gloo", verbose=False)
     shape = (options.width, options.depth)
-    engines = [build(*shape, block, options.stage, options.dtype) for block in ({}, RULE)]
-    for engine in engines:
+    blocks = {"none": {}, **usual_blocks("extrapolation")}
+    engines = {name: build(*shape, block, options.stage, options.dtype) for name, block in blocks.items()}
+    for engine in engines.values():
         step_seconds(engine, options.tokens)
-    ratios = []
-    for _ in range(options.rounds):
-        without, with_rule = (step_seconds(engine, options.tokens) for engine in engines)
-        ratios.append(with_rule / without)
-    if rank == 0:
+    steps = [
+        {name: step_seconds(engine, options.tokens) for name, engine in engines.items()}
+        for _ in range(options.rounds)
+    ]
+    for name in [name for name in engines if name != "none"] if rank == 0 else []:
+        ratios = [seconds[name] / seconds["none"] for seconds in steps]
         print(
-            f"ZeRO-{options.stage}, {options.dtype}: step with PastGradient / without: median "
+            f"ZeRO-{options.stage}, {options.dtype}: step with {name} / without: median "
             f"{statistics.median(ratios):.3f} of {len(ratios)} pairs ({min(ratios):.3f} to {max(ratios):.3f})"
         )
     torch.distributed.destroy_process_group()

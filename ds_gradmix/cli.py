@@ -4,6 +4,7 @@ import argparse
 import importlib.metadata
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
+    if (folder := os.getcwd()) not in sys.path:
+        sys.path.insert(0, folder)  # where a user's own rules are found, as by `python -m ds_gradmix check`
     try:
         config = _read(options.config)
         block = _block_of(config)

@@ -3,6 +3,7 @@
 import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -27,10 +28,7 @@ def validation_mistakes(
     error: ValidationError, path: str, model: type[BaseModel], values: Mapping[str, object]
 ) -> Iterator[str]:
     """A line for each key with errors, since pydantic has one for each type that a value might have."""
-    try:
-        properties = model.model_json_schema()["properties"]
-    except Exception:  # of a rule that is not ours, with a field that JSON knows nothing of
-        properties = {}
+    properties = _properties(model)
     for item in {item["loc"][:1]: item for item in error.errors()}.values():
         if not item["loc"]:  # from a validator of the whole model
             yield f"{path}: {printable(item['msg'].removeprefix('Value error, '))}"
@@ -45,6 +43,15 @@ def validation_mistakes(
         if is_oversized(value) and any(option.get("type") in ("integer", "number") for option in options):
             hint = "an integer must fit into 64 bits"
         yield wrong_value(f"{path}.{name}", value, allowed, hint, item["type"] == "missing")
+
+
+@lru_cache(maxsize=64)
+def _properties(model: type[BaseModel]) -> Mapping[str, Any]:
+    """The JSON schema of each field; nothing for a rule with a field that JSON does not know."""
+    try:
+        return model.model_json_schema()["properties"]  # type: ignore[no-any-return]
+    except Exception:
+        return {}
 
 
 def is_oversized(value: object) -> bool:

@@ -49,17 +49,21 @@ _PLANS_KEPT = 1024  # compositions of buckets; they recur from step to step
 def columns_per_tile(config: GradmixConfig, num_ranks: int, num_workers: int, comm_bytes: int) -> int:
     """Elements a rank combines at a time, such that 3 `tile_bytes` hold all that a tile needs.
 
-    Per column: `comm_bytes` for every rank, an element sent and one received; 48 bytes of statistics;
-    and for the work of each worker a float64 (Gram matrix, or gradients in float32), or half as much again
-    where weights differ by parameter, or six times as much for Gram matrices by parameter (blocks that
-    parameters share are copied for each); and a float32 more where its ranks' parts are summed.
+    Per column: `comm_bytes` for every rank, an element sent and one received; 48 bytes of statistics, or
+    more for a scaling rule with many; and for the work of each worker a float64 (Gram matrix, or gradients in
+    float32), or half as much again where weights differ by parameter, or six times as much for Gram matrices
+    by parameter (blocks that parameters share are copied for each); and a float32 more where its ranks' parts
+    are summed.
     """
     work = 12 if config.mixing.by_parameter else 8
     if config.mixing.needs_gram and config.scope == "parameter":
         work = 48
     if num_ranks > num_workers:
         work += 4
-    per_column = num_ranks * comm_bytes + num_workers * work + 48
+    statistics = 48
+    if (rule := config.scaling) is not None:
+        statistics = max(statistics, 24 + 8 * (rule.num_statistics + rule.num_layer_terms))
+    per_column = num_ranks * comm_bytes + num_workers * work + statistics
     return max(3 * config.tile_bytes // per_column, 1)
 
 

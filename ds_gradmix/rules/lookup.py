@@ -144,13 +144,18 @@ def _source(module: str) -> tuple[ast.Module, str]:
 
 def _spec(module: str) -> ModuleSpec | None:
     """Where a module is found, like `importlib.util.find_spec`, which would import the packages around it."""
-    path, spec = None, None
+    path: Sequence[str] | None = None
+    spec = None
     parts = module.split(".")
-    for i in range(len(parts)):
+    for i, part in enumerate(parts):
         name = ".".join(parts[: i + 1])
-        specs = (finder.find_spec(name, path) for finder in sys.meta_path if hasattr(finder, "find_spec"))
-        spec = next((spec for spec in specs if spec is not None), None)
-        if spec is None or (i + 1 < len(parts) and spec.submodule_search_locations is None):
-            return None
-        path = spec.submodule_search_locations
+        finders = [finder for finder in sys.meta_path if hasattr(finder, "find_spec")]
+        try:
+            spec = next(filter(None, (finder.find_spec(name, path) for finder in finders)), None)
+        except KeyError:  # a folder without __init__.py, in a package that importlib wants imported
+            path = [os.path.join(folder, part) for folder in path or sys.path]
+            continue
+        path = spec.submodule_search_locations if spec is not None else None
+        if path is None:
+            return spec if i + 1 == len(parts) else None
     return spec

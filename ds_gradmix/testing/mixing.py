@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from ds_gradmix.rules import GradientFreeMixing, GramianMixing, MixingDecision, RngKey
-from ds_gradmix.rules.apply import decide_from_gram
 from ds_gradmix.testing.gradients import CUTS, SIZES, gaussian, generator, near, require, segments, stacks
 
 _KEY = RngKey(1234, 7)
@@ -106,7 +105,7 @@ def check_state(rule: GramianMixing, resumed: GramianMixing) -> None:
                 file.seek(0)
                 running, state_KW = resumed, torch.load(file)
             before_KW = state_KW.clone()
-            decision, next_SKW = decide_from_gram(running, gram_SWW, present_W, RngKey(7, step), state_KW)
+            decision, next_SKW = running.decide_with_state(gram_SWW, present_W, RngKey(7, step), state_KW)
             require(torch.equal(state_KW, before_KW), "decide_with_state changes the state that it is given")
             wanted = (len(SIZES), *before_KW.shape)
             require(next_SKW.shape == wanted, f"the next state is {tuple(next_SKW.shape)}, wanted {wanted}")

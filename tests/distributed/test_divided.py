@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from test_matrix import BLOCKS, essence, replays
 
+from tests.support.outside_rules import MODULE
 from tests.support.parallel import Case, Layout, alone, drift, furthest, run_cases
 from tests.support.ranks import RankError, run_ranks
 
@@ -64,6 +65,15 @@ ALONE = {  # compared with the undivided model under DeepSpeed, whose buckets fo
     "pipeline ZeRO-0": Case(Layout(3, pipe=2), LAYERWISE, steps=8, tied=True),
     "pipeline and tensor ZeRO-1": Case(Layout(2, pipe=2, tensor=2), MODEL, stage=1, steps=8, tied=True),
 }
+TRUST = {"mixing": {"type": f"{MODULE}:Trust"}}
+BY_PARAMETER = {**TRUST, "scope": "parameter"}
+STATEFUL = {  # the same, by a rule from outside that keeps a number of each worker
+    "tensor ZeRO-1 state": Case(Layout(3, tensor=2), TRUST, stage=1, accumulation=2),
+    "tensor ZeRO-2 state by parameter": Case(Layout(3, tensor=2), BY_PARAMETER, stage=2),
+    "pipeline ZeRO-1 state": Case(Layout(3, pipe=2), {**TRUST, "scope": "model"}, stage=1, tied=True),
+    "pipeline ZeRO-0 state by parameter": Case(Layout(3, pipe=2), BY_PARAMETER),
+}
+ALONE |= STATEFUL
 STOCK = {
     "experts ZeRO-0": Case(Layout(4, expert=2), ALL, experts=4),
     "experts ZeRO-1": Case(Layout(4, expert=2), ALL, experts=4, stage=1, accumulation=2),
@@ -115,7 +125,12 @@ def test_one_decision_for_the_whole_model(name: str) -> None:
         assert rank["skipped"] == reference["skipped"]
         kept = [told["kept_fraction"] for told in rank["stats"]]
         assert kept == pytest.approx([told["kept_fraction"] for told in reference["stats"]])
-    assert any(0 < told["kept_fraction"] < 1 for told in reference["stats"]) or ALONE[name].layout.data == 2
+        if name in STATEFUL:
+            assert rank["mixing_states"] == ranks[0]["mixing_states"]
+            np.testing.assert_allclose(rank["mixing_states"], reference["mixing_states"], rtol=1e-5)
+            assert np.ptp(rank["mixing_states"]) > 0
+    leaves_out = any(0 < told["kept_fraction"] < 1 for told in reference["stats"])
+    assert leaves_out or ALONE[name].layout.data == 2 or name in STATEFUL
 
 
 @pytest.mark.parametrize("name", STOCK)

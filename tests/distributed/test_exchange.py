@@ -18,6 +18,7 @@ from ds_gradmix.engines.worker_size import find_levels
 from ds_gradmix.exchange.bucket import ParamSpan
 from ds_gradmix.exchange.plan import Piece
 from ds_gradmix.rules import RngKey
+from tests.support.outside_rules import MODULE
 from tests.support.ranks import run_ranks
 from tests.support.solo import bucket_of, reducer_of, spans_of
 
@@ -36,6 +37,8 @@ BLOCKS: dict[str, dict[str, Any]] = {
     },
     "vrgd momentum": {"scaling": {"type": "VRGD", "params": {"momentum": 0.9}}},
     "gaf drop": {**GAF, "nonfinite": "drop"},
+    "gaf andmask": {**GAF, "scaling": {"type": "AndMask"}},
+    "trust spread": {"mixing": {"type": f"{MODULE}:Trust"}, "scaling": {"type": f"{MODULE}:Spread"}},
 }
 BUCKETS = {  # lengths of parameters, and how many owners share them evenly; 1 is one owner, 0 is at random
     "one owner": ([5, 700, 64, 1, 2000], 1),

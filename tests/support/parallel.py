@@ -103,6 +103,7 @@ def run(case: Case) -> dict[str, Any]:
     - local: the bytes of each piece this rank holds, by the piece's name
     - stats, skipped: what `ds_gradmix.stats` said after each step, and `engine.skipped_steps`
     - losses: of this rank's batches, where it computes one
+    - mixing_states: at the end, of each group of workers
     """
     layout = case.layout
     assert dist.get_world_size() == layout.world
@@ -194,13 +195,16 @@ class _Work:
 
     def train(self) -> dict[str, Any]:
         import ds_gradmix
+        from ds_gradmix.engines.install import reducer_of
 
         stats, skipped, losses = [], [], []
         for step in range(self.case.steps):
             losses.append(self._step(step))
             stats.append(ds_gradmix.stats(self.engine))
             skipped.append(self.engine.skipped_steps)
-        return {"stats": stats, "skipped": skipped, "losses": losses}
+        reducer = reducer_of(self.engine)
+        states = [] if reducer is None else [state.values_KW.tolist() for state in reducer.state.mixing]
+        return {"stats": stats, "skipped": skipped, "losses": losses, "mixing_states": states}
 
     def _step(self, step: int) -> float:
         batches = [models.batch(step, micro, self.data_rank) for micro in range(self.case.accumulation)]

@@ -73,3 +73,45 @@ def vrgd(grads: list[Array], weights: Array, sizes: list[int], gamma: float) -> 
             factors[j] = 1.0 if j in noiseless else min(max(scaled, gamma), 1.0)
         begin += size
     return mean, factors
+
+
+def and_mask(grads: list[Array], weights: Array, threshold: float) -> tuple[Array, Array]:
+    """arXiv 2009.00329: weighted mean, and 1 where enough of the workers with weight have the same sign."""
+    counted = [g for g, w in zip(grads, weights, strict=True) if w != 0]
+    mean, factors = np.zeros(len(grads[0])), np.zeros(len(grads[0]))
+    for j in range(len(mean)):
+        mean[j] = sum(float(w) * float(g[j]) for w, g in zip(weights, grads, strict=True))
+        signs = sum(int(np.sign(g[j])) for g in counted)
+        factors[j] = float(abs(signs) >= threshold * len(counted))
+    return mean, factors
+
+
+def trust(
+    grads: list[Array], state: Array, decay: float, skip_below: float = -2.0
+) -> tuple[Array, bool, Array]:
+    """`outside_rules.Trust`: weights, whether the step is taken, and the next state of every worker."""
+    total = sum(grads, np.zeros_like(grads[0]))
+    cosines = np.zeros(len(grads))
+    for i, g in enumerate(grads):
+        lengths = math.sqrt(float(g @ g)) * math.sqrt(float(total @ total))
+        cosines[i] = float(g @ total) / lengths if lengths > 0 else 0.0
+    following = decay * state + (1 - decay) * cosines
+    agreed = bool(cosines[0] >= skip_below)
+    return np.exp(following) / np.exp(following).sum() * agreed, agreed, following
+
+
+def spread(grads: list[Array], weights: Array, sizes: list[int]) -> tuple[Array, Array]:
+    """`outside_rules.Spread`: weighted mean, and a factor for every layer."""
+    mean = weights @ np.stack(grads)
+    factors, begin = np.ones(len(mean)), 0
+    for size in sizes:
+        noise = size_of_mean = 0.0
+        for j in range(begin, begin + size):
+            variance = sum(
+                float(w) * (float(g[j]) - mean[j]) ** 2 for w, g in zip(weights, grads, strict=True)
+            )
+            noise, size_of_mean = noise + math.sqrt(variance), size_of_mean + abs(float(mean[j]))
+        if size_of_mean > 0:
+            factors[begin : begin + size] = 1 / (1 + noise / size_of_mean)
+        begin += size
+    return mean, factors

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from ds_gradmix.config import parse_block
+from benchmarks.cases import usual_blocks
+from ds_gradmix.config import SLOTS, parse_block
 from ds_gradmix.costs.model import Cluster, Costs, block_costs
 from ds_gradmix.costs.report import reduction_plan, workload_of
 
@@ -13,13 +14,13 @@ CONFIG: dict[str, Any] = {"bf16": {"enabled": True}, "zero_optimization": {"stag
 GAF = {"mixing": {"type": "GAF"}}
 VRGD = {"scaling": {"type": "VRGD", "params": {"momentum": 0.9}}}
 PAST = {"extrapolation": {"type": "PastGradient", "params": {"lr": 0.1}}}
+
+
 BLOCKS: dict[str, dict[str, Any]] = {
-    "stock, Mean": {},
-    "GradientMix": {"mixing": {"type": "GradientMix"}},
-    "GAF": GAF,
+    "stock": {},
+    **usual_blocks(*SLOTS),
     "GAF, scope parameter": {**GAF, "scope": "parameter"},
     "GAF, scope model, ZeRO-1": {**GAF, "scope": "model"},
-    "VRGD": {"scaling": {"type": "VRGD"}},
     "GAF, VRGD": {**GAF, "scaling": {"type": "VRGD"}},
     "VRGD with momentum": VRGD,
     "GAF, PastGradient": {**GAF, **PAST},
@@ -32,7 +33,7 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "GAF, worker 2": {**GAF, "worker": 2},
     "GAF, worker 32": {**GAF, "worker": 32},
 }
-AT_ALL_SIZES = ("stock, Mean", "GAF", "GAF, worker node", "GAF, VRGD with momentum, worker node")
+AT_ALL_SIZES = ("stock", "GAF", "GAF, worker node", "GAF, VRGD with momentum, worker node")
 SIZES = {"7B": 7e9, "70B": 70e9, "1T": 1e12}
 RANKS = (64, 512, 4096)
 IN_DETAIL = ("70B", 512)

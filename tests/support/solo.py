@@ -21,6 +21,7 @@ from ds_gradmix.exchange.bucket import Bucket, CommDtypes, ParamInfo, ParamSpan,
 from ds_gradmix.exchange.plan import Piece
 from ds_gradmix.exchange.reducer import GradientReducer
 from ds_gradmix.rules import RngKey
+from tests.support.outside_rules import MODULE
 
 GAF = {"mixing": {"type": "GAF"}}
 VRGD = {"scaling": {"type": "VRGD"}}
@@ -38,6 +39,8 @@ BLOCKS: dict[str, dict[str, Any]] = {
         "mixing": {"type": "GradientMix", "params": {"granularity": "parameter"}},
         **VRGD,
     },
+    "andmask": {"scaling": {"type": "AndMask"}},
+    "trust spread": {"mixing": {"type": f"{MODULE}:Trust"}, "scaling": {"type": f"{MODULE}:Spread"}},
 }
 OWNERS = {"one owner": [0] * 8, "other owner": [2] * 8, "even": [3, 3, 2, 2, 1, 1, 0, 0]}
 

@@ -13,7 +13,13 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
+import numpy.typing as npt
 import pytest
+
+from benchmarks import cases
+from ds_gradmix.config import SLOTS, Slot
+from ds_gradmix.rules import MIXING, GradientFreeMixing, Mixing, RngKey
 
 ROOT = Path(__file__).parents[2]
 SAY_RANK = "import os; print('rank', os.environ['RANK'], 'of', os.environ['WORLD_SIZE'])"
@@ -108,6 +114,22 @@ def test_each_rank_knows_its_place(hosts: ModuleType, tmp_path: Path) -> None:
 def test_a_free_port_is_free(hosts: ModuleType) -> None:
     with socket.create_server(("127.0.0.1", hosts.free_port(hosts.loopback(1)[0]))):
         pass
+
+
+class Median(GradientFreeMixing):
+    """A rule that is new in the repository."""
+
+    width: int = 3
+
+    def weights(self, key: RngKey, num_workers: int, num_parameters: int) -> npt.NDArray[np.float64]:
+        return np.full((1, num_workers), 1 / num_workers)
+
+
+def test_a_new_rule_is_in_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SLOTS, "mixing", Slot(Mixing, (*MIXING, Median)))
+    rule = {"type": Median.type_name(), "params": {"width": 3}}
+    assert cases.usual_blocks("mixing")[Median.type_name()] == {"mixing": rule}
+    assert {*cases.usual_blocks("mixing", "scaling")} <= {*cases.RULES, Median.type_name()}
 
 
 @pytest.mark.timeout(280)

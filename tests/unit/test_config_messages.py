@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from types import MappingProxyType
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from ds_gradmix.config import ConfigError, GradmixConfig, misspelt_key, parse_block
 from ds_gradmix.exchange.exchange import columns_per_tile
 from ds_gradmix.exchange.plan import plan_tiles, share_evenly
+from tests.support.outside_rules import MODULE
 
 
 class Unprintable:
@@ -118,18 +120,17 @@ VALUES: list[Any] = [None, True, 0, 1, 2, -1, 0.5, 1.0, -0.0, 1e300, 5e-324, flo
 VALUES += [-LONG, 2**63, 2**66, 4096, 2**40, b"GAF", 1j, {1, 2}, object(), Unprintable(), Verbose(), ..., int]
 VALUES += [nested(100_000), [], [LONG], {}, {"type": "GAF"}, {LONG: LONG}, MappingProxyType({"type": "Mean"})]
 VALUES += ["", "ſcope", "\N{SNOWMAN}", "9" * 5000, *UNPRINTED, "mixing: x\ngradmix", torch.zeros(3, 3)]
+VALUES += ["GAF", "gaf", "vrgd", "PASTGRADIENT", "Noise", "gradientmix", "mean", "AndMask"]
+VALUES += ["bucket", "modle", "node", "drop", f"{MODULE}:Trust", f"{MODULE}:NoRule", "ds_gradmix.rules:GAF"]
+# Modules that the standard library has and nobody has imported, and what must never be called.
+NEVER_IMPORTED = ("antigravity", "turtledemo.clock", "idlelib.idle")
 VALUES += [
-    "GAF",
-    "gaf",
-    "vrgd",
-    "PASTGRADIENT",
-    "Noise",
-    "gradientmix",
-    "mean",
-    "bucket",
-    "modle",
-    "node",
-    "drop",
+    "os:system",
+    "builtins:exec",
+    *(f"{name}:Rule" for name in NEVER_IMPORTED),
+    "no.such:Rule",
+    ":",
+    "a:",
 ]
 KEYS: list[Any] = list(GradmixConfig.model_fields)
 NUMBERS: list[Any] = [
@@ -145,6 +146,9 @@ NUMBERS: list[Any] = [
 ]
 
 
+TYPES = ["GAF", "gradientmix", "VRGD", "Noise", "PastGradient", f"{MODULE}:Spread", "os:system"]
+
+
 def random_object(rng: random.Random, keys: list[Any], depth: int) -> dict[Any, Any]:
     """A block, slot or params, mostly with the right keys, and `depth` more levels below."""
     below = [["type", "params"], NUMBERS, KEYS]
@@ -155,7 +159,7 @@ def random_object(rng: random.Random, keys: list[Any], depth: int) -> dict[Any, 
         inner = depth and key not in NUMBERS and key != "type" and rng.random() < 0.6
         out[key] = random_object(rng, below[3 - depth], depth - 1) if inner else rng.choice(VALUES)
     if "params" in keys and rng.random() < 0.7:
-        out["type"] = rng.choice(["GAF", "gradientmix", "VRGD", "Noise", "PastGradient"])
+        out["type"] = rng.choice(TYPES)
     return out
 
 
@@ -179,4 +183,5 @@ def check_random_blocks(seed: int, count: int) -> int:
 
 
 def test_random_blocks() -> None:
-    assert 100 < check_random_blocks(seed=0, count=3000) < 2500
+    assert 300 < check_random_blocks(seed=0, count=10_000) < 8000
+    assert not set(NEVER_IMPORTED) & set(sys.modules)

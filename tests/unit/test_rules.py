@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ds_gradmix import combine
 from ds_gradmix.rules import GAF, GradientMix, RngKey
 from tests.support.gradients import NASTY, RULES, SIZES, N, block, gaussian
-from tests.support.reference import gaf_weights, philox, vrgd
+from tests.support.outside_rules import MODULE
+from tests.support.reference import and_mask, gaf_weights, philox, spread, trust, vrgd
 
 
 def rows(grads_WN: Tensor) -> list[np.ndarray]:
@@ -112,6 +113,32 @@ def test_vrgd_under_gaf_weights() -> None:
     mean, factors = vrgd(rows(grads), weights, SIZES, 0.1)
     rule = block("GAF", {"gamma": 0.1}, threshold=0.95, order="rank")
     combined, _ = combine(grads, rule, sizes=SIZES)
+    np.testing.assert_allclose(combined.numpy(), factors * mean, rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("workers", [2, 3, 8])
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.5, 1.0])
+def test_andmask(workers: int, threshold: float) -> None:
+    grads = gaussian(workers, seed=workers)
+    grads[:, 20] = 0.0  # an unused coordinate
+    grads[0, 21:40] = 0.0  # a worker without an opinion
+    for mixing in (None, "GAF"):
+        rule = block(mixing, order="rank", threshold=0.95) if mixing else {}
+        rule["scaling"] = {"type": "AndMask", "params": {"threshold": threshold}}
+        combined, info = combine(grads, rule, sizes=SIZES)
+        mean, factors = and_mask(rows(grads), info["weights"].numpy(), threshold)
+        assert info["factors"].tolist() == factors.tolist()
+        np.testing.assert_allclose(combined.numpy(), factors * mean, rtol=1e-9, atol=1e-15)
+        assert threshold == 0.0 or 0 < factors.sum() < N
+
+
+def test_rules_from_outside() -> None:
+    grads = gaussian(5, seed=1)
+    weights, _, _ = trust(rows(grads), np.zeros(5), 0.5)
+    mean, factors = spread(rows(grads), weights, SIZES)
+    rule = {"mixing": {"type": f"{MODULE}:Trust"}, "scaling": {"type": f"{MODULE}:Spread"}}
+    combined, info = combine(grads, rule, sizes=SIZES)
+    np.testing.assert_allclose(info["weights"].numpy(), weights, rtol=1e-9)
     np.testing.assert_allclose(combined.numpy(), factors * mean, rtol=1e-9, atol=1e-15)
 
 
