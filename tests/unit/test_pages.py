@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import ds_gradmix
 from benchmarks import bad_worker
 from ds_gradmix import rules
 from ds_gradmix.config import SLOTS, Slot
@@ -102,3 +103,14 @@ def test_the_picture_is_drawn_from_its_results(tmp_path: Path) -> None:
     bad_worker.draw(results, tmp_path / "drawn.svg")
     shown = (PICTURES / "bad_worker.svg").read_text()
     assert (tmp_path / "drawn.svg").read_text() == shown, "run python benchmarks/bad_worker.py --draw"
+
+
+def test_citation_has_the_papers_and_the_version() -> None:
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert re.findall(r'^    url: "https://(.*)"$', citation, re.MULTILINE) == [
+        "arxiv.org/abs/2412.18052",
+        "openreview.net/forum?id=5c_nxk-dX1J",
+        "arxiv.org/abs/2309.13681",
+        "arxiv.org/abs/2006.05720",
+    ]
+    assert f"version: {ds_gradmix.__version__}\n" in citation and "license: Apache-2.0\n" in citation
