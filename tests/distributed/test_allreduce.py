@@ -18,17 +18,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_extrapolation import equal, past
-from test_steps import ENGINES, GAF, SMOOTH, TINY, fused_descent, log_lines
 
+from tests.support.blocks import GAF, MIX, SMOOTH, TINY, past
+from tests.support.engines import ENGINES, fused_descent, log_lines
+from tests.support.models import Regression
 from tests.support.ranks import run_ranks
-from tests.support.training import LR, Case, Model, build, ds_config, loss_of, train, weights_of
+from tests.support.training import LR, Case, build, ds_config, equal, loss_of, train, weights_of
 
 ALL: dict[str, Any] = {**GAF, **SMOOTH, **TINY, **past(lr=0.1)}
 PAST: dict[str, Any] = past(lr=0.3)
 NOISE: dict[str, Any] = {"extrapolation": {"type": "Noise", "params": {"std": 0.05}}}
 GAF_MODEL: dict[str, Any] = {**GAF, "scope": "model"}
-MIX: dict[str, Any] = {"mixing": {"type": "GradientMix"}}
 KINDS = ("ZeRO-0", "ZeRO-0 bf16", "BF16_Optimizer")
 
 
@@ -70,7 +70,7 @@ def schedulers() -> None:
     case = case_of("ZeRO-0", GAF)
     found = []
     for before in (True, False):
-        model = Model()
+        model = Regression()
         optimizer = sgd(model)
         made = [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5) for _ in range(before)]
         engine = initialize(model, optimizer, GAF)
@@ -99,7 +99,7 @@ def outside() -> None:
             found = []
             case = case_of(name, block)
             for alone in (True, False):
-                model = Model()
+                model = Regression()
                 for p in model.last.parameters():
                     p.requires_grad_(not alone)
                 known = [p for n, p in model.named_parameters() if not n.startswith(("frozen", "last"))]
@@ -141,7 +141,7 @@ def strided() -> None:
             assert all(np.allclose(other[n], w, rtol=1e-4, atol=1e-6) for n, w in found[0].items()), block
 
 
-class Mixed(Model):
+class Mixed(Regression):
     def __init__(self) -> None:
         super().__init__()
         self.second.bfloat16()
@@ -161,7 +161,7 @@ def mixed() -> None:
         alike(engine)
 
 
-class Tied(Model):
+class Tied(Regression):
     def __init__(self) -> None:
         super().__init__()
         self.again = torch.nn.Linear(31, 29)
@@ -219,7 +219,7 @@ def unused_on_some() -> None:
         alike(engine)
 
 
-class Branching(Model):
+class Branching(Regression):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = super().forward(x)
         return out + self.unused(x[:, :5]) if torch.distributed.get_rank() == 1 else out
@@ -287,7 +287,7 @@ def fused_optimizers() -> None:
     for block in (GAF, {**GAF, **SMOOTH}, PAST, NOISE):
         found = []
         for legacy in (False, True, None):
-            model = Model()
+            model = Regression()
             case = Case(block, stage=0, dtype="bf16")
             params = [p for p in model.parameters() if p.requires_grad]
             kind = torch.optim.SGD if legacy is None else fused_descent()
@@ -311,10 +311,10 @@ def twice() -> None:
         for engine in engines:
             steps(engine, case, step, step + 1)
     assert equal(weights_of(engines[0]), expected) and equal(weights_of(engines[2]), expected)
-    model = Model()
+    model = Regression()
     optimizer = sgd(model)
     steps(initialize(model, optimizer, GAF), case)
-    fresh, state = Model(), optimizer.state
+    fresh, state = Regression(), optimizer.state
     model.load_state_dict(fresh.state_dict())
     state.clear()
     engine = initialize(model, optimizer, {**GAF, **SMOOTH, **TINY})
@@ -340,7 +340,7 @@ def with_closure() -> None:
     assert engine.optimizer.step(lambda: torch.tensor(3.0)) == 3.0
 
 
-class Sparse(Model):
+class Sparse(Regression):
     def __init__(self) -> None:
         super().__init__()
         self.table = torch.nn.Embedding(7, 3, sparse=True)

@@ -17,14 +17,15 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from test_steps import log_lines
 
 from ds_gradmix.comm import peers
 from ds_gradmix.config import ConfigError
 from ds_gradmix.engines import deepspeed_api
 from ds_gradmix.engines.deepspeed_api import TABLE, TESTED_VERSIONS, DeepSpeedApiError
+from tests.support.engines import log_lines
+from tests.support.models import Regression
 from tests.support.ranks import run_ranks
-from tests.support.training import Case, Model, build, ds_config, train
+from tests.support.training import Case, build, ds_config, train
 
 ROOT = Path(__file__).parents[2]
 GAF: dict[str, Any] = {"mixing": {"type": "GAF", "params": {"threshold": 0.9}}}
@@ -81,9 +82,9 @@ def functions() -> None:
     del DeepSpeedZeroOptimizer.step
     with pytest.raises(DeepSpeedApiError, match=r"step is missing"):
         deepspeed_api.check_functions()
-    TABLE["attributes"]["Model"] = ["first", "gone", "lost"]
-    with pytest.raises(DeepSpeedApiError, match=r"Model has no attribute gone, lost;"):
-        deepspeed_api.check_attributes(Model(), "Model")
+    TABLE["attributes"]["Regression"] = ["first", "gone", "lost"]
+    with pytest.raises(DeepSpeedApiError, match=r"Regression has no attribute gone, lost;"):
+        deepspeed_api.check_attributes(Regression(), "Regression")
 
 
 def counted(function: Any, wraps: bool = True) -> tuple[Any, list[int]]:
@@ -143,7 +144,7 @@ def switching() -> None:
 def initialize(case: Case, model: torch.nn.Module | None = None, **kwargs: Any) -> Any:
     import deepspeed
 
-    model = model or Model()
+    model = model or Regression()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     options = {"model": model, "optimizer": optimizer, "config": ds_config(case), **kwargs}
     return deepspeed.initialize(**options)[0]
@@ -256,7 +257,7 @@ def without_norm() -> dict[str, Any]:
             engine = build(skipped)
             run = train(engine, skipped)
             assert run["skipped"] == [1, 2] and run["stats"][-1]["skipped"] == 1.0
-            initial = dict(Model().named_parameters())
+            initial = dict(Regression().named_parameters())
             for name, weight in run["weights"].items():
                 np.testing.assert_equal(weight, initial[name].detach().double().numpy())
     return found
@@ -387,7 +388,7 @@ def refused_before(folder: str) -> None:
     class Muon(torch.optim.SGD):
         pass
 
-    plain, bare = Model(), ds_config(Case(GAF))
+    plain, bare = Regression(), ds_config(Case(GAF))
     del bare["optimizer"]
     tries = {
         "the engine has no optimizer": lambda: initialize(Case(GAF), optimizer=None, config=bare),

@@ -9,25 +9,24 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_matrix import BLOCKS, essence, replays
 
+from tests.support.blocks import BY_PARAMETER as GAF
+from tests.support.blocks import MIX, TINY, past
+from tests.support.blocks import ROUGH_VRGD as VRGD
+from tests.support.layouts import Layout
 from tests.support.outside_rules import MODULE
-from tests.support.parallel import Case, Layout, alone, drift, furthest, run_cases
 from tests.support.ranks import RankError, run_ranks
+from tests.support.replay import essence, replays
+from tests.support.training import Case, alone, build, drift, ds_config, furthest, groups_of, run, run_cases
 
-GAF = BLOCKS["mixing"]["GAF"][0]
-VRGD = BLOCKS["scaling"]["VRGD"][0]
-PAST: dict[str, Any] = {**GAF, "extrapolation": {"type": "PastGradient", "params": {"lr": 0.1}}}
-ALL = {"mixing": {"type": "GAF", "params": {"threshold": 2}}, "tile_bytes": 4096}  # nobody is left out
-MODEL = {"mixing": {"type": "GAF", "params": {"threshold": 0.92}}, "scope": "model", "tile_bytes": 4096}
-LAYERWISE = {
-    **MODEL,
-    "extrapolation": {"type": "PastGradient", "params": {"lr": 0.02, "layerwise": True}},
-}
+PAST: dict[str, Any] = {**GAF, **past(lr=0.1)}
+ALL = {"mixing": {"type": "GAF", "params": {"threshold": 2}}, **TINY}  # nobody is left out
+MODEL = {"mixing": {"type": "GAF", "params": {"threshold": 0.92}}, "scope": "model", **TINY}
+LAYERWISE = {**MODEL, **past(lr=0.02, layerwise=True)}
 TEAMS = {  # two ranks a worker, at these stages
     "PastGradient": (PAST, (0, 1, 2)),
     "VRGD": (VRGD, (0, 2)),
-    "GradientMix": (BLOCKS["mixing"]["GradientMix"][0], (1,)),
+    "GradientMix": (MIX, (1,)),
 }
 TOLERANCE = 1e-5
 
@@ -40,18 +39,18 @@ def _replayed() -> dict[str, Case]:
         kinds.append(("tensor", "megatron"))
     for axis, kind in kinds:
         layout = Layout(2, kind=kind, **{axis: 2})
-        cases[f"{kind} ZeRO-1 GAF"] = Case(layout, GAF, stage=1, accumulation=2, steps=4)
-        cases[f"{kind} ZeRO-2 VRGD"] = Case(layout, VRGD, stage=2, steps=2)
-        cases[f"{kind} ZeRO-0 PastGradient"] = Case(layout, PAST, steps=4)
+        cases[f"{kind} ZeRO-1 GAF"] = Case(GAF, layout=layout, stage=1, accumulation=2, steps=4)
+        cases[f"{kind} ZeRO-2 VRGD"] = Case(VRGD, layout=layout, stage=2, steps=2)
+        cases[f"{kind} ZeRO-0 PastGradient"] = Case(PAST, layout=layout, stage=0, steps=4)
     for size in (1, 4):
         layout = Layout(4, expert=size)
-        cases[f"experts over {size} ZeRO-1"] = Case(layout, GAF, stage=1, experts=4, steps=4)
-        cases[f"experts over {size} ZeRO-2"] = Case(layout, PAST, stage=2, experts=4, steps=4)
+        cases[f"experts over {size} ZeRO-1"] = Case(GAF, layout=layout, stage=1, experts=4, steps=4)
+        cases[f"experts over {size} ZeRO-2"] = Case(PAST, layout=layout, stage=2, experts=4, steps=4)
     for name, (block, stages) in TEAMS.items():
         for stage in stages:
             steps, accumulation = 2 if "scaling" in block else 4, 2 if stage == 1 else 1
             pairs = Case(
-                Layout(4), {**block, "worker": 2}, stage=stage, accumulation=accumulation, steps=steps
+                {**block, "worker": 2}, layout=Layout(4), stage=stage, accumulation=accumulation, steps=steps
             )
             cases[f"pairs ZeRO-{stage} {name}"] = pairs
     return cases
@@ -59,28 +58,34 @@ def _replayed() -> dict[str, Case]:
 
 REPLAYED = _replayed()
 ALONE = {  # compared with the undivided model under DeepSpeed, whose buckets for the model are the same
-    "tensor ZeRO-1": Case(Layout(3, tensor=2), MODEL, stage=1, accumulation=2, steps=8),
-    "tensor ZeRO-0": Case(Layout(3, tensor=2), LAYERWISE, steps=8),
-    "pipeline ZeRO-1": Case(Layout(3, pipe=2), MODEL, stage=1, accumulation=2, steps=8, tied=True),
-    "pipeline ZeRO-0": Case(Layout(3, pipe=2), LAYERWISE, steps=8, tied=True),
-    "pipeline and tensor ZeRO-1": Case(Layout(2, pipe=2, tensor=2), MODEL, stage=1, steps=8, tied=True),
+    "tensor ZeRO-1": Case(MODEL, layout=Layout(3, tensor=2), stage=1, accumulation=2, steps=8),
+    "tensor ZeRO-0": Case(LAYERWISE, layout=Layout(3, tensor=2), stage=0, steps=8),
+    "pipeline ZeRO-1": Case(MODEL, layout=Layout(3, pipe=2), stage=1, accumulation=2, steps=8, tied=True),
+    "pipeline ZeRO-0": Case(LAYERWISE, layout=Layout(3, pipe=2), stage=0, steps=8, tied=True),
+    "pipeline and tensor ZeRO-1": Case(
+        MODEL, layout=Layout(2, pipe=2, tensor=2), stage=1, steps=8, tied=True
+    ),
 }
 TRUST = {"mixing": {"type": f"{MODULE}:Trust"}}
 BY_PARAMETER = {**TRUST, "scope": "parameter"}
 STATEFUL = {  # the same, by a rule from outside that keeps a number of each worker
-    "tensor ZeRO-1 state": Case(Layout(3, tensor=2), TRUST, stage=1, accumulation=2),
-    "tensor ZeRO-2 state by parameter": Case(Layout(3, tensor=2), BY_PARAMETER, stage=2),
-    "pipeline ZeRO-1 state": Case(Layout(3, pipe=2), {**TRUST, "scope": "model"}, stage=1, tied=True),
-    "pipeline ZeRO-0 state by parameter": Case(Layout(3, pipe=2), BY_PARAMETER),
+    "tensor ZeRO-1 state": Case(TRUST, layout=Layout(3, tensor=2), stage=1, accumulation=2, steps=8),
+    "tensor ZeRO-2 state by parameter": Case(BY_PARAMETER, layout=Layout(3, tensor=2), stage=2, steps=8),
+    "pipeline ZeRO-1 state": Case(
+        {**TRUST, "scope": "model"}, layout=Layout(3, pipe=2), stage=1, tied=True, steps=8
+    ),
+    "pipeline ZeRO-0 state by parameter": Case(BY_PARAMETER, layout=Layout(3, pipe=2), stage=0, steps=8),
 }
 ALONE |= STATEFUL
 STOCK = {
-    "experts ZeRO-0": Case(Layout(4, expert=2), ALL, experts=4),
-    "experts ZeRO-1": Case(Layout(4, expert=2), ALL, experts=4, stage=1, accumulation=2),
-    "experts ZeRO-2": Case(Layout(4, expert=2), ALL, experts=4, stage=2, accumulation=2),
-    "one worker ZeRO-0": Case(Layout(4), {**GAF, "worker": 4}),
-    "one worker ZeRO-1": Case(Layout(4), {**GAF, "worker": "node"}, stage=1, accumulation=2),
-    "experts ZeRO-1, weighed": Case(Layout(4, expert=2), {"nonfinite": "drop"}, experts=4, stage=1),
+    "experts ZeRO-0": Case(ALL, layout=Layout(4, expert=2), stage=0, experts=4, steps=8),
+    "experts ZeRO-1": Case(ALL, layout=Layout(4, expert=2), experts=4, stage=1, accumulation=2, steps=8),
+    "experts ZeRO-2": Case(ALL, layout=Layout(4, expert=2), experts=4, stage=2, accumulation=2, steps=8),
+    "one worker ZeRO-0": Case({**GAF, "worker": 4}, layout=Layout(4), stage=0, steps=8),
+    "one worker ZeRO-1": Case({**GAF, "worker": "node"}, layout=Layout(4), stage=1, accumulation=2, steps=8),
+    "experts ZeRO-1, weighed": Case(
+        {"nonfinite": "drop"}, layout=Layout(4, expert=2), experts=4, stage=1, steps=8
+    ),
 }
 
 
@@ -145,8 +150,7 @@ def test_what_nobody_is_left_out_of_equals_deepspeed(name: str) -> None:
 def without_norm() -> None:
     import torch.distributed as dist
 
-    from tests.support import parallel
-    from tests.support import parallel_models as models
+    from tests.support import models
 
     forward = models.Block.forward
 
@@ -156,7 +160,7 @@ def without_norm() -> None:
         return forward(self, x)
 
     models.Block.forward = other
-    parallel.run(Case(Layout(2, tensor=2), {**GAF, "scope": "bucket"}, stage=2, steps=2))
+    run(Case({**GAF, "scope": "bucket"}, layout=Layout(2, tensor=2), stage=2, steps=2))
 
 
 def test_tensor_parallel_ranks_that_differ_do_not_hang() -> None:
@@ -168,49 +172,48 @@ def experts_and_tensor() -> None:
     import deepspeed
     import torch
 
-    from tests.support import parallel, tensor_layers
-    from tests.support import parallel_models as models
+    from tests.support import models, tensor_layers
 
-    case = Case(Layout(4), GAF, stage=1)
-    model = models.Model(models.Plain(), experts=2)
-    optimizer = torch.optim.SGD(parallel._groups(model, replace(case, experts=2)), lr=0.1)
+    case = Case(GAF, layout=Layout(4), stage=1, steps=8)
+    model = models.Language(models.Plain(), experts=2)
+    optimizer = torch.optim.SGD(groups_of(model, replace(case, experts=2)), lr=0.1)
     mpu = tensor_layers.TensorParallel(2, 2)
-    deepspeed.initialize(model=model, optimizer=optimizer, mpu=mpu, config=parallel.ds_config(case))
+    deepspeed.initialize(model=model, optimizer=optimizer, mpu=mpu, config=ds_config(case))
 
 
 REFUSED: dict[str, tuple[Case | None, str]] = {
     "experts and tensor": (None, "experts and tensor parallelism"),
     "pipeline, ZeRO-2": (
-        Case(Layout(2, pipe=2), GAF, stage=2),
+        Case(GAF, layout=Layout(2, pipe=2), stage=2, steps=8),
         "DeepSpeed's pipeline takes ZeRO-0 and ZeRO-1",
     ),
     "experts, for the model": (
-        Case(Layout(4, expert=2), MODEL, stage=1, experts=4),
+        Case(MODEL, layout=Layout(4, expert=2), stage=1, experts=4, steps=8),
         "experts are reduced over",
     ),
     "experts, two ranks a worker": (
-        Case(Layout(4, expert=2), {**GAF, "worker": 2}, stage=1, experts=4),
+        Case({**GAF, "worker": 2}, layout=Layout(4, expert=2), stage=1, experts=4, steps=8),
         "gradmix.worker: 2 is not supported with experts",
     ),
     "three ranks a worker": (
-        Case(Layout(4), {**GAF, "worker": 3}, stage=1),
+        Case({**GAF, "worker": 3}, layout=Layout(4), stage=1, steps=8),
         "gradmix.worker: 3, but a data-parallel group has 4 ranks",
     ),
     "three ranks a worker, ZeRO-0": (
-        Case(Layout(4), {**GAF, "worker": 3}),
+        Case({**GAF, "worker": 3}, layout=Layout(4), stage=0, steps=8),
         "gradmix.worker: 3, but a data-parallel group has 4 ranks",
     ),
     "half a replica a worker": (
-        Case(Layout(1, sequence=4), {**GAF, "worker": 2}, stage=1),
+        Case({**GAF, "worker": 2}, layout=Layout(1, sequence=4), stage=1, steps=8),
         "4 ranks share a replica by sequence parallelism",
     ),
-    "ZeRO-3": (Case(Layout(4), GAF, stage=3), "zero_optimization.stage: 3"),
+    "ZeRO-3": (Case(GAF, layout=Layout(4), stage=3, steps=8), "zero_optimization.stage: 3"),
 }
 
 
 def refusals() -> dict[str, str]:
     import ds_gradmix
-    from tests.support import parallel
+    from tests.support import layouts
 
     ds_gradmix.enable()
     found = {}
@@ -219,11 +222,11 @@ def refusals() -> dict[str, str]:
             if case is None:
                 experts_and_tensor()
             else:
-                parallel._Work(case)
+                build(case)
             found[name] = "built"
         except ds_gradmix.ConfigError as error:
             found[name] = str(error)
-        parallel.reset()
+        layouts.reset()
     return found
 
 

@@ -11,20 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_steps import ENGINES, log_lines
-from test_zero import BOTH, ONE_OWNER, TINY, relative
 
 from ds_gradmix.config import ConfigError, parse_block
 from ds_gradmix.ops.rounding import round_stochastically
 from ds_gradmix.rules import Noise, PastGradient
 from ds_gradmix.weights.extrapolated import Phase
+from tests.support.blocks import BOTH, ONE_OWNER, TINY, past
+from tests.support.engines import ENGINES, log_lines
+from tests.support.models import Regression
 from tests.support.ranks import run_ranks
-from tests.support.training import LR, Case, Model, build, loss_of, replay, run_cases, train, weights_of
-
-
-def past(**params: Any) -> dict[str, Any]:
-    return {"extrapolation": {"type": "PastGradient", "params": params}}
-
+from tests.support.replay import replay
+from tests.support.training import LR, Case, build, equal, loss_of, relative, run_cases, train, weights_of
 
 NOISE: dict[str, Any] = {"extrapolation": {"type": "Noise", "params": {"std": 0.01}}}
 GAF = {"mixing": {"type": "GAF", "params": {"threshold": 0.8}}}  # skips some steps
@@ -77,10 +74,6 @@ def test_training_equals_the_replay(world: int, name: str) -> None:
         assert rank["skipped"] == expected["skipped"]
     if "skips" in name:
         assert 0 < expected["skipped"][-1] < case.steps
-
-
-def equal(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
-    return all(np.array_equal(ours[name], theirs[name]) for name in theirs)
 
 
 def looking(case: Case, folder: str, disturb: bool) -> dict[str, Any]:
@@ -260,7 +253,7 @@ def test_resuming_is_exact(tmp_path: Path) -> None:
             assert equal(rest, whole), name
 
 
-class Breaking(Model):
+class Breaking(Regression):
     """Its backward fails, when told to, after some gradients have been reduced."""
 
     fails = False
@@ -339,7 +332,7 @@ def window_by_hand() -> list[float]:
         engine.optimizer.gradmix.weights._buffer[0].double()
         / engine.optimizer.gradmix.weights._gradient_scale
     )
-    exact = Model().double()
+    exact = Regression().double()
     for micro in range(2):
         loss_of(exact, 0, micro, rank, Case({}, dtype="fp64")).backward()
     norm = sum(float(p.grad.square().sum()) for p in exact.parameters() if p.grad is not None) ** 0.5

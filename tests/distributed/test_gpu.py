@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_steps import build_with
 
 from ds_gradmix import combine
+from tests.support.engines import build_with
 from tests.support.gradients import NASTY, RULES, SIZES, gaussian
 from tests.support.ranks import run_ranks
 from tests.support.solo import BLOCKS, OWNERS, reduce_bucket

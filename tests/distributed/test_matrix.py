@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -11,25 +10,18 @@ import numpy as np
 import pytest
 
 from ds_gradmix.engines.compatibility import ENGINES, PARALLELISM, refused_engine
-from tests.support.parallel import Case, Layout, drift, run_cases
+from tests.support.blocks import BY_PARAMETER, MIX, ROUGH_VRGD, past
+from tests.support.layouts import Layout
 from tests.support.ranks import run_ranks
-from tests.support.replay_parallel import replay
+from tests.support.replay import essence, replays
 from tests.support.support_matrix import SUPPORTED, Cell
+from tests.support.training import Case, drift, run_cases
 
-# Decided by parameter, so that what a bucket holds does not matter; many tiles, although the model is small.
-GAF: dict[str, Any] = {
-    "mixing": {"type": "GAF", "params": {"threshold": 0.87}},
-    "scope": "parameter",
-    "tile_bytes": 4096,
-}
-MIX: dict[str, Any] = {"mixing": {"type": "GradientMix"}}
 # Two steps: with few workers ratios amplify the rounding of the model's own gradients.
 BLOCKS: dict[str, dict[str, tuple[dict[str, Any], int]]] = {
-    "mixing": {"GradientMix": (MIX, 3), "GAF": (GAF, 3)},
-    "scaling": {"VRGD": ({"scaling": {"type": "VRGD", "params": {"gamma": 0.5}}}, 2)},
-    "extrapolation": {
-        "PastGradient": ({**MIX, "extrapolation": {"type": "PastGradient", "params": {"lr": 0.1}}}, 3)
-    },
+    "mixing": {"GradientMix": (MIX, 3), "GAF": (BY_PARAMETER, 3)},
+    "scaling": {"VRGD": (ROUGH_VRGD, 2)},
+    "extrapolation": {"PastGradient": ({**MIX, **past(lr=0.1)}, 3)},
 }
 LAYOUTS = {
     "data": Layout(2),
@@ -48,8 +40,8 @@ ROUGH_TOLERANCE = {"fp32": 1e-5, "bf16": 0.03, "fp16": 0.03}
 def case_of(cell: Cell, rule: str) -> Case:
     block, steps = BLOCKS[cell.slot][rule]
     return Case(
-        LAYOUTS[cell.parallelism],
         block,
+        layout=LAYOUTS[cell.parallelism],
         stage={"BF16_Optimizer": 1}.get(cell.engine) or int(cell.engine[-1]),
         dtype=cell.dtype,
         fp32_sums=cell.engine == "BF16_Optimizer",
@@ -66,16 +58,6 @@ def results(parallelism: str, engine: str) -> list[dict[str, Any]]:
     here = [cell for cell in SUPPORTED if (cell.parallelism, cell.engine) == (parallelism, engine)]
     cases = {f"{cell} {rule}": case_of(cell, rule) for cell in here for rule in BLOCKS[cell.slot]}
     return run_ranks(LAYOUTS[parallelism].world, run_cases, cases, timeout=280)
-
-
-def essence(case: Case) -> Case:
-    """What the training depends on; the rest is where it runs."""
-    layout = Layout(case.layout.data, expert=case.layout.expert)
-    return replace(case, layout=layout, stage=max(case.stage, 1), dtype="fp32", fp32_sums=False)
-
-
-def replays(cases: dict[str, Case]) -> dict[str, Any]:
-    return {name: replay(case) for name, case in cases.items()}
 
 
 @cache

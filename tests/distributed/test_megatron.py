@@ -1,6 +1,6 @@
 """The mpu for megatron-core has the functions that DeepSpeed calls, and refuses what it cannot support.
 
-Training with it is in test_parallel_harness.py.
+Training with it is in test_layouts.py.
 """
 
 from __future__ import annotations

@@ -14,8 +14,10 @@ import pytest
 import torch
 
 from ds_gradmix.comm.workers import WorkerGroup
+from tests.support.engines import ENGINES
+from tests.support.models import Regression
 from tests.support.ranks import run_ranks
-from tests.support.training import LR, Case, Model, build, ds_config, loss_of, weights_of
+from tests.support.training import LR, Case, build, ds_config, loss_of, weights_of
 
 MODEL: dict[str, Any] = {
     "mixing": {"type": "GAF", "params": {"threshold": 0.9}},
@@ -24,11 +26,7 @@ MODEL: dict[str, Any] = {
 }
 SMOOTH: dict[str, Any] = {"scaling": {"type": "VRGD", "params": {"gamma": 0.5, "momentum": 0.8}}}
 AHEAD: dict[str, Any] = {"extrapolation": {"type": "PastGradient", "params": {"lr": 0.02}}}
-BF16_OPTIMIZER: dict[str, Any] = {
-    "stage": 1,
-    "dtype": "bf16",
-    "config": {"data_types": {"grad_accum_dtype": "fp32"}},
-}
+BF16_OPTIMIZER = ENGINES["BF16_Optimizer"]
 BUCKET = 500  # elements from which on DeepSpeed begins another bucket
 CASES = {
     "ZeRO-0": Case(MODEL, stage=0, accumulation=2),
@@ -104,7 +102,7 @@ def outside() -> tuple[int, int]:
     import ds_gradmix
 
     ds_gradmix.enable()
-    case, model, averaged = Case(MODEL, stage=0), Model(), []
+    case, model, averaged = Case(MODEL, stage=0), Regression(), []
     model.frozen.requires_grad_(True)
     known = [p for name, p in model.named_parameters() if "frozen" not in name]
     config = {key: value for key, value in ds_config(case).items() if key != "optimizer"}

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from tests.support.parallel import Case, Layout, drift, run_cases
+from tests.support.blocks import TINY, past
+from tests.support.layouts import Layout
 from tests.support.ranks import run_ranks
+from tests.support.training import Case, drift, run_cases
 
 STEPS = 50
-TINY = {"tile_bytes": 4096}
 
 
 def gaf(threshold: float, **more: Any) -> dict[str, Any]:
@@ -27,10 +28,6 @@ def mix(**params: Any) -> dict[str, Any]:
 
 def vrgd(**params: Any) -> dict[str, Any]:
     return {"scaling": {"type": "VRGD", "params": params}, **TINY}
-
-
-def past(**params: Any) -> dict[str, Any]:
-    return {"extrapolation": {"type": "PastGradient", "params": params}}
 
 
 # Thresholds at which some of three workers are left out at most steps, and some agree.
@@ -74,7 +71,7 @@ RUNS: dict[str, tuple[Layout, dict[str, Any], Sequence[str]]] = {
 @cache
 def runs(world: int) -> list[dict[str, Any]]:
     cases = {
-        f"{name}: {rule}": Case(layout, BLOCKS[rule], steps=STEPS, **options)
+        f"{name}: {rule}": Case(BLOCKS[rule], layout=layout, steps=STEPS, **options)
         for name, (layout, options, rules) in RUNS.items()
         for rule in rules
         if layout.world == world

@@ -4,10 +4,7 @@ differ.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import logging
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,67 +14,13 @@ import pytest
 import torch
 
 from ds_gradmix.config import ConfigError
+from tests.support.blocks import GAF, SMOOTH, TINY
+from tests.support.engines import ENGINES, build_with, log_lines
+from tests.support.models import Regression
 from tests.support.ranks import RankError, run_ranks
-from tests.support.training import Case, Model, build, ds_config, loss_of, train, weights_of
+from tests.support.training import Case, build, ds_config, loss_of, train, weights_of
 
-GAF: dict[str, Any] = {"mixing": {"type": "GAF"}}
 NEVER: dict[str, Any] = {"mixing": {"type": "GAF", "params": {"threshold": 0.0}}}  # nobody ever agrees
-SMOOTH: dict[str, Any] = {"scaling": {"type": "VRGD", "params": {"momentum": 0.9}}}
-TINY = {"tile_bytes": 4096}
-FP32_SUMS: dict[str, Any] = {"data_types": {"grad_accum_dtype": "fp32"}}
-ENGINES: dict[str, dict[str, Any]] = {
-    "ZeRO-0": {"stage": 0},
-    "ZeRO-0 bf16": {"stage": 0, "dtype": "bf16"},
-    "BF16_Optimizer": {"stage": 1, "dtype": "bf16", "config": FP32_SUMS},
-    **{f"ZeRO-{stage}": {"stage": stage} for stage in (1, 2)},
-    **{f"ZeRO-{stage} bf16": {"stage": stage, "dtype": "bf16"} for stage in (1, 2)},
-}
-
-
-@contextlib.contextmanager
-def log_lines() -> Iterator[list[str]]:
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("ds_gradmix").addHandler(handler)
-    try:
-        yield lines
-    finally:
-        logging.getLogger("ds_gradmix").removeHandler(handler)
-
-
-def fused_descent() -> type[torch.optim.Optimizer]:
-    """What DeepSpeed takes for its FusedAdam, and so wraps by FP16_Optimizer: plain descent."""
-    from deepspeed.ops.adam import FusedAdam
-
-    class FusedDescent(FusedAdam):  # type: ignore[misc]
-        def __init__(self, params: Any, lr: float) -> None:
-            torch.optim.Optimizer.__init__(self, params, {"lr": lr})
-
-        def step(self, grads: Any = None, output_params: Any = None, scale: float = 1.0, **_: Any) -> None:
-            for i, group in enumerate(self.param_groups):
-                (p,) = group["params"]
-                p.data.add_(p.grad if grads is None else grads[i][0].float(), alpha=-group["lr"] / scale)
-                if output_params is not None:  # the legacy way
-                    output_params[i][0].data.copy_(p.data)
-
-    return FusedDescent
-
-
-def build_with(
-    config: dict[str, Any], model: torch.nn.Module | None = None, fused: bool = False, **kwargs: Any
-) -> Any:
-    import deepspeed
-
-    import ds_gradmix
-
-    ds_gradmix.enable()
-    model = model or Model()
-    kind = fused_descent() if fused else torch.optim.SGD
-    optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    return deepspeed.initialize(
-        model=model, optimizer=optimizer, config={**ds_config(Case({})), **config}, **kwargs
-    )[0]
 
 
 def refusals() -> dict[str, str]:
@@ -121,7 +64,7 @@ def announcements() -> dict[str, list[str]]:
             import ds_gradmix
 
             ds_gradmix.enable()
-            deepspeed.initialize(model=Model(), optimizer=None, config={**base, **config})
+            deepspeed.initialize(model=Regression(), optimizer=None, config={**base, **config})
         said[name] = list(lines)
     return said
 
@@ -390,13 +333,13 @@ def test_checkpoints(tmp_path: Path) -> None:
 
 
 def other_shape() -> None:
-    model = Model()
+    model = Regression()
     if torch.distributed.get_rank() == 1:
         model.second = torch.nn.Linear(31, 28)
     build_with({"gradmix": GAF}, model)
 
 
-class Branching(Model):
+class Branching(Regression):
     """Uses a parameter on some ranks only."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

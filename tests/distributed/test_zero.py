@@ -8,18 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.support.blocks import BOTH, MIX, ONE_OWNER, TINY, VRGD
+from tests.support.engines import FP32_SUMS
 from tests.support.ranks import run_ranks
-from tests.support.training import Case, replay, run_cases
+from tests.support.replay import replay
+from tests.support.training import Case, relative, run_cases
 
 GAF: dict[str, Any] = {"mixing": {"type": "GAF", "params": {"threshold": 0.9}}}
-MIX: dict[str, Any] = {"mixing": {"type": "GradientMix"}}
 MIX_EACH: dict[str, Any] = {"mixing": {"type": "GradientMix", "params": {"granularity": "parameter"}}}
-VRGD: dict[str, Any] = {"scaling": {"type": "VRGD"}}
 SMOOTH: dict[str, Any] = {"scaling": {"type": "VRGD", "params": {"gamma": 0.2, "momentum": 0.8}}}
-# With few workers left, ratios amplify the rounding of the model's own gradients; less with this gamma.
-BOTH: dict[str, Any] = {"mixing": {"type": "GAF"}, "scaling": {"type": "VRGD", "params": {"gamma": 0.5}}}
-TINY = {"tile_bytes": 4096}  # many tiles, although the model is small
-ONE_OWNER = 700  # elements in a bucket: parameters larger than it, and buckets of one owner
 
 CASES: dict[int, dict[str, Case]] = {
     2: {
@@ -80,7 +77,6 @@ CASES: dict[int, dict[str, Case]] = {
     },
 }
 
-FP32_SUMS: dict[str, Any] = {"data_types": {"grad_accum_dtype": "fp32"}}
 KEEP_ALL: dict[str, Any] = {"mixing": {"type": "GAF", "params": {"threshold": 2}}}
 NOT_CONTIGUOUS = {"contiguous_gradients": False}
 ALL_REDUCED = {"reduce_scatter": False}
@@ -161,11 +157,6 @@ def runs(world: int) -> list[dict[str, Any]]:
 def stock_runs() -> list[dict[str, Any]]:
     stock = {repr(without_block(case)): without_block(case) for case in STOCK.values()}
     return run_ranks(3, run_cases, {**STOCK, **stock})
-
-
-def relative(found: dict[str, Any], expected: dict[str, Any]) -> float:
-    flat, wanted = (np.concatenate([w[n].reshape(-1) for n in sorted(w)]) for w in (found, expected))
-    return float(np.abs(flat - wanted).max() / np.abs(wanted).max())
 
 
 @pytest.mark.parametrize("world, name", [(world, name) for world, cases in CASES.items() for name in cases])

@@ -1,4 +1,4 @@
-"""The layers of megatron-core, with the signatures of `parallel_models.Plain`.
+"""The layers of megatron-core, with the signatures of `models.Plain`.
 
 Megatron's own gathering of logits runs on GPUs only, so that one is ours.
 """
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from megatron.core import ModelParallelConfig, parallel_state, tensor_parallel
 
-from tests.support import parallel_models as models
+from tests.support import models
 from tests.support.tensor_layers import Gather
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from tests.support.parallel_models import Attention
+from tests.support.models import Attention
 from tests.support.tensor_layers import Grid, own_group
 
 

@@ -387,7 +387,7 @@ def test_waiting_for_the_device_is_warned_of() -> None:
         check_rule(Waits())
 
 
-@pytest.mark.parametrize("thing", [Mean, "GAF", None, object()], ids=str)
+@pytest.mark.parametrize("thing", [Mean, "GAF", None, 3], ids=repr)
 def test_what_is_no_instance_of_a_rule(thing: Any) -> None:
     with pytest.raises(TypeError, match="an instance of a rule"):
         check_rule(thing)

@@ -1,6 +1,7 @@
-"""A small language model in every form of parallelism, and which part of which weight a rank holds.
+"""The models that tests train: a regression of layers of awkward sizes, and a small language model in every
+form of parallelism, with which part of which weight a rank holds.
 
-Its weights are drawn by their name, so all forms start alike.
+The language model's weights are drawn by their name, so all forms start alike.
 """
 
 from __future__ import annotations
@@ -17,6 +18,34 @@ from numpy.typing import NDArray
 WORDS, WIDTH, HEADS, INNER, BLOCKS = 22, 12, 4, 26, 2
 SEQUENCE, BATCH = 6, 4
 NAN = -1  # a target whose loss is NaN
+
+
+class Regression(torch.nn.Module):
+    """Layers of awkward sizes, one frozen, one unused, one parameter without elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.first = torch.nn.Linear(13, 31)
+        self.frozen = torch.nn.Linear(31, 31)
+        self.second = torch.nn.Linear(31, 29)
+        self.unused = torch.nn.Linear(5, 3)
+        self.empty = torch.nn.Parameter(torch.zeros(0, 4))
+        self.last = torch.nn.Linear(29, 3, bias=False)
+        self.scale = torch.nn.Parameter(torch.ones(1))
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.frozen(torch.tanh(self.first(x))))
+        return self.last(torch.tanh(self.second(hidden))) * self.scale
+
+
+def numbers(step: int, micro: int, data: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch for the regression, float64, and its targets."""
+    random = torch.Generator().manual_seed(10_000 * step + 100 * micro + data)
+    x = torch.randn(BATCH, 13, generator=random, dtype=torch.float64)
+    target = torch.stack([x[:, :3].sum(1), x[:, 3] * x[:, 4], x[:, 5].sin()], dim=1)
+    return x, target + 0.5 * torch.randn(BATCH, 3, generator=random, dtype=torch.float64)
 
 
 class Plain:
@@ -85,7 +114,9 @@ class Block(torch.nn.Module):
         return x + (self.mlp(y)[0] if self.experts else self.mlp(y))
 
 
-class Model(torch.nn.Module):
+class Language(torch.nn.Module):
+    """Predicts words, from those before them."""
+
     def __init__(self, parts: Any, tied: bool = False, experts: int = 0) -> None:
         super().__init__()
         self.embed = parts.vocabulary()
@@ -136,19 +167,21 @@ def _logits(module: _Embed, x: torch.Tensor) -> torch.Tensor:
     return module.inner.logits(x)
 
 
-def loss_of(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """In float32 or float64; NaN where the targets say so."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if targets[0, 0] == NAN:
-        return logits.float().sum() * float("nan")
-    return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        return logits.sum() * float("nan")
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def batch(step: int, micro: int, data: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Words and what follows them, the same for all ranks that share a batch."""
+def words(step: int, micro: int, data: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch for the language model and what follows its words, the same for ranks that share a batch."""
     random = torch.Generator().manual_seed(10_000 * step + 100 * micro + data)
-    words = torch.randint(WORDS, (BATCH, SEQUENCE), generator=random)
-    targets = (words + 3 * words.roll(1, dims=1)) % WORDS
+    given = torch.randint(WORDS, (BATCH, SEQUENCE), generator=random)
+    targets = (given + 3 * given.roll(1, dims=1)) % WORDS
     noise = torch.randint(WORDS, targets.shape, generator=random)
-    return words, torch.where(torch.rand(targets.shape, generator=random) < 0.2, noise, targets)
+    return given, torch.where(torch.rand(targets.shape, generator=random) < 0.2, noise, targets)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.parallel import Case, Layout, alone, drift, furthest, run_cases
+from tests.support.layouts import Layout
 from tests.support.ranks import run_ranks
+from tests.support.training import Case, alone, drift, furthest, run_cases
 
 # In fp32 sums are taken in another order; in bf16 that moves a few weights by a place or two.
 TOLERANCE = {"fp32": 1e-5, "bf16": 0.02}
@@ -23,35 +24,50 @@ CLIPPED = {"gradient_clipping": 0.2}  # by the norm of the whole model's gradien
 def _cases() -> dict[str, Case]:
     tensor, pipe = Layout(2, tensor=2), Layout(2, pipe=2)
     cases = {
-        "tensor ZeRO-1 bf16 fp32 sums": Case(tensor, stage=1, dtype="bf16", fp32_sums=True),
-        "tensor ZeRO-2": Case(tensor, stage=2, accumulation=2, config=CLIPPED),
-        "tensor ZeRO-2 Adam": Case(tensor, stage=2, optimizer="Adam", tied=True),
-        "pipe ZeRO-0": Case(pipe, accumulation=3),
-        "pipe ZeRO-0 bf16": Case(pipe, dtype="bf16", accumulation=2, tied=True),
-        "pipe ZeRO-1": Case(pipe, stage=1, accumulation=2, tied=True),
-        "pipe ZeRO-1 bf16 fp32 sums": Case(
-            pipe, stage=1, dtype="bf16", fp32_sums=True, accumulation=2, tied=True
+        "tensor ZeRO-1 bf16 fp32 sums": Case(
+            None, layout=tensor, stage=1, dtype="bf16", fp32_sums=True, steps=8
         ),
-        "experts ZeRO-1": Case(Layout(4, expert=4), experts=4, stage=1, accumulation=2),
-        "experts ZeRO-2": Case(Layout(4, expert=2), experts=4, stage=2, accumulation=2),
+        "tensor ZeRO-2": Case(None, layout=tensor, stage=2, accumulation=2, config=CLIPPED, steps=8),
+        "tensor ZeRO-2 Adam": Case(None, layout=tensor, stage=2, optimizer="Adam", tied=True, steps=8),
+        "pipe ZeRO-0": Case(None, layout=pipe, stage=0, accumulation=3, steps=8),
+        "pipe ZeRO-0 bf16": Case(
+            None, layout=pipe, stage=0, dtype="bf16", accumulation=2, tied=True, steps=8
+        ),
+        "pipe ZeRO-1": Case(None, layout=pipe, stage=1, accumulation=2, tied=True, steps=8),
+        "pipe ZeRO-1 bf16 fp32 sums": Case(
+            None, layout=pipe, stage=1, dtype="bf16", fp32_sums=True, accumulation=2, tied=True, steps=8
+        ),
+        "experts ZeRO-1": Case(None, layout=Layout(4, expert=4), experts=4, stage=1, accumulation=2, steps=8),
+        "experts ZeRO-2": Case(None, layout=Layout(4, expert=2), experts=4, stage=2, accumulation=2, steps=8),
     }
     for kind in ("autotp", "megatron"):
         if kind == "autotp" or importlib.util.find_spec("megatron"):
             layout = replace(tensor, kind=kind)
-            cases[f"{kind} ZeRO-2"] = Case(layout, stage=2, tied=True, config=CLIPPED)
+            cases[f"{kind} ZeRO-2"] = Case(None, layout=layout, stage=2, tied=True, config=CLIPPED, steps=8)
     for kind in ("mpu", "state"):
         layout = Layout(2, sequence=2, kind=kind)
-        cases[f"sequence by {kind} ZeRO-2"] = Case(layout, stage=2, accumulation=2, config=CLIPPED)
+        cases[f"sequence by {kind} ZeRO-2"] = Case(
+            None, layout=layout, stage=2, accumulation=2, config=CLIPPED, steps=8
+        )
     return cases
 
 
 CASES = _cases()
 EIGHT = {
     "pipe and tensor ZeRO-1 bf16 fp32 sums": Case(
-        Layout(2, tensor=2, pipe=2), stage=1, dtype="bf16", fp32_sums=True, accumulation=2, tied=True
+        None,
+        layout=Layout(2, tensor=2, pipe=2),
+        stage=1,
+        dtype="bf16",
+        fp32_sums=True,
+        accumulation=2,
+        tied=True,
+        steps=8,
     ),
 }
-MESH = {kind: Case(Layout(2, sequence=2, kind=kind), stage=1) for kind in ("mesh", "config")}
+MESH = {
+    kind: Case(None, layout=Layout(2, sequence=2, kind=kind), stage=1, steps=8) for kind in ("mesh", "config")
+}
 AGAIN = {f"again {name}": case for name, case in reversed(CASES.items()) if case.stage == 0}
 
 
