@@ -1,9 +1,11 @@
-# make test       the environment, linters, type checker and tests
+# make test       the environment, linters, type checker and tests, which run in PROCESSES processes (2)
+# make test-fast  the same without what starts processes: in a minute or so
 # make pretrain   the environment, then a small language model trained on text this machine has; again: resumes
 #                 CORPUS="files or folders" trains on those, RUN=folder goes there instead of runs/quickstart
 #                 CONFIG=ds_config.json trains by other rules
 
 PYTHON ?= python3
+PROCESSES ?= 2
 RUN ?= runs/quickstart
 CORPUS ?=
 CONFIG ?= configs/gaf_vrgd_zero2.json
@@ -17,10 +19,16 @@ export OMP_NUM_THREADS := 1
 # Evaluated in the recipe, when there is a torch to ask. Only where DeepSpeed would find no accelerator anyway.
 accelerator = $$($(bin)/python -c "import torch; print('' if torch.cuda.is_available() else 'DS_ACCELERATOR=cpu')")
 
-.PHONY: test lint pretrain clean
+# Tests of a file share what they measured, so they stay in one process.
+pytest = env $(accelerator) $(bin)/python -m pytest --numprocesses $(PROCESSES)
+
+.PHONY: test test-fast lint pretrain clean
 
 test: lint
-	env $(accelerator) $(bin)/python -m pytest
+	$(pytest) --dist loadfile
+
+test-fast: lint
+	$(pytest) --dist worksteal tests/unit
 
 lint: .venv/.ready
 	$(bin)/ruff check .
