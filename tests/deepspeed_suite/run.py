@@ -1,0 +1,123 @@
+"""Runs DeepSpeed's tests and compares: `python -m tests.deepspeed_suite.run --deepspeed CHECKOUT`.
+
+The exit status is 1 if a test ends otherwise with a block than without it and no reason is known.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+
+from tests.deepspeed_suite.compare import Outcomes, counts, differences, outcomes_of
+from tests.deepspeed_suite.files import BLOCKS, EXPECTED, FILES
+from tests.deepspeed_suite.inject import BLOCK, CHECKOUT, LOG
+
+ROOT = Path(__file__).resolve().parents[2]
+PLUGIN = "tests.deepspeed_suite.inject"
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    add = parser.add_argument
+    add("--deepspeed", type=Path, metavar="CHECKOUT", help="of DeepSpeed, for its folder tests")
+    add("--file", action="append", metavar="FILE", help="in tests/unit; default: those of files.py")
+    add("--block", action="append", choices=list(BLOCKS), help="default: all of them")
+    add("--timeout", type=float, default=1800.0, help="seconds for a file")
+    return parser.parse_args(arguments)
+
+
+def why_not(checkout: Path | None) -> str | None:
+    """Why there is nothing to run, or None."""
+    if checkout is None:
+        return "no checkout of DeepSpeed given: make test-deepspeed DEEPSPEED=<folder>"
+    if not (checkout / "tests" / "unit" / "common.py").is_file():
+        return f"{checkout} is no checkout of DeepSpeed: it has no tests/unit/common.py"
+    return None
+
+
+def run_file(checkout: Path, file: str, block: Any, timeout: float) -> tuple[Outcomes, Counter[str]]:
+    """The outcomes of a file's tests, and how many of their engines had the block ("active") or had not."""
+    with tempfile.TemporaryDirectory() as folder:
+        report, log = Path(folder) / "report.xml", Path(folder) / "log"
+        log.touch()
+        env = {
+            **os.environ,
+            BLOCK: json.dumps(block),
+            CHECKOUT: str(checkout),
+            LOG: str(log),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+            # What a test compiles is not to take the place of what the user has compiled.
+            "TORCH_EXTENSIONS_DIR": os.path.join(tempfile.gettempdir(), f"gradmix-suite-{os.getuid()}"),
+            "OMP_NUM_THREADS": "1",
+            "DS_UNITTEST_TIMEOUT": str(int(timeout / 4)),
+        }
+        if not torch.cuda.is_available():
+            env["DS_ACCELERATOR"] = "cpu"
+        argv = [sys.executable, "-m", "pytest", "-q", "-p", PLUGIN, "-p", "no:cacheprovider"]
+        argv += ["-p", "no:xdist", "-p", "no:randomly", f"--junitxml={report}", f"unit/{file}"]
+        with (Path(folder) / "output").open("w+") as output:
+            process = subprocess.Popen(
+                argv, cwd=checkout / "tests", env=env, stdout=output, stderr=output, start_new_session=True
+            )
+            try:
+                process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, 9)
+                process.wait()
+            output.seek(0)
+            if not report.exists():
+                print(output.read()[-2000:], file=sys.stderr)
+                return {f"unit/{file}": "failed"}, Counter()
+        return outcomes_of(report), Counter(log.read_text().split())
+
+
+def compare_file(checkout: Path, file: str, blocks: Sequence[str], timeout: float) -> int:
+    """Run a file without and with each block; how many differences have no reason."""
+    start = time.monotonic()
+    stock, _ = run_file(checkout, file, None, timeout)
+    print(f"{file}: stock {counts(stock)} ({time.monotonic() - start:.0f} s)", flush=True)
+    unexpected = 0
+    for name in blocks:
+        ours, engines = run_file(checkout, file, BLOCKS[name], timeout)
+        found = differences(stock, ours, EXPECTED)
+        unexpected += sum(difference.reason is None for difference in found)
+        print(
+            f"    {name}: {counts(ours)}; {engines['active']} engines on ranks with it, "
+            f"{engines['without']} without; {len(found)} tests differ",
+            *(f"        {difference}" for difference in found),
+            sep="\n",
+            flush=True,
+        )
+    return unexpected
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    if (reason := why_not(options.deepspeed)) is not None:
+        print(f"skipped: {reason}")
+        return 0
+    checkout = Path(os.path.realpath(options.deepspeed))
+    version = checkout / "version.txt"
+    theirs = version.read_text().strip() if version.exists() else "an unknown version"
+    print(f"DeepSpeed {deepspeed.__version__} as installed, by the tests of {theirs}")
+    unexpected = 0
+    for file in options.file or FILES:
+        unexpected += compare_file(checkout, file, options.block or list(BLOCKS), options.timeout)
+    print(f"{unexpected} unexpected differences")
+    return int(unexpected > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
