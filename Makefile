@@ -1,5 +1,6 @@
 # make test       the environment, linters, type checker and tests, which run in PROCESSES processes (2)
 # make test-fast  the same without what starts processes: in a minute or so
+# make test-deepspeed DEEPSPEED=folder   DeepSpeed's own tests, in a checkout of it, with our rules switched on
 # make pretrain   the environment, then a small language model trained on text this machine has; again: resumes
 #                 CORPUS="files or folders" trains on those, RUN=folder goes there instead of runs/quickstart
 #                 CONFIG=ds_config.json trains by other rules
@@ -8,6 +9,7 @@ PYTHON ?= python3
 PROCESSES ?= 2
 RUN ?= runs/quickstart
 CORPUS ?=
+DEEPSPEED ?=
 CONFIG ?= configs/gaf_vrgd_zero2.json
 
 bin := .venv/bin
@@ -22,13 +24,16 @@ accelerator = $$($(bin)/python -c "import torch; print('' if torch.cuda.is_avail
 # Tests of a file share what they measured, so they stay in one process.
 pytest = env $(accelerator) $(bin)/python -m pytest --numprocesses $(PROCESSES)
 
-.PHONY: test test-fast lint pretrain clean
+.PHONY: test test-fast test-deepspeed lint pretrain clean
 
 test: lint
 	$(pytest) --dist loadfile
 
 test-fast: lint
 	$(pytest) --dist worksteal tests/unit
+
+test-deepspeed: .venv/.ready
+	env $(accelerator) $(bin)/python -m tests.deepspeed_suite.run $(if $(DEEPSPEED),--deepspeed $(DEEPSPEED))
 
 lint: .venv/.ready
 	$(bin)/ruff check .
