@@ -37,6 +37,7 @@ def _import_deepspeed() -> Any:
     accelerator = deepspeed.accelerator.get_accelerator()
     if accelerator.device_name() == "cpu":  # slow on a CPU, but true arithmetic
         accelerator.is_fp16_supported = accelerator.is_bf16_supported = lambda: True
+        accelerator.device_count = lambda: 8  # ranks share its cores
     return deepspeed
 
 
