@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
@@ -47,7 +48,15 @@ def why_not(checkout: Path | None) -> str | None:
     return None
 
 
-def run_file(checkout: Path, file: str, block: Any, timeout: float) -> tuple[Outcomes, Counter[str]]:
+class Run(NamedTuple):
+    """Where tests are run from, and how long a file may take."""
+
+    checkout: Path
+    extensions: Path  # what tests compile, which is not to take the place of what the user has compiled
+    timeout: float
+
+
+def run_file(run: Run, file: str, block: Any) -> tuple[Outcomes, Counter[str]]:
     """The outcomes of a file's tests, and how many of their engines had the block ("active") or had not."""
     with tempfile.TemporaryDirectory() as folder:
         report, log = Path(folder) / "report.xml", Path(folder) / "log"
@@ -55,13 +64,12 @@ def run_file(checkout: Path, file: str, block: Any, timeout: float) -> tuple[Out
         env = {
             **os.environ,
             BLOCK: json.dumps(block),
-            CHECKOUT: str(checkout),
+            CHECKOUT: str(run.checkout),
             LOG: str(log),
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-            # What a test compiles is not to take the place of what the user has compiled.
-            "TORCH_EXTENSIONS_DIR": os.path.join(tempfile.gettempdir(), f"gradmix-suite-{os.getuid()}"),
+            "TORCH_EXTENSIONS_DIR": str(run.extensions),
             "OMP_NUM_THREADS": "1",
-            "DS_UNITTEST_TIMEOUT": str(int(timeout / 4)),
+            "DS_UNITTEST_TIMEOUT": str(int(run.timeout / 4)),
         }
         if not torch.cuda.is_available():
             env["DS_ACCELERATOR"] = "cpu"
@@ -69,13 +77,20 @@ def run_file(checkout: Path, file: str, block: Any, timeout: float) -> tuple[Out
         argv += ["-p", "no:xdist", "-p", "no:randomly", f"--junitxml={report}", f"unit/{file}"]
         with (Path(folder) / "output").open("w+") as output:
             process = subprocess.Popen(
-                argv, cwd=checkout / "tests", env=env, stdout=output, stderr=output, start_new_session=True
+                argv,
+                cwd=run.checkout / "tests",
+                env=env,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
             )
             try:
-                process.wait(timeout)
+                process.wait(run.timeout)
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, 9)
+                os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+                for lock in run.extensions.glob("*/lock"):  # or all later tests wait for its owner
+                    lock.unlink()
             output.seek(0)
             if not report.exists():
                 print(output.read()[-2000:], file=sys.stderr)
@@ -83,14 +98,14 @@ def run_file(checkout: Path, file: str, block: Any, timeout: float) -> tuple[Out
         return outcomes_of(report), Counter(log.read_text().split())
 
 
-def compare_file(checkout: Path, file: str, blocks: Sequence[str], timeout: float) -> int:
+def compare_file(run: Run, file: str, blocks: Sequence[str]) -> int:
     """Run a file without and with each block; how many differences have no reason."""
     start = time.monotonic()
-    stock, _ = run_file(checkout, file, None, timeout)
+    stock, _ = run_file(run, file, None)
     print(f"{file}: stock {counts(stock)} ({time.monotonic() - start:.0f} s)", flush=True)
     unexpected = 0
     for name in blocks:
-        ours, engines = run_file(checkout, file, BLOCKS[name], timeout)
+        ours, engines = run_file(run, file, BLOCKS[name])
         found = differences(stock, ours, EXPECTED)
         unexpected += sum(difference.reason is None for difference in found)
         print(
@@ -113,8 +128,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     theirs = version.read_text().strip() if version.exists() else "an unknown version"
     print(f"DeepSpeed {deepspeed.__version__} as installed, by the tests of {theirs}")
     unexpected = 0
-    for file in options.file or FILES:
-        unexpected += compare_file(checkout, file, options.block or list(BLOCKS), options.timeout)
+    with tempfile.TemporaryDirectory() as extensions:
+        run = Run(checkout, Path(extensions), options.timeout)
+        for file in options.file or FILES:
+            unexpected += compare_file(run, file, options.block or list(BLOCKS))
     print(f"{unexpected} unexpected differences")
     return int(unexpected > 0)
 
