@@ -14,6 +14,7 @@ import tokenize
 from collections.abc import Iterator, Sequence
 from importlib.machinery import ModuleSpec
 from importlib.util import resolve_name
+from types import ModuleType
 
 from ds_gradmix.rules.base import Extrapolation, GradientFreeMixing, GramianMixing, Mixing, Rule, Scaling
 
@@ -34,7 +35,7 @@ def import_rule(kind: str, base: type[Rule]) -> type[Rule]:
     words = [*module.split("."), name]
     if not all(word.isidentifier() and not keyword.iskeyword(word) for word in words):
         raise NotARule('write "package.module:Class"')
-    found = vars(sys.modules[module]).get(name) if module in sys.modules else None
+    found = _loaded(module, name)
     if found is None:
         if not _derives(f"{module}.{name}", base, set()):
             raise NotARule(
@@ -43,6 +44,12 @@ def import_rule(kind: str, base: type[Rule]) -> type[Rule]:
             )
         found = _imported(module, name)
     return check_class(found, base)
+
+
+def _loaded(module: str, name: str) -> object:
+    """What a module that is imported already has by a name, without its own ways to look for more."""
+    loaded = sys.modules.get(module)
+    return vars(loaded).get(name) if isinstance(loaded, ModuleType) else None
 
 
 def _imported(module: str, name: str) -> object:
@@ -75,7 +82,7 @@ def _derives(path: str, base: type[Rule], seen: set[str]) -> bool:
     if path in seen or not module:
         return False
     seen.add(path)
-    if module in sys.modules and isinstance(found := vars(sys.modules[module]).get(name), type):
+    if isinstance(found := _loaded(module, name), type):
         return issubclass(found, base)
     return any(_derives(other, base, seen) for other in _origins(module, name))
 

@@ -192,6 +192,21 @@ def test_what_is_no_rule_of_the_slot_is_refused(kind: str) -> None:
     assert set(sys.modules) == before
 
 
+def test_what_is_in_the_way_of_an_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Lazy:
+        def __getattr__(self, name: str) -> object:
+            raise AssertionError("never asked")
+
+    for odd in (None, Lazy()):
+        monkeypatch.setitem(sys.modules, "odd_module", odd)
+        assert "it was not imported" in message({"mixing": {"type": "odd_module:First"}})
+
+
+def test_a_rule_of_the_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["__main__"], "Trust", Trust, raising=False)
+    assert mixing("__main__:Trust").mixing == Trust()
+
+
 @pytest.mark.parametrize(
     "fails, told",
     [
