@@ -35,7 +35,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--deepspeed", type=Path, metavar="CHECKOUT", help="of DeepSpeed, for its folder tests")
     add("--file", action="append", metavar="FILE", help="in tests/unit; default: those of files.py")
     add("--block", action="append", choices=list(BLOCKS), help="default: all of them")
-    add("--timeout", type=float, default=1800.0, help="seconds for a file")
+    add("--timeout", type=float, default=3600.0, help="seconds for a file, which may compile first")
     return parser.parse_args(arguments)
 
 
