@@ -23,5 +23,4 @@ def undisturbed(arguments: list[str]) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     ds_gradmix.enable()
     sys.argv = ["pretrain.py", *arguments]
-    sys.path.insert(0, str(LAUNCH))
     runpy.run_path(str(LAUNCH / "pretrain.py"), run_name="__main__")

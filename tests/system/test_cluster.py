@@ -18,20 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import prepare
 import pytest
 import torch
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 from deepspeed.launcher import runner
+from gradmix_pretrain import checkpoint, metrics
 
 from tests.support.cluster import ROOT, Node, cluster, why_no_cluster
 from tests.support.pretraining import undisturbed
 from tests.support.ranks import run_ranks
-
-sys.path.insert(0, str(ROOT / "launch"))
-
-import prepare
-from gradmix_pretrain import checkpoint, metrics
 
 CLUSTER = ROOT / "launch" / "cluster"
 DOCUMENT = (ROOT / "docs" / "cluster.md").read_text()

@@ -12,18 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import prepare
 import pytest
 import torch
+from gradmix_pretrain import checkpoint, pipeline
+from gradmix_pretrain.settings import check, parse_args
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.support.documents import commands
 from tests.support.ranks import run_ranks
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
-
-import prepare
-from gradmix_pretrain import checkpoint, pipeline
-from gradmix_pretrain.settings import check, parse_args
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
@@ -192,7 +189,6 @@ def test_a_run_keeps_its_degrees(tmp_path: Path) -> None:
 
 def pretrain(arguments: list[str], stop_step: int | None = None, with_rules: bool = False) -> int:
     """pretrain.py on this rank, as a script; its exit status. `stop_step` has one rank told to end."""
-    sys.path.insert(0, str(LAUNCH))
     from gradmix_pretrain import tokens
 
     if with_rules:

@@ -10,11 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
-
 import prepare
+import pytest
 from gradmix_pretrain import checkpoint, metrics
 from gradmix_pretrain.schedule import cosine_with_warmup
 from gradmix_pretrain.settings import check, parse_args

@@ -1,20 +1,16 @@
 """Every file under configs/ is one that DeepSpeed, ds_gradmix or transformers takes."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig
+from gradmix_pretrain.settings import load_model_config
 from transformers import AutoModelForCausalLM
 
 from ds_gradmix.cli import main
 from ds_gradmix.config import parse_block
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
-
-from gradmix_pretrain.settings import load_model_config
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,18 +1,14 @@
 """launch/prepare.py: the split, the tokenizer and the token files."""
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import json_lines
 import numpy as np
+import prepare
 import pytest
 import sentencepiece
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
-
-import json_lines
-import prepare
 from gradmix_pretrain import corpus
 
 WORDS = ["def", "return", "class", "import", "self", "value", "for", "not", "in", "the", "of", "gradient"]
