@@ -1,6 +1,7 @@
 """Runs DeepSpeed's tests and compares: `python -m tests.deepspeed_suite.run --deepspeed CHECKOUT`.
 
-The exit status is 1 if a test ends otherwise with a block than without it and no reason is known.
+The exit status is 1 if a test ends otherwise with a block than without it and no reason is known, or if
+nothing was compared: a file without tests or not ended in time, or a block that no engine of any file had.
 """
 
 from __future__ import annotations
@@ -57,7 +58,10 @@ class Run(NamedTuple):
 
 
 def run_file(run: Run, file: str, block: Any) -> tuple[Outcomes, Counter[str]]:
-    """The outcomes of a file's tests, and how many of their engines had the block ("active") or had not."""
+    """The outcomes of a file's tests, and how many of their engines had the block ("active") or had not.
+
+    There are no outcomes if the file did not end in time.
+    """
     with tempfile.TemporaryDirectory() as folder:
         report, log = Path(folder) / "report.xml", Path(folder) / "log"
         log.touch()
@@ -94,18 +98,25 @@ def run_file(run: Run, file: str, block: Any) -> tuple[Outcomes, Counter[str]]:
             output.seek(0)
             if not report.exists():
                 print(output.read()[-2000:], file=sys.stderr)
-                return {f"unit/{file}": "failed"}, Counter()
+                return {}, Counter()
         return outcomes_of(report), Counter(log.read_text().split())
 
 
-def compare_file(run: Run, file: str, blocks: Sequence[str]) -> int:
-    """Run a file without and with each block; how many differences have no reason."""
+def compare_file(run: Run, file: str, blocks: Sequence[str], active: Counter[str]) -> int:
+    """Run a file without and with each block; how many differences have no reason.
+
+    `active` is added the engines that had each block.
+    """
     start = time.monotonic()
     stock, _ = run_file(run, file, None)
+    if not stock:
+        print(f"{file}: no tests, or not ended in time: UNEXPECTED", flush=True)
+        return 1
     print(f"{file}: stock {counts(stock)} ({time.monotonic() - start:.0f} s)", flush=True)
     unexpected = 0
     for name in blocks:
         ours, engines = run_file(run, file, BLOCKS[name])
+        active[name] += engines["active"]
         found = differences(stock, ours, EXPECTED)
         unexpected += sum(difference.reason is None for difference in found)
         print(
@@ -127,13 +138,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     version = checkout / "version.txt"
     theirs = version.read_text().strip() if version.exists() else "an unknown version"
     print(f"DeepSpeed {deepspeed.__version__} as installed, by the tests of {theirs}")
-    unexpected = 0
+    unexpected, blocks, active = 0, options.block or list(BLOCKS), Counter[str]()
     with tempfile.TemporaryDirectory() as extensions:
         run = Run(checkout, Path(extensions), options.timeout)
         for file in options.file or FILES:
-            unexpected += compare_file(run, file, options.block or list(BLOCKS))
+            unexpected += compare_file(run, file, blocks, active)
+    idle = [name for name in blocks if not active[name]]
+    for name in idle:
+        print(f"{name}: no engine had this block, so nothing was compared")
     print(f"{unexpected} unexpected differences")
-    return int(unexpected > 0)
+    return int(unexpected > 0 or bool(idle))
 
 
 if __name__ == "__main__":

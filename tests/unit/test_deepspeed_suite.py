@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,31 @@ def test_it_is_skipped_without_a_checkout(
     assert run.main([] if folder is None else ["--deepspeed", str(tmp_path / folder)]) == 0
     told = capsys.readouterr().out
     assert told.startswith("skipped: ") and words in told
+
+
+@pytest.mark.parametrize(
+    "outcomes, num_engines, status, words",
+    [
+        ({"a": "passed"}, 2, 0, "0 unexpected"),
+        ({"a": "passed"}, 0, 1, "no engine had this block"),
+        ({}, 0, 1, "zero/test_a.py: no tests"),
+    ],
+)
+def test_a_run_that_compares_nothing_is_no_success(
+    outcomes: dict[str, str],
+    num_engines: int,
+    status: int,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "tests" / "unit").mkdir(parents=True)
+    (tmp_path / "tests" / "unit" / "common.py").touch()
+    ended = outcomes, Counter({"active": num_engines, "without": 1})
+    monkeypatch.setattr(run, "run_file", lambda _run, _file, _block: ended)
+    assert run.main(["--deepspeed", str(tmp_path), "--file", "zero/test_a.py"]) == status
+    assert words in capsys.readouterr().out
 
 
 def test_only_what_is_not_refused_gets_the_block(tmp_path: Path) -> None:
