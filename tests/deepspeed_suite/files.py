@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# In a checkout's folder `tests/unit`; those about ZeRO-0, 1 and 2 that need neither a GPU nor a compiler.
+# In a checkout's folder `tests/unit`; those about ZeRO-0, 1 and 2 that run on a CPU.
 FILES: Sequence[str] = ("v1/zero/test_zero.py",)
 
 BLOCKS: Mapping[str, dict[str, Any]] = {

@@ -53,8 +53,14 @@ class Run(NamedTuple):
     """Where tests are run from, and how long a file may take."""
 
     checkout: Path
-    extensions: Path  # what tests compile, which is not to take the place of what the user has compiled
+    extensions: Path  # what tests compile, once; it does not take the place of what the user has compiled
     timeout: float
+
+
+def unlock(extensions: Path) -> None:
+    """Remove the locks that a killed process left, or all later tests wait for its owner."""
+    for lock in extensions.glob("*/lock"):
+        lock.unlink()
 
 
 def run_file(run: Run, file: str, block: Any) -> tuple[Outcomes, Counter[str]]:
@@ -93,8 +99,7 @@ def run_file(run: Run, file: str, block: Any) -> tuple[Outcomes, Counter[str]]:
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-                for lock in run.extensions.glob("*/lock"):  # or all later tests wait for its owner
-                    lock.unlink()
+                unlock(run.extensions)
             output.seek(0)
             if not report.exists():
                 print(output.read()[-2000:], file=sys.stderr)
@@ -139,10 +144,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     theirs = version.read_text().strip() if version.exists() else "an unknown version"
     print(f"DeepSpeed {deepspeed.__version__} as installed, by the tests of {theirs}")
     unexpected, blocks, active = 0, options.block or list(BLOCKS), Counter[str]()
-    with tempfile.TemporaryDirectory() as extensions:
-        run = Run(checkout, Path(extensions), options.timeout)
-        for file in options.file or FILES:
-            unexpected += compare_file(run, file, blocks, active)
+    run = Run(checkout, ROOT / ".build" / "torch_extensions", options.timeout)
+    run.extensions.mkdir(parents=True, exist_ok=True)
+    unlock(run.extensions)
+    for file in options.file or FILES:
+        unexpected += compare_file(run, file, blocks, active)
     idle = [name for name in blocks if not active[name]]
     for name in idle:
         print(f"{name}: no engine had this block, so nothing was compared")
