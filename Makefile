@@ -21,13 +21,14 @@ export OMP_NUM_THREADS := 1
 # Evaluated in the recipe, when there is a torch to ask. Only where DeepSpeed would find no accelerator anyway.
 accelerator = $$($(bin)/python -c "import torch; print('' if torch.cuda.is_available() else 'DS_ACCELERATOR=cpu')")
 
-# Tests of a file share what they measured, so they stay in one process.
+# Tests of a file share what they measured, so they stay in one process; files run in order, so that short ones,
+# those of tests/unit, come last and both processes end together.
 pytest = env $(accelerator) $(bin)/python -m pytest --numprocesses $(PROCESSES)
 
 .PHONY: test test-fast test-deepspeed lint pretrain clean
 
 test: lint
-	$(pytest) --dist loadfile
+	$(pytest) --dist loadfile --no-loadscope-reorder
 
 test-fast: lint
 	$(pytest) --dist worksteal tests/unit
