@@ -69,7 +69,7 @@ ALONE = {  # compared with the undivided model under DeepSpeed, whose buckets fo
 TRUST = {"mixing": {"type": f"{MODULE}:Trust"}}
 BY_PARAMETER = {**TRUST, "scope": "parameter"}
 STATEFUL = {  # the same, by a rule from outside that keeps a number of each worker
-    "tensor ZeRO-1 state": Case(TRUST, layout=Layout(3, tensor=2), stage=1, accumulation=2, steps=8),
+    "tensor ZeRO-1 state": Case(TRUST, layout=Layout(3, tensor=2), stage=1, accumulation=2, steps=4),
     "tensor ZeRO-2 state by parameter": Case(BY_PARAMETER, layout=Layout(3, tensor=2), stage=2, steps=8),
     "pipeline ZeRO-1 state": Case(
         {**TRUST, "scope": "model"}, layout=Layout(3, pipe=2), stage=1, tied=True, steps=8

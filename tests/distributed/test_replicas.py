@@ -15,7 +15,7 @@ from tests.support.layouts import Layout
 from tests.support.ranks import run_ranks
 from tests.support.training import Case, drift, run_cases
 
-STEPS = 50
+STEPS = 20
 
 
 def gaf(threshold: float, **more: Any) -> dict[str, Any]:
