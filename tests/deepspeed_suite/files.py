@@ -23,7 +23,7 @@ BLOCKS: Mapping[str, dict[str, Any]] = {
 EXPECTED: Mapping[str, Mapping[str, str]] = {
     "mean that drops nonfinite": {
         "TestZeROBFloat16::test_ignore_grad_overflow": (
-            "it wants steps to be taken with gradients of all workers that are not finite, which are dropped here"
+            "it wants steps with gradients that no worker has finite, which are dropped here"
         ),
     },
 }
