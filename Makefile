@@ -27,7 +27,11 @@ pytest = env $(accelerator) $(bin)/python -m pytest --numprocesses $(PROCESSES)
 
 .PHONY: test test-fast test-deepspeed lint pretrain clean
 
+# DeepSpeed compiles this when it first starts on a CPU, for minutes: before the tests, or within one's timeout.
+shm_comm = from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as Op; Op().load(verbose=False)
+
 test: lint
+	-test -z "$(accelerator)" || env $(accelerator) $(bin)/python -c "$(shm_comm)" >/dev/null
 	$(pytest) --dist loadfile --no-loadscope-reorder
 
 test-fast: lint
