@@ -188,9 +188,10 @@ def replay(case: Own) -> list[tuple[list[Array], Array, int]]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_training_equals_the_replay(name: str) -> None:
+    replayed = replay(CASES[name])
     for rank in results():
         for (weights, state, skipped), (wanted, wanted_state, wanted_skipped) in zip(
-            rank[name], replay(CASES[name]), strict=True
+            rank[name], replayed, strict=True
         ):
             assert skipped == wanted_skipped
             np.testing.assert_allclose(state, [wanted_state], rtol=1e-5, atol=1e-7)
