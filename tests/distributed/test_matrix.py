@@ -17,11 +17,12 @@ from tests.support.replay import essence, replays
 from tests.support.support_matrix import SUPPORTED, Cell
 from tests.support.training import Case, drift, run_cases
 
-# Two steps: with few workers ratios amplify the rounding of the model's own gradients.
+# Two steps: with few workers ratios amplify the rounding of the model's own gradients. Mixing without a Gram
+# matrix, which takes another way, is in the cells of extrapolation: each mixing cell has one beside it.
 BLOCKS: dict[str, dict[str, tuple[dict[str, Any], int]]] = {
-    "mixing": {"GradientMix": (MIX, 3), "GAF": (BY_PARAMETER, 3)},
+    "mixing": {"GAF": (BY_PARAMETER, 3)},
     "scaling": {"VRGD": (ROUGH_VRGD, 2)},
-    "extrapolation": {"PastGradient": ({**MIX, **past(lr=0.1)}, 3)},
+    "extrapolation": {"GradientMix, PastGradient": ({**MIX, **past(lr=0.1)}, 3)},
 }
 LAYOUTS = {
     "data": Layout(2),
@@ -84,6 +85,11 @@ def test_supported(cell: Cell) -> None:
             assert found["stats"] == ranks[0]["stats"]
             if rule == "GAF":
                 assert any(0 < told["kept_fraction"] < 1 for told in found["stats"])
+
+
+def test_every_cell_of_mixing_has_one_of_extrapolation() -> None:
+    mixing = {cell for cell in SUPPORTED if cell.slot == "mixing"}
+    assert mixing and {cell._replace(slot="extrapolation") for cell in mixing} <= set(SUPPORTED)
 
 
 KINDS = [
