@@ -120,10 +120,38 @@ def refused_optimizer(name: str | None) -> str | None:
     return f"the optimizer {name} {_MUON}" if "muon" in name.lower() else None
 
 
+def refused_flat_partition(name: str, kind: str) -> str:
+    """That an optimizer with trust ratios would take one for a whole flat partition."""
+    return (
+        f"optimizer: {name} steps on flat partitions of many parameters with {kind}, and would take one "
+        'trust ratio for each of them: use "optimizer": {"type": "Lamb"} or {"type": "LARS"} in '
+        "ds_config.json, or ds_gradmix.optim.Lamb or Lars, which know where parameters lie, or ZeRO-0"
+    )
+
+
+REFUSED_UNIVERSAL = (
+    "checkpoint.load_universal: true, but ds_to_universal knows the state of Adam and LAMB (exp_avg and "
+    "exp_avg_sq), not that of LARS: load a checkpoint that was saved by as many ranks"
+)
+_TRUST_RATIOS = ("lamb", "lars", "larc")
+
+
+def has_trust_ratios(name: str | None) -> bool:
+    """Whether an optimizer, by the name of its class, takes trust ratios of what it is given."""
+    return any(word in (name or "").lower() for word in _TRUST_RATIOS)
+
+
 ENGINES = ("ZeRO-0", "ZeRO-1", "ZeRO-2", "BF16_Optimizer", "ZeRO-3")
 DTYPES = ("fp32", "bf16", "fp16")
 _SUPPORTED = ("data", "tensor", "pipeline", "tensor and pipeline", "experts", "sequence")
 PARALLELISM = {name: frozenset(name.split(" and ")) - {"data"} for name in _SUPPORTED}
+
+
+def refused_layerwise(engine: str, parallelism: frozenset[str]) -> str | None:
+    """Why an optimizer with trust ratios is refused on an engine of this kind, or None."""
+    if engine == "ZeRO-3":
+        return "ZeRO-3 divides parameters in a way that it does not know in this version: set stage to 1 or 2"
+    return refused_engine(engine, "fp32", parallelism)
 
 
 def refused_engine(engine: str, dtype: str, parallelism: frozenset[str]) -> str | None:

@@ -16,6 +16,7 @@ from deepspeed.runtime import engine as engine_module
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.utils import is_model_parallel_parameter
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
 from ds_gradmix.comm.consistency import ConsistencyCheck
 from ds_gradmix.comm.groups import gather_objects, group_of
@@ -26,6 +27,13 @@ from ds_gradmix.engines.allreduce import AllReduceAdapter
 from ds_gradmix.engines.compatibility import check_request, lookup, refused_optimizer
 from ds_gradmix.engines.context import EngineContext
 from ds_gradmix.engines.engine_request import arguments_of, config_of, groups_of, request_of
+from ds_gradmix.engines.optimizer_layout import tell_layouts
+from ds_gradmix.engines.optimizer_section import (
+    OPTIMIZERS,
+    check_built_optimizer,
+    check_optimizer,
+    take_its_place,
+)
 from ds_gradmix.engines.parallel_groups import find_parallel_groups
 from ds_gradmix.engines.weight_hooks import attach
 from ds_gradmix.engines.zero12 import GradmixZeroOptimizer
@@ -41,6 +49,7 @@ def enable() -> None:
     global _enabled
     if not _enabled:
         deepspeed_api.check_functions()
+        ZERO_SUPPORTED_OPTIMIZERS.extend(OPTIMIZERS.values())
     deepspeed_api.patch(DeepSpeedEngine, "__init__", _building)
     _enabled = True
 
@@ -50,6 +59,8 @@ def disable() -> None:
     global _enabled
     if _enabled:
         _enabled = False
+        for kind in OPTIMIZERS.values():
+            ZERO_SUPPORTED_OPTIMIZERS.remove(kind)
         deepspeed_api.restore(DeepSpeedEngine, "__init__")
 
 
@@ -69,6 +80,8 @@ def _building(original: Any) -> Any:
         block = _parse(config, given, groups)
         object.__setattr__(self, "_gradmix_block", block)  # before Module.__init__ there is no other way
         build = functools.partial(original, self, *args, **kwargs)
+        if take_its_place(self, given, config):
+            build = functools.partial(original, self, **given)
         with contextlib.ExitStack() as stack:
             for check in announce(groups, f'no "{KEY}" block' if block is None else None):
                 if block is not None:
@@ -79,6 +92,8 @@ def _building(original: Any) -> Any:
             else:
                 build()
                 reporting.announce_stock(config)
+            check_built_optimizer(self)
+            tell_layouts(self)
 
     return __init__
 
@@ -88,10 +103,12 @@ def _parse(
 ) -> GradmixConfig | None:
     """The config's block, if it has one, checked against all that is known before the engine is built."""
     if KEY not in config:
+        check_optimizer(config, given, groups)
         return None
     try:
         block = parse_block(config[KEY])
         check_request(config, block, request_of(config, given, groups))
+        check_optimizer(config, given, groups)
     except ConfigError:
         for check in announce(groups, f'a "{KEY}" block that is refused'):
             check.leave()

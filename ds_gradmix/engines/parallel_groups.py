@@ -25,7 +25,7 @@ from ds_gradmix.weights.extrapolated import ShardInfo
 Named = Sequence[tuple[str, torch.nn.Parameter]]
 
 
-def _is_partitioned(p: torch.nn.Parameter) -> bool:
+def is_partitioned(p: Any) -> bool:
     """Whether tensor-parallel ranks hold different parts of a parameter."""
     return bool(is_model_parallel_parameter(p)) or is_moe_param(p)
 
@@ -43,11 +43,11 @@ def params_of(parallel: ParallelGroups, named: Named) -> list[ParamInfo]:
     p: Any
     for name, p in named:
         # Replicas are counted once, as DeepSpeed does in the gradient's norm.
-        counted = not getattr(p, "ds_pipe_replicated", False) and (is_first or _is_partitioned(p))
+        counted = not getattr(p, "ds_pipe_replicated", False) and (is_first or is_partitioned(p))
         workers = parallel.workers
         if is_moe_param(p):
             workers = parallel.experts[ranks_of(groups._get_expert_data_parallel_group(p.group_name))]
-        partitioned = parallel.tensor is not None and _is_partitioned(p)
+        partitioned = parallel.tensor is not None and is_partitioned(p)
         weight_sum = workers.size / parallel.workers.size
         infos.append(ParamInfo(name, draws[name], counted, partitioned, weight_sum))
     return infos
@@ -59,8 +59,8 @@ def shard_info(parallel: ParallelGroups, named: Named) -> ShardInfo | None:
     if tensor is None and not parallel.tied:
         return None
     rank = 0 if tensor is None else tensor.rank
-    labels = [f"{name} part {rank}" if _is_partitioned(p) else name for name, p in named]
-    counts = [tensor is None or tensor.is_first or _is_partitioned(p) for _, p in named]
+    labels = [f"{name} part {rank}" if is_partitioned(p) else name for name, p in named]
+    counts = [tensor is None or tensor.is_first or is_partitioned(p) for _, p in named]
     return ShardInfo(labels, counts, tensor)
 
 
@@ -72,7 +72,7 @@ def find_parallel_groups(engine: Any, everyone: ConsistencyCheck, worker: str | 
     """
     data = engine.seq_data_parallel_group
     sequence_size = int(engine.sequence_parallel_size)
-    tensor = _tensor_group(engine, sequence_size)
+    tensor = tensor_group(engine)
     is_pipeline = isinstance(engine.module, PipelineModule)
     pipe = engine.mpu.get_pipe_parallel_group() if is_pipeline else None
     sequence = RankGroup(groups._get_sequence_parallel_group()) if sequence_size > 1 else None
@@ -98,16 +98,17 @@ def find_parallel_groups(engine: Any, everyone: ConsistencyCheck, worker: str | 
         sequence,
         sum_sequence_ranks,
         _experts(engine),
-        _tied(engine.module) if is_pipeline else [],
+        tied_parameters(engine.module) if is_pipeline else [],
         is_pipeline,
     )
 
 
-def _tensor_group(engine: Any, sequence_size: int) -> dist.ProcessGroup | None:
+def tensor_group(engine: Any) -> dist.ProcessGroup | None:
+    """The ranks with other parts of this rank's parameters, None if there are none."""
     mpu = engine.mpu
     if mpu is None or bwc_tensor_model_parallel_world_size(mpu) == 1:
         return None
-    if sequence_size > 1 and not hasattr(mpu, "get_tensor_model_parallel_world_size"):
+    if int(engine.sequence_parallel_size) > 1 and not hasattr(mpu, "get_tensor_model_parallel_world_size"):
         return None  # DeepSpeed's own calls its sequence-parallel group the model-parallel one, too
     return bwc_tensor_model_parallel_group(mpu)
 
@@ -145,7 +146,8 @@ def _experts(engine: Any) -> dict[tuple[int, ...], WorkerGroup]:
     return found
 
 
-def _tied(module: PipelineModule) -> list[tuple[torch.nn.Parameter, TiedParameter]]:
+def tied_parameters(module: PipelineModule) -> list[tuple[torch.nn.Parameter, TiedParameter]]:
+    """This stage's parameters that other stages keep, too, in the same order on all of them."""
     found = []
     for key in sorted(module.tied_comms):
         comm = module.tied_comms[key]

@@ -45,6 +45,13 @@ def announce_rules(
         logger.log(level, f"ds_gradmix: active over {'; '.join([*parts, *warnings])}")
 
 
+def announce_optimizer(engine: Any) -> None:
+    """Say on rank 0 that the optimizer knows where parameters lie."""
+    if dist.get_rank() == 0:
+        name, stage = type(engine.basic_optimizer).__name__, engine.zero_optimization_stage()
+        logger.info(f"ds_gradmix: {name} takes trust ratios of whole parameters, ZeRO-{stage}")
+
+
 def report_step(engine: Any, stats: Mapping[str, float]) -> None:
     """Report a step's decisions, before the engine counts it, where DeepSpeed reports its steps: in the log
     at every multiple of `steps_per_print`, and to the writers of its monitor.

@@ -30,6 +30,12 @@ def weighted_sum(values_WC: Tensor, weights_WC: Tensor) -> Tensor:
     return (values_WC * weights_WC).sum(0)
 
 
+def _squares(values_RC: Tensor) -> Tensor:
+    """The sum of squares of each row, in float64 from the start: no overflow, and no small ones lost."""
+    norms_R: Tensor = torch.linalg.vector_norm(values_RC, dim=1, dtype=torch.float64)
+    return norms_R.square()
+
+
 class Segments:
     """Which of S segments (parameters) each of C columns belongs to.
 
@@ -95,6 +101,15 @@ class Segments:
             return values_C.sum(dtype=torch.float64).view(1)
         blocks_B1C = self._blocks(values_C[None], values_C.dtype)
         return self._sum_blocks(blocks_B1C, lambda x_B1C: x_B1C[:, 0].sum(1, dtype=torch.float64))
+
+    def sum_of_squares(self, values_C: Tensor) -> Tensor:
+        """Sums `[S]` of squares, in float64."""
+        if self.num_segments == 1 and values_C.device.type == "cpu":
+            return torch.dot(values_C, values_C).double().view(1)  # many accumulators, so next to exact
+        if self.num_segments == 1:
+            return _squares(values_C[None])
+        blocks_B1C = self._blocks(values_C[None], values_C.dtype)
+        return self._sum_blocks(blocks_B1C, lambda x_B1C: _squares(x_B1C[:, 0]))
 
     def expand(self, values_RS: Tensor) -> Tensor:
         """`[R, S]` repeated over the columns: `[R, C]`, or `[R, 1]` where S is 1."""

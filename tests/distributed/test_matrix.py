@@ -17,12 +17,22 @@ from tests.support.replay import essence, replays
 from tests.support.support_matrix import SUPPORTED, Cell
 from tests.support.training import Case, drift, run_cases
 
-# Two steps: with few workers ratios amplify the rounding of the model's own gradients. Mixing without a Gram
-# matrix, which takes another way, is in the cells of extrapolation: each mixing cell has one beside it.
-BLOCKS: dict[str, dict[str, tuple[dict[str, Any], int]]] = {
-    "mixing": {"GAF": (BY_PARAMETER, 3)},
-    "scaling": {"VRGD": (ROUGH_VRGD, 2)},
-    "extrapolation": {"GradientMix, PastGradient": ({**MIX, **past(lr=0.1)}, 3)},
+# Mixing without a Gram matrix, which takes another way, is in the cells of extrapolation: each mixing cell
+# has one beside it. GAF is in front of LAMB, PastGradient in front of LARS, VRGD in front of SGD.
+LAMB: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1, "eps": 1e-3}  # not to divide noise by noise
+LARS: dict[str, Any] = {"lr": 0.05, "weight_decay": 0.1, "trust_coefficient": 0.2}
+RULES: dict[str, dict[str, dict[str, Any]]] = {
+    "mixing": {"GAF": {"block": BY_PARAMETER, "optimizer": "Lamb", "params": LAMB, "steps": 3}},
+    # Two steps: with few workers ratios amplify the rounding of the model's own gradients.
+    "scaling": {"VRGD": {"block": ROUGH_VRGD, "steps": 2}},
+    "extrapolation": {
+        "PastGradient": {
+            "block": {**MIX, **past(lr=0.1)},
+            "optimizer": "LARS",
+            "params": LARS,
+            "steps": 3,
+        }
+    },
 }
 LAYOUTS = {
     "data": Layout(2),
@@ -39,17 +49,15 @@ ROUGH_TOLERANCE = {"fp32": 1e-5, "bf16": 0.03, "fp16": 0.03}
 
 
 def case_of(cell: Cell, rule: str) -> Case:
-    block, steps = BLOCKS[cell.slot][rule]
     return Case(
-        block,
         layout=LAYOUTS[cell.parallelism],
         stage={"BF16_Optimizer": 1}.get(cell.engine) or int(cell.engine[-1]),
         dtype=cell.dtype,
         fp32_sums=cell.engine == "BF16_Optimizer",
         accumulation=2,
-        steps=steps,
         tied="pipeline" in cell.parallelism,
         experts=4 if cell.parallelism == "experts" else 0,
+        **RULES[cell.slot][rule],
     )
 
 
@@ -57,19 +65,19 @@ def case_of(cell: Cell, rule: str) -> Case:
 def results(parallelism: str, engine: str) -> list[dict[str, Any]]:
     """Of every rank, by (cell, rule)."""
     here = [cell for cell in SUPPORTED if (cell.parallelism, cell.engine) == (parallelism, engine)]
-    cases = {f"{cell} {rule}": case_of(cell, rule) for cell in here for rule in BLOCKS[cell.slot]}
+    cases = {f"{cell} {rule}": case_of(cell, rule) for cell in here for rule in RULES[cell.slot]}
     return run_ranks(LAYOUTS[parallelism].world, run_cases, cases, timeout=280)
 
 
 @cache
 def expected() -> dict[str, dict[str, Any]]:
-    cases = [essence(case_of(cell, rule)) for cell in SUPPORTED for rule in BLOCKS[cell.slot]]
+    cases = [essence(case_of(cell, rule)) for cell in SUPPORTED for rule in RULES[cell.slot]]
     return run_ranks(1, replays, {repr(case): case for case in cases})[0]
 
 
 @pytest.mark.parametrize("cell", SUPPORTED, ids=str)
 def test_supported(cell: Cell) -> None:
-    for rule in BLOCKS[cell.slot]:
+    for rule in RULES[cell.slot]:
         ranks = [rank[f"{cell} {rule}"] for rank in results(cell.parallelism, cell.engine)]
         assert drift(ranks) == []
         wanted = expected()[repr(essence(case_of(cell, rule)))]

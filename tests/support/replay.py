@@ -20,6 +20,7 @@ from tests.support import models
 from tests.support.layouts import Layout
 from tests.support.reference import Array, gaf_weights, philox, vrgd
 from tests.support.training import LR, Case, groups_of, loss_of
+from tests.support.trust_ratios import ByFormula
 
 Gradients = dict[str, Array]
 Buckets = Sequence[tuple[int, int, list[list[str]]]]  # step, micro-step, and names by bucket
@@ -29,7 +30,7 @@ def replay(case: Case, world: int = 0, buckets: Buckets | None = None) -> dict[s
     """The final weights, and how many steps were skipped after each step.
 
     Args:
-        case: with SGD and without NaNs.
+        case: with SGD, LAMB or LARS, and without NaNs.
         world: the data ranks of a regression.
         buckets: what a rank of a regression reduced together.
     """
@@ -56,7 +57,12 @@ class _Replay:
         self.expert_ranks = 1 if case.layout is None else case.layout.expert
         self.exact = replace(case, dtype="fp64")
         self.model, self.named = _model(case)
-        self.optimizer = torch.optim.SGD(groups_of(self.model, case), lr=LR, momentum=0.5)
+        groups = groups_of(self.model, case)
+        self.optimizer = (
+            torch.optim.SGD(groups, lr=LR, momentum=0.5)
+            if case.optimizer == "SGD"
+            else ByFormula(groups, case.optimizer, **case.params)
+        )
         self.per_worker = self.rule.get("worker", 1)
         self.ahead = _Ahead(self.rule, self.named, self.world // self.per_worker, self.expert_ranks)
         self.smooth = _Smooth(self.rule.get("scaling", {}).get("params", {}).get("momentum", 0.0))
@@ -68,8 +74,7 @@ class _Replay:
             agreed = [self._reduce(total, step, *reduction) for reduction in self._reductions(step, buckets)]
             if any(agreed):
                 for name, value in total.items():
-                    unused = self.case.layout is None and name.split(".")[0] in ("unused", "empty")
-                    self.named[name].grad = None if unused else value
+                    self.named[name].grad = value  # zeros if unused, as DeepSpeed has it
                 self.optimizer.step()
                 self.smooth.commit()
                 self.ahead.commit()

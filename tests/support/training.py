@@ -39,7 +39,8 @@ class Case:
     steps: int = STEPS
     nan_at: tuple[int, int] | None = None  # step and data rank of batches whose loss is NaN
     fp32_sums: bool = False  # gradients in bf16 are summed up in fp32
-    optimizer: str = "SGD"
+    optimizer: str = "SGD"  # or "Adam", or a type of the config's optimizer section: "Lamb", "LARS"
+    params: dict[str, Any] = field(default_factory=dict)  # of that section
     layout: Layout | None = None  # of the language model; without one it is the regression
     tied: bool = False  # the language model's embedding
     experts: int = 0  # of its last block; 0 is an MLP
@@ -88,6 +89,8 @@ def ds_config(case: Case) -> dict[str, Any]:
     }
     if case.layout is None:
         config["optimizer"] = {"type": "SGD", "params": {"lr": LR, "momentum": 0.5}}
+    if case.optimizer not in ("SGD", "Adam"):
+        config["optimizer"] = {"type": case.optimizer, "params": case.params}
     if case.dtype == "bf16":
         config["bf16"] = {"enabled": True}
     if case.dtype == "fp16":
@@ -123,12 +126,14 @@ def build(case: Case, model: torch.nn.Module | None = None) -> Any:
 
     get_accelerator().is_fp16_supported = lambda: True  # slow on a CPU, but true arithmetic
     options: dict[str, Any] = {"config": ds_config(case)}
-    if case.block is not None or case.layout is None:
+    if case.block is not None or case.layout is None or case.optimizer not in ("SGD", "Adam"):
         ds_gradmix.enable()
     if case.layout is not None:
         model = layouts.build_model(case.layout, case.tied, case.experts, options)
     model = model or Regression()
     groups = groups_of(model, case)
+    if case.optimizer not in ("SGD", "Adam"):
+        return deepspeed.initialize(model=model, model_parameters=groups, **options)[0]
     if case.optimizer == "Adam":
         optimizer: Any = torch.optim.Adam(groups, lr=LR / 5, eps=1e-3)  # not to divide noise by noise
     else:

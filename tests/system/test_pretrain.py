@@ -263,6 +263,18 @@ def test_killed_and_resumed_training_equals_uninterrupted_training(
     assert f"first {first:.4f} (step 1), last {last:.4f} (step 12)" in output
 
 
+@pytest.mark.parametrize("config", ["vr_lamb_zero2", "vr_lars_zero1"])
+def test_vr_lamb_and_vr_lars_train(tmp_path: Path, inputs: dict[str, str], config: str) -> None:
+    """The ready configs as they are, by the `deepspeed` command."""
+    mine = {"--deepspeed_config": str(ROOT / "configs" / f"{config}.json"), "--out": str(tmp_path)}
+    options = {**inputs, **mine, "--steps": "12", "--validate-every": "12", "--warmup-steps": "0"}
+    status, output = train(LAUNCH / "pretrain.py", options)
+    assert status == 0, output
+    assert "trust ratios of whole parameters" in output
+    lines = steps_of(tmp_path)
+    assert lines[-1]["val_loss"] < lines[0]["val_loss"] - 0.1 and 0 < lines[-1]["mean_factor"] < 1
+
+
 def test_one_process_without_ds_gradmix_and_without_a_launcher(
     tmp_path: Path, inputs: dict[str, str]
 ) -> None:

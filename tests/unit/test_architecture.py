@@ -23,6 +23,7 @@ LAYERS = {
     "slurm": 0,
     "megatron": 0,
     "config_messages": 0,
+    "optim": 1,
     "rules": 1,
     "config": 2,
     "combine": 3,
@@ -39,16 +40,19 @@ LAYERS = {
 IMPORT_DEEPSPEED = {"engines", "megatron", ""}
 IMPORT_TORCH_DISTRIBUTED = {"comm", "engines", "megatron", "__main__"}
 
-# For what version 0.1.0 could do first (5,500), and for rules from outside and their state in these modules.
-MAX_LINES = 5750
+# For what version 0.1.0 could do first (5,500); rules from outside (250) and optimizers (100) add to it.
+MAX_LINES = 5850
 # Modules and packages that came later have their own limits.
 MAX_LINES_OF_NEW = {
     ("comm.peers", "engines.deepspeed_api", "engines.engine_request"): 400,
     ("rules.lookup", "rules.scaling.andmask", "exchange.mixing_state", "testing"): 750,
+    ("optim", "engines.optimizer_layout", "engines.optimizer_section"): 900,
 }
 MAX_LINES_OF_FILE = 300
 MAX_LINES_OF_FUNCTION = 40
 MAX_PARAMETERS = 6
+# Settings of optimizers are parameters, as in torch.optim.
+SETTINGS = {"optim.lamb.__init__", "optim.lars.__init__"}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 MODULES = {
@@ -120,7 +124,8 @@ def test_sizes() -> None:
             num_lines = (function.end_lineno or 0) - function.lineno + 1
             if num_lines > MAX_LINES_OF_FUNCTION:
                 too_large.append(f"{name}.{function.name}: {num_lines} lines")
-            if (num := num_parameters(function)) > MAX_PARAMETERS:
+            num = num_parameters(function)
+            if num > MAX_PARAMETERS and f"{name}.{function.name}" not in SETTINGS:
                 too_large.append(f"{name}.{function.name}: {num} parameters")
     rest = dict(lines)
     for modules, limit in MAX_LINES_OF_NEW.items():

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from ds_gradmix.cli import main
 from ds_gradmix.config import parse_block
+from ds_gradmix.engines.optimizer_section import OPTIMIZERS, optimizer_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,6 +36,10 @@ def test_deepspeed_takes_it(path: Path) -> None:
         assert config.optimizer_name is None, "Megatron brings its own"
         assert main(["check", str(path)]) == 0
         return
+    if config.optimizer_name.lower() in OPTIMIZERS:
+        assert optimizer_of(json.loads(path.read_text())) is not None
+        assert main(["check", str(path)]) == 0
+        return
     assert config.optimizer_params["torch_adam"], "DeepSpeed's own Adam would have to be compiled first"
 
 
@@ -49,18 +54,26 @@ def test_its_block_names_the_rules_that_its_name_does(path: Path) -> None:
     }
     if len(rules) > 1:
         rules -= {"mean"}
-    assert rules == set(path.stem.split("_")[:-1]) - {"model"}
+    words = path.stem.split("_")[:-1]
+    if words[0] == "vr":  # VRGD in front of the optimizer of that name
+        assert words[1:] == [config["optimizer"]["type"].lower()]
+        words = ["vrgd"]
+    assert rules == set(words) - {"model"}
     assert (block.scope == "model") == ("model" in path.stem)
 
 
 @pytest.mark.parametrize("path", [*DS_CONFIGS, *MEGATRON], ids=name)
 def test_only_the_rules_differ(path: Path) -> None:
-    """So that two of them can be compared: same batch, optimizer, precision and clipping as the control."""
+    """So that two of them can be compared: same batch, optimizer (but for those that are of another one),
+    precision and clipping as the control.
+    """
     control = json.loads(next(path.parent.glob("mean_zero*.json")).read_text())
     config = json.loads(path.read_text())
     for values in (control, config):
         values.pop("gradmix", None)
         values.pop("zero_optimization")
+        if path.stem.startswith("vr_"):
+            values.pop("optimizer")
     assert config == control
 
 

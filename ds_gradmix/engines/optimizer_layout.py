@@ -1,0 +1,108 @@
+"""Where an engine has put the parameters of an optimizer with trust ratios: in flat partitions, or in copies.
+
+After a step's first sweep the sums of squares, `[2, P]` for the P parameters of a param group, are added over
+the ranks that have other partitions of it: one all-reduce of 16 P bytes. Tensor-parallel ranks add the parts
+of a parameter, a replica is counted once, and the sum is taken by one rank and sent to the others, so that it
+is the same bit for bit. Of a weight that several pipeline stages keep, the first stage's sums are copied.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.pipe.module import PipelineModule
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor
+
+from ds_gradmix.comm.groups import RankGroup, TiedParameter
+from ds_gradmix.engines.parallel_groups import is_partitioned, tensor_group, tied_parameters
+from ds_gradmix.engines.reporting import announce_optimizer
+from ds_gradmix.optim.layerwise import LayerwiseOptimizer
+from ds_gradmix.optim.layout import GroupLayout, Part, whole_parameters
+
+
+@dataclass(frozen=True)
+class _SumOverRanks:
+    """Adds sums over the ranks that have other parts of the parameters."""
+
+    partitions: RankGroup | None  # with other partitions of the same flat tensor
+    tensor: RankGroup | None  # with other parts of the same parameters
+    tied: Sequence[tuple[int, TiedParameter]]  # by their position in the param group
+
+    def __call__(self, sums_2P: Tensor) -> None:
+        """Add them in place."""
+        if self.partitions is None and self.tensor is None and not self.tied:
+            return
+        there_2P = sums_2P.to(get_accelerator().current_device_name())  # partitions may be offloaded
+        for group in (self.partitions, self.tensor):
+            if group is not None and self.tensor is not None:
+                group.all_reduce_identical(there_2P)
+            elif group is not None and group.num_ranks > 1:
+                group.all_reduce(there_2P)
+        for position, copies in self.tied:
+            column_2 = there_2P[:, position].contiguous()
+            copies.copy(column_2)
+            there_2P[:, position] = column_2
+        sums_2P.copy_(there_2P)
+
+
+def tell_layouts(engine: Any) -> None:
+    """Tell the engine's optimizer, if it is one with trust ratios, what it steps on."""
+    optimizer = engine.basic_optimizer
+    if isinstance(optimizer, LayerwiseOptimizer):
+        optimizer.use_layouts(list(_layouts_of(engine)))
+        announce_optimizer(engine)
+
+
+def _layouts_of(engine: Any) -> Iterator[tuple[Tensor, GroupLayout]]:
+    found = tensor_group(engine)
+    tensor = None if found is None else RankGroup(found)
+    tied = tied_parameters(engine.module) if isinstance(engine.module, PipelineModule) else []
+    for stepped, params, partitions, parts in _groups_of(engine):
+        plain = whole_parameters(stepped, params)
+        counted = [tensor is None or tensor.is_first or is_partitioned(p) for p in params]
+        positions = {id(p): i for i, p in enumerate(params)}
+        here = [(positions[id(p)], copies) for p, copies in tied if id(p) in positions]
+        add = _SumOverRanks(partitions, tensor, here)
+        yield stepped[0], GroupLayout(parts or plain.parts, plain.one_dimensional, counted, add)
+
+
+_Group = tuple[Sequence[Tensor], Sequence[Tensor], RankGroup | None, Sequence[Part]]
+
+
+def _groups_of(engine: Any) -> Iterator[_Group]:
+    """Of every param group: the tensors that are stepped on, the model's parameters, the ranks with other
+    partitions, and the parts that lie in this rank's, if they are partitions.
+    """
+    wrapper: Any = engine.optimizer
+    if isinstance(wrapper, DeepSpeedZeroOptimizer):
+        for i, flat in enumerate(wrapper.single_partition_of_fp32_groups):
+            group = RankGroup(wrapper.real_dp_process_group[i])
+            params, offsets = wrapper.round_robin_bit16_groups[i], wrapper.round_robin_bit16_offsets[i]
+            yield [flat], params, group, _parts_of(params, offsets, group.rank * flat.numel(), flat.numel())
+    elif isinstance(wrapper, BF16_Optimizer):
+        for i, flat in enumerate(wrapper.fp32_groups_flat_partition):
+            group, params, offsets = RankGroup(wrapper.real_dp_process_group[i]), wrapper.bf16_groups[i], [0]
+            for p in params:
+                offsets.append(offsets[-1] + p.numel())
+            yield [flat], params, group, _parts_of(params, offsets, group.rank * flat.numel(), flat.numel())
+    elif isinstance(wrapper, FP16_UnfusedOptimizer):
+        for copies, params in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
+            yield copies, params, None, []
+    else:
+        for param_group in engine.basic_optimizer.param_groups:
+            yield param_group["params"], param_group["params"], None, []
+
+
+def _parts_of(params: Sequence[Tensor], offsets: Sequence[int], begin: int, size: int) -> list[Part]:
+    """The parts of parameters, at these offsets, in the partition of `size` elements from `begin`."""
+    parts = []
+    for i, p in enumerate(params):
+        first = max(int(offsets[i]), begin)
+        last = min(int(offsets[i]) + p.numel(), begin + size)
+        if first < last:
+            parts.append(Part(0, first - begin, last - first, i))
+    return sorted(parts)
