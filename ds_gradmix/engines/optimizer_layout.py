@@ -61,13 +61,16 @@ def _layouts_of(engine: Any) -> Iterator[tuple[Tensor, GroupLayout]]:
     found = tensor_group(engine)
     tensor = None if found is None else RankGroup(found)
     tied = tied_parameters(engine.module) if isinstance(engine.module, PipelineModule) else []
+    # DeepSpeed's wrappers drop gradients after a step, but keep the buffer of an offloaded partition's.
+    is_wrapped = engine.optimizer is not engine.basic_optimizer
+    spends = is_wrapped and not getattr(engine.optimizer, "cpu_offload", False)
     for stepped, params, partitions, parts in _groups_of(engine):
         plain = whole_parameters(stepped, params)
         counted = [tensor is None or tensor.is_first or is_partitioned(p) for p in params]
         positions = {id(p): i for i, p in enumerate(params)}
         here = [(positions[id(p)], copies) for p, copies in tied if id(p) in positions]
         add = _SumOverRanks(partitions, tensor, here)
-        yield stepped[0], GroupLayout(parts or plain.parts, plain.one_dimensional, counted, add)
+        yield stepped[0], GroupLayout(parts or plain.parts, plain.one_dimensional, counted, add, spends)
 
 
 _Group = tuple[Sequence[Tensor], Sequence[Tensor], RankGroup | None, Sequence[Part]]

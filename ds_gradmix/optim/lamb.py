@@ -85,9 +85,9 @@ class Lamb(LayerwiseOptimizer):
         numerator, root = 1.0, 1.0
         if group["bias_correction"]:
             numerator, root = 1 - beta1 ** group["step"], math.sqrt(1 - beta2 ** group["step"])
-        denominator_C = tile.state["exp_avg_sq"].sqrt().add_(group["eps"] * root)
-        update_C = tile.weights_C * tile.decay_C
-        return update_C.addcdiv_(tile.state["exp_avg"], denominator_C, value=root / numerator)
+        torch.sqrt(tile.state["exp_avg_sq"], out=tile.scratch_C).add_(group["eps"] * root)
+        torch.mul(tile.weights_C, tile.decay_C, out=tile.update_C)
+        return tile.update_C.addcdiv_(tile.state["exp_avg"], tile.scratch_C, value=root / numerator)
 
     def trust_ratios(self, norms_2P: Tensor, group: Mapping[str, Any]) -> Tensor:
         weights_P, updates_P = norms_2P
@@ -97,4 +97,5 @@ class Lamb(LayerwiseOptimizer):
         return torch.where((weights_P > 0) & (updates_P > 0), ratios_P, 1.0)
 
     def take_step(self, tile: TileTensors, ratios_C: Tensor, group: Mapping[str, Any]) -> None:
-        tile.weights_C.addcmul_(self._update(tile, group), ratios_C, value=-group["lr"])
+        update_C = tile.update_C if tile.keeps_update else self._update(tile, group)
+        tile.weights_C.addcmul_(update_C, ratios_C, value=-group["lr"])

@@ -73,7 +73,8 @@ class Lars(LayerwiseOptimizer):
         return torch.where((weights_P > 0) & (compared_P > 0), ratios_P, 1.0)
 
     def take_step(self, tile: TileTensors, ratios_C: Tensor, group: Mapping[str, Any]) -> None:
-        update_C = torch.addcmul(tile.grads_C, tile.weights_C, tile.decay_C).mul_(ratios_C)
+        update_C = torch.mul(tile.weights_C, tile.decay_C, out=tile.scratch_C)
+        update_C.add_(tile.grads_C).mul_(ratios_C)
         if group["momentum"]:
             buffer_C = tile.state["momentum_buffer"].mul_(group["momentum"]).add_(update_C)
             update_C = update_C.add_(buffer_C, alpha=group["momentum"]) if group["nesterov"] else buffer_C

@@ -21,7 +21,7 @@ from ds_gradmix.optim.layout import GroupLayout, Tile, tiles_of, whole_parameter
 
 _WHOLE = "whole parameters"  # in a copy of an optimizer: whether its param groups hold them
 # Elements: on a CPU a tile's tensors stay in a core's cache, on a GPU each kernel has enough to do.
-_CPU_TILE, _GPU_TILE = 1 << 16, 1 << 24
+_CPU_TILE, _GPU_TILE = 1 << 17, 1 << 24
 
 
 class TileTensors(NamedTuple):
@@ -31,6 +31,17 @@ class TileTensors(NamedTuple):
     grads_C: Tensor
     state: Mapping[str, Tensor]  # each `[C]`
     decay_C: Tensor  # the weight decay of each column, `[C]` or `[1]`
+    update_C: Tensor  # memory for an update
+    keeps_update: bool  # whether what the first sweep wrote there is still there in the second
+    scratch_C: Tensor  # more memory, since a CPU is slow to give it
+
+
+class _Memory(NamedTuple):
+    """What the tiles of a step compute in."""
+
+    update_C: Tensor
+    scratch_C: Tensor
+    spends_gradients: bool
 
 
 class _Plan(NamedTuple):
@@ -96,16 +107,19 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         group["step"] += 1
         decay_P = torch.full_like(plan.plain_P, group["weight_decay"], dtype=_wide(params[0].dtype))
         decay_P.masked_fill_(plan.plain_P, 0.0)
+        columns = max((tile.num_columns for tile in plan.tiles), default=0)
+        update_C, scratch_C = decay_P.new_empty(2, columns)
+        memory = _Memory(update_C, scratch_C, plan.layout.spends_gradients)
         squares = []
         for tile in plan.tiles:
-            tensors = _load(tile, group, state, decay_P)
+            tensors = _load(tile, group, state, decay_P, memory)
             for values_C in (tensors.weights_C, self.measure(tensors, group)):
                 squares.append(tile.segments.sum_of_squares(values_C))
             _store(tile, group, state, tensors)
         ratios_P = self.trust_ratios(_add_up(plan, squares).sqrt_(), group)
         ratios_P = torch.nn.functional.pad(ratios_P, (0, 1)).masked_fill_(plan.plain_P, 1.0).to(decay_P.dtype)
         for tile in plan.tiles:
-            tensors = _load(tile, group, state, decay_P)
+            tensors = _load(tile, group, state, decay_P, memory)
             self.take_step(tensors, tile.expand(ratios_P), group)
             _store(tile, group, state, tensors)
 
@@ -229,13 +243,24 @@ def _add_up(plan: _Plan, squares: Sequence[Tensor]) -> Tensor:
 
 
 def _load(
-    tile: Tile, group: Mapping[str, Any], state: Mapping[str, Sequence[Tensor]], decay_P: Tensor
+    tile: Tile,
+    group: Mapping[str, Any],
+    state: Mapping[str, Sequence[Tensor]],
+    decay_P: Tensor,
+    memory: _Memory,
 ) -> TileTensors:
-    weights_C = tile.load(group["params"])
-    wide = _wide(weights_C.dtype)
     grads = [p if p.grad is None else p.grad for p in group["params"]]
-    kept = {name: tile.load(tensors) for name, tensors in state.items()}
-    return TileTensors(weights_C.to(wide), tile.load(grads).to(wide), kept, tile.expand(decay_P))
+    grads_C = tile.load(grads)
+    keeps = memory.spends_gradients and tile.is_view(grads) and grads_C.dtype == decay_P.dtype
+    return TileTensors(
+        tile.load(group["params"]).to(decay_P.dtype),
+        grads_C.to(decay_P.dtype),
+        {name: tile.load(tensors) for name, tensors in state.items()},
+        tile.expand(decay_P),
+        grads_C if keeps else memory.update_C[: tile.num_columns],
+        keeps,
+        memory.scratch_C[: tile.num_columns],
+    )
 
 
 def _store(

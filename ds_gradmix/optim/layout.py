@@ -35,6 +35,7 @@ class GroupLayout:
     one_dimensional: Sequence[bool]  # whether each parameter has one dimension, or none
     counted: Sequence[bool]  # whether this rank's parts are added to the sums; of replicas one rank's are
     all_reduce: Callable[[Tensor], None] = _identity  # adds `[2, P]`, float64, over ranks in place
+    spends_gradients: bool = False  # nobody reads them after a step, so updates may take their place
 
     @property
     def num_params(self) -> int:
@@ -53,9 +54,14 @@ class Tile:
     """Some elements of a param group as one flat tensor of C columns."""
 
     runs: Sequence[tuple[int, int, int]]  # tensor, start and length, of one dtype on one device
+    num_columns: int  # C
     params: Sequence[int]  # those that the columns belong to; P stands for padding
     params_S: Tensor  # the same
     segments: Segments  # which of them each column belongs to
+
+    def is_view(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether `load` gives a view."""
+        return len(self.runs) == 1 and tensors[self.runs[0][0]].is_contiguous()
 
     def expand(self, values_P: Tensor) -> Tensor:
         """Values of parameters by column: `[C]`, or `[1]` where all columns have the same."""
@@ -71,12 +77,7 @@ class Tile:
 
     def store(self, tensors: Sequence[Tensor], values_C: Tensor) -> None:
         """Bring what `load` gave, and was changed in place, to where it is from; a view is there already."""
-        tensor, start, length = self.runs[0]
-        if (
-            len(self.runs) == 1
-            and tensors[tensor].is_contiguous()
-            and values_C.dtype == tensors[tensor].dtype
-        ):
+        if self.is_view(tensors) and values_C.dtype == tensors[self.runs[0][0]].dtype:
             return
         parts = values_C.split([length for *_, length in self.runs])
         for (tensor, start, length), part in zip(self.runs, parts, strict=True):
@@ -142,4 +143,5 @@ def _tile(parts: Sequence[Part], device: torch.device) -> Tile:
     params = list(dict.fromkeys(part.param for part in parts))
     ids, lengths = [params.index(part.param) for part in parts], [part.length for part in parts]
     params_S = to_device(torch.tensor(params), device)
-    return Tile(runs, params, params_S, Segments(ids, lengths, len(params), device))
+    segments = Segments(ids, lengths, len(params), device)
+    return Tile(runs, sum(lengths), params, params_S, segments)

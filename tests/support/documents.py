@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from benchmarks import bad_worker
 from ds_gradmix.config import SLOTS, GradmixConfig
 from ds_gradmix.engines.deepspeed_api import TESTED_VERSIONS
+from ds_gradmix.optim import Lamb, Lars
 from ds_gradmix.rules import GradientFreeMixing, GramianMixing, Rule, Scaling
 from tests.support import scaling_table, support_matrix
 
@@ -213,10 +214,28 @@ def _badge(name: str, text: str) -> str:
     )
 
 
+def optimizers() -> str:
+    """The settings of LAMB and LARS, from their signatures and docstrings."""
+    return table(["`type`", "param", "default", "meaning"], _setting_rows())
+
+
+def _setting_rows() -> Iterator[Sequence[str]]:
+    for name, kind in (("Lamb", Lamb), ("LARS", Lars)):
+        described = (inspect.getdoc(kind) or "").partition("Args:")[2].partition("Raises:")[0]
+        meanings = dict(re.findall(r"^ {4}([\w, ]+): (.*(?:\n {8}.*)*)", described, re.MULTILINE))
+        for setting, parameter in inspect.signature(kind).parameters.items():
+            if setting == "params":
+                continue
+            (meaning,) = [text for names, text in meanings.items() if setting in names.split(", ")]
+            value = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
+            yield [name, f"`{setting}`", f"`{json.dumps(value)}`", re.sub(r"\s+", " ", meaning).rstrip(".")]
+
+
 PARTS: Mapping[str, Callable[[], str]] = {
     "versions": versions,
     "keys": config_keys,
     "rules": rules,
+    "optimizers": optimizers,
     "support matrix": support_matrix.table,
     "scaling": scaling_table.table,
     "picture": picture,

@@ -17,6 +17,7 @@ import ds_gradmix
 from benchmarks import bad_worker
 from ds_gradmix.cli import main
 from ds_gradmix.config import parse_block
+from ds_gradmix.engines.optimizer_section import optimizer_of
 from tests.support.documents import ROOT, Block, blocks, commands
 from tests.support.ranks import run_ranks
 
@@ -35,6 +36,7 @@ COMMANDS = {
     "srun ": "test_start.py",
     "deepspeed --num_accelerators 4 --module ds_gradmix launch/pretrain.py": "test_parallel.py",
     "python benchmarks/bad_worker.py": "test_the_picture_can_be_made_again",
+    "python benchmarks/step_time.py": "test_step_times_are_measured",
     "python -m ds_gradmix check": "test_a_rule_of_ones_own",
     "python -m tests.support.documents": "test_generated_parts_are_written",
     "python -m pytest -m gpu": "test_gpu_tests_are_there",
@@ -95,6 +97,9 @@ def test_make_has_the_targets() -> None:
 def test_json(block: Block) -> None:
     """Blocks of ds_config.json; those with the reader's own rules are for test_a_rule_of_ones_own."""
     config = json.loads("{" + block.text + "}")
+    if block.document == "docs/optimizers.md":
+        assert list(config) == ["optimizer"] and optimizer_of(config) is not None
+        return
     assert list(config) == ["gradmix"]
     if block.document != "docs/adding-a-rule.md":
         parse_block(config["gradmix"])
@@ -209,6 +214,21 @@ def test_combine_as_in_the_document() -> None:
     assert scope["info"]["weights"][7] == 0
 
 
+def test_an_optimizer_without_deepspeed() -> None:
+    (block,) = blocks("docs/optimizers.md", "python")
+    scope: dict[str, Any] = {}
+    exec(block.text, scope)
+    assert scope["optimizer"].param_groups[0]["step"] == 1
+
+
+def test_step_times_are_measured() -> None:
+    extrapolation, optimizers = (command.split() for command in chosen("python benchmarks/step_time.py"))
+    fewer = ["--width", "32", "--depth", "2", "--tokens", "8", "--rounds", "1"]
+    assert "step with" not in run(sys.executable, *extrapolation[1:], *fewer)
+    told = run(sys.executable, *optimizers[1:], *fewer)
+    assert "ZeRO-2, fp32: Lamb / AdamW; step: median" in told and "LARS / AdamW" in told
+
+
 def test_every_piece_of_code_is_run_above() -> None:
-    ran = {"docs/starting.md", "docs/rules.md", "docs/adding-a-rule.md"}
+    ran = {"docs/starting.md", "docs/rules.md", "docs/adding-a-rule.md", "docs/optimizers.md"}
     assert {block.document for block in blocks(language="python")} == ran

@@ -6,6 +6,7 @@ import copy
 import io
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 
 from ds_gradmix.optim import Lamb, Lars, layerwise
 from ds_gradmix.optim.layout import GroupLayout, Part
+from tests.support.solo import NoSynchronisation, PeakMemory
 from tests.support.trust_ratios import ByFormula
 
 SHAPES = [(40, 30), (30,), (7, 5, 3), (), (1, 200), (64, 64), (3,)]
@@ -128,7 +130,7 @@ def test_partitions_of_a_flat_tensor_equal_whole_parameters(
         optimizer.param_groups[0]["params"] = [flat]
         parts = [Part(0, max(at - rank * size, 0), n, i) for i, at, n in cut(spans, rank * size, size)]
         counted = [True] * len(SHAPES)
-        layout = GroupLayout(parts, [len(shape) <= 1 for shape in SHAPES], counted)
+        layout = GroupLayout(parts, [len(shape) <= 1 for shape in SHAPES], counted, spends_gradients=True)
         optimizers.append((optimizer, layout))
     for step in range(12):
         take_steps(optimizers, flats, spans, size, step)
@@ -167,8 +169,12 @@ def take_steps(optimizers: Any, flats: Any, spans: Any, size: int, step: int) ->
     whole = torch.zeros(2 * size)
     for grad, (at, n) in zip(gradients(step), spans, strict=True):
         whole[at : at + n] = grad.reshape(-1)
-    for flat, part in zip(flats, whole.split(size), strict=True):
-        flat.grad = part.clone()
+
+    def give_gradients() -> None:
+        for flat, part in zip(flats, whole.split(size), strict=True):
+            flat.grad = part.clone()
+
+    give_gradients()
     given: list[torch.Tensor] = []
     before = [flat.detach().clone() for flat in flats]
     for (optimizer, layout), flat in zip(optimizers, flats, strict=True):
@@ -177,6 +183,7 @@ def take_steps(optimizers: Any, flats: Any, spans: Any, size: int, step: int) ->
         optimizer._plans.clear()
         optimizer.step()
         optimizer.load_state_dict(saved)
+    give_gradients()
     for (optimizer, layout), flat, old in zip(optimizers, flats, before, strict=True):
         flat.data.copy_(old)
         optimizer.use_layouts([(flat, replaced(layout, lambda sums: sums.copy_(given[0] + given[1])))])
@@ -185,7 +192,7 @@ def take_steps(optimizers: Any, flats: Any, spans: Any, size: int, step: int) ->
 
 
 def replaced(layout: GroupLayout, all_reduce: Any) -> GroupLayout:
-    return GroupLayout(layout.parts, layout.one_dimensional, layout.counted, all_reduce)
+    return replace(layout, all_reduce=all_reduce)
 
 
 @pytest.mark.parametrize("kind", [Lamb, Lars])
@@ -277,11 +284,30 @@ def test_tensors_that_nobody_knows_are_refused(kind: type) -> None:
 
 @pytest.mark.parametrize("kind", [Lamb, Lars])
 def test_the_host_does_not_wait(kind: type) -> None:
-    from ds_gradmix.testing.checks import _Waits
-
     params = parameters()
-    optimizer = kind(params, lr=0.1)
-    train(optimizer, params, 0, 1)
-    with _Waits() as waits:
-        train(optimizer, params, 1, 2)
-    assert waits.names == set()
+    optimizer = kind(params, lr=0.1, weight_decay=0.1)
+    with NoSynchronisation():
+        train(optimizer, params, 0, 2)
+
+
+@pytest.mark.parametrize("lengths", [[3_000_000], [100] * 30_000, [700, 50_000, 3] * 60])
+@pytest.mark.parametrize("kind", [Lamb, Lars])
+def test_memory_beyond_the_state_is_a_few_tiles(kind: type, lengths: list[int]) -> None:
+    """And some numbers for each parameter."""
+    flat = torch.nn.Parameter(torch.randn(sum(lengths)))
+    optimizer = kind([flat], lr=0.1, weight_decay=0.1)
+    starts = (
+        [sum(lengths[:i]) for i in range(len(lengths))]
+        if len(lengths) < 1000
+        else range(0, flat.numel(), 100)
+    )
+    parts = [Part(0, start, n, i) for i, (start, n) in enumerate(zip(starts, lengths, strict=True))]
+    optimizer.use_layouts([(flat, GroupLayout(parts, [False] * len(parts), [True] * len(parts)))])
+    flat.grad = torch.randn_like(flat)
+    optimizer.step()  # makes the state
+    with PeakMemory() as watch:
+        optimizer.step()
+    tile_bytes = 4 * layerwise._CPU_TILE
+    assert tile_bytes / 2 < watch.peak_bytes < 5 * tile_bytes + 200 * len(parts), (
+        watch.peak_bytes / tile_bytes
+    )

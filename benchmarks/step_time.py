@@ -1,4 +1,7 @@
-"""Measures the time that each extrapolation rule takes: steps of engines with it and without, on 2 ranks.
+"""Measures step times on 2 ranks: with each extrapolation rule against without one, or with LAMB and LARS
+against AdamW.
+
+    python benchmarks/step_time.py [--optimizers] [--stage 2] [--dtype fp32] [--tokens 2048]
 
 The model is a sequence of matrices, and the batch has as many tokens as that of a small language model on a
 rank, so that a step computes about as much for each parameter as in training. Quote the median, since single
@@ -11,6 +14,7 @@ import argparse
 import os
 import socket
 import statistics
+import sys
 import time
 from typing import Any
 
@@ -21,35 +25,50 @@ from cases import usual_blocks
 RAW = argparse.RawDescriptionHelpFormatter
 
 
-def build(width: int, depth: int, block: dict[str, Any], stage: int, dtype: str) -> Any:
-    """An engine with a gradmix block."""
+ADAMW: dict[str, Any] = {"type": "AdamW", "params": {"lr": 1e-4, "weight_decay": 0.01, "torch_adam": True}}
+LAYERWISE = {name: {"type": name, "params": {"lr": 1e-4, "weight_decay": 0.01}} for name in ("Lamb", "LARS")}
+
+
+def variants(optimizers: bool) -> dict[str, dict[str, Any]]:
+    """What is compared, as parts of a ds_config; the first is what the others are compared with."""
+    if optimizers:
+        return {"AdamW": {}, **{name: {"optimizer": section} for name, section in LAYERWISE.items()}}
+    rules = {"none": {}, **usual_blocks("extrapolation")}
+    return {name: {"gradmix": block} for name, block in rules.items()}
+
+
+def build(options: argparse.Namespace, variant: dict[str, Any]) -> Any:
+    """An engine of a variant."""
     import deepspeed
 
     import ds_gradmix
 
     ds_gradmix.enable()
     torch.manual_seed(0)
-    model = torch.nn.Sequential(*(torch.nn.Linear(width, width, bias=False) for _ in range(depth)))
+    width = options.width
+    model = torch.nn.Sequential(*(torch.nn.Linear(width, width, bias=False) for _ in range(options.depth)))
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True}},
-        "zero_optimization": {"stage": stage},
-        "gradmix": block,
+        "optimizer": ADAMW,
+        "zero_optimization": {"stage": options.stage},
+        **variant,
     }
-    if dtype == "bf16":
+    if options.dtype == "bf16":
         config["bf16"] = {"enabled": True}
     return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
 
 
-def step_seconds(engine: Any, tokens: int) -> float:
-    """The seconds of a training step on this rank, from a barrier on."""
+def step_seconds(engine: Any, tokens: int) -> tuple[float, float]:
+    """The seconds of a training step on this rank, from a barrier on; and of the optimizer in it."""
     parameter = next(engine.parameters())
     x = torch.randn(tokens, parameter.shape[0]).to(parameter.dtype)
     torch.distributed.barrier()
     start = time.perf_counter()
     engine.backward(engine(x).square().mean())
+    middle = time.perf_counter()
     engine.step()
-    return time.perf_counter() - start
+    end = time.perf_counter()
+    return end - start, end - middle
 
 
 def rank_main(rank: int, options: argparse.Namespace, port: int) -> None:
@@ -61,27 +80,30 @@ def rank_main(rank: int, options: argparse.Namespace, port: int) -> None:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled first
     deepspeed.init_distributed("gloo", verbose=False)
-    shape = (options.width, options.depth)
-    blocks = {"none": {}, **usual_blocks("extrapolation")}
-    engines = {name: build(*shape, block, options.stage, options.dtype) for name, block in blocks.items()}
+    engines = {name: build(options, variant) for name, variant in variants(options.optimizers).items()}
     for engine in engines.values():
         step_seconds(engine, options.tokens)
-    steps = [
+    rounds = [
         {name: step_seconds(engine, options.tokens) for name, engine in engines.items()}
         for _ in range(options.rounds)
     ]
-    for name in [name for name in engines if name != "none"] if rank == 0 else []:
-        ratios = [seconds[name] / seconds["none"] for seconds in steps]
-        print(
-            f"ZeRO-{options.stage}, {options.dtype}: step with {name} / without: median "
-            f"{statistics.median(ratios):.3f} of {len(ratios)} pairs ({min(ratios):.3f} to {max(ratios):.3f})"
-        )
+    first, *others = engines
+    for name in others if rank == 0 else ():
+        print(f"ZeRO-{options.stage}, {options.dtype}: {name} / {first}", end="")
+        for part, what in enumerate(("step", "engine.step alone")):
+            ratios = [seconds[name][part] / seconds[first][part] for seconds in rounds]
+            quoted = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+            print(f"; {what}: median {quoted}", end="")
+        print(f"; {len(rounds)} pairs")
     torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads may abort an interpreter that ends by itself
 
 
 def main() -> None:
     """Parse the options and start two ranks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=RAW)
+    parser.add_argument("--optimizers", action="store_true", help="LAMB and LARS against torch's AdamW")
     parser.add_argument("--stage", type=int, choices=(1, 2), default=2)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--width", type=int, default=512)
