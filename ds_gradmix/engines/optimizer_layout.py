@@ -18,10 +18,13 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
 from ds_gradmix.comm.groups import RankGroup, TiedParameter
+from ds_gradmix.engines.deepspeed_api import check_attributes
 from ds_gradmix.engines.parallel_groups import is_partitioned, tensor_group, tied_parameters
 from ds_gradmix.engines.reporting import announce_optimizer
 from ds_gradmix.optim.layerwise import LayerwiseOptimizer
 from ds_gradmix.optim.layout import GroupLayout, Part, whole_parameters
+
+_KINDS: Sequence[type] = (DeepSpeedZeroOptimizer, BF16_Optimizer, FP16_UnfusedOptimizer)
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,9 @@ def tell_layouts(engine: Any) -> None:
     """Tell the engine's optimizer, if it is one with trust ratios, what it steps on."""
     optimizer = engine.basic_optimizer
     if isinstance(optimizer, LayerwiseOptimizer):
+        for kind in _KINDS:
+            if isinstance(engine.optimizer, kind):
+                check_attributes(engine.optimizer, kind.__name__)
         optimizer.use_layouts(list(_layouts_of(engine)))
         announce_optimizer(engine)
 

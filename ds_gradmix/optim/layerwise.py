@@ -147,6 +147,7 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         the group's layout.
         """
         self._layouts = {id(tensor): (tensor, layout) for tensor, layout in layouts}
+        self._plans.clear()
         self.waits_for_layouts = False
 
     def _plan_of(self, group: Mapping[str, Any]) -> _Plan:

@@ -67,7 +67,7 @@ DIVIDED = {
     )
     for kind, (layout, stages, more) in LAYOUTS.items()
     for stage in stages
-    for name in (OPTIMIZERS if kind in ("tensor", "pipeline") and stage < 2 else BOTH)
+    for name in (OPTIMIZERS if kind in ("tensor", "pipeline") and stage == 1 else BOTH)
 }
 
 
