@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from ds_gradmix import combine
+from ds_gradmix.optim import Lamb, Lars
 from tests.support.engines import build_with
 from tests.support.gradients import NASTY, RULES, SIZES, gaussian
 from tests.support.ranks import run_ranks
@@ -71,6 +72,23 @@ def test_no_host_synchronisation(name: str, owners: str) -> None:
         reduce_bucket(
             block, [100_000] * 8, OWNERS[owners], flat, warm_up=warm_up, around=no_synchronisation()
         )
+
+
+@pytest.mark.parametrize("kind", [Lamb, Lars])
+def test_optimizers_on_cuda_equal_cpu_and_do_not_wait(kind: type) -> None:
+    shapes, ends = [(300, 40), (40,), (7, 3), (2000, 1000)], []
+    for device in ("cpu", "cuda"):
+        generator = torch.Generator().manual_seed(1)
+        params = [torch.nn.Parameter(torch.randn(s, generator=generator).to(device)) for s in shapes]
+        optimizer = kind(params, lr=0.01, weight_decay=0.1)
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator).to(device)
+            with no_synchronisation() if device == "cuda" else contextlib.nullcontext():
+                optimizer.step()
+        ends.append([p.detach().cpu() for p in params])
+    for on_cpu, on_cuda in zip(*ends, strict=True):
+        torch.testing.assert_close(on_cuda, on_cpu, rtol=1e-5, atol=1e-6)
 
 
 def train_fp16(block: dict[str, Any], zero: dict[str, Any], dtype: str, overflow: bool) -> dict[str, Any]:
