@@ -19,6 +19,7 @@ from ds_gradmix.costs.model import Cluster, Workload
 from ds_gradmix.costs.report import cost_table, scale_table
 from ds_gradmix.engines.compatibility import refused_settings
 from ds_gradmix.engines.deepspeed_api import TESTED_VERSIONS
+from ds_gradmix.engines.optimizer_section import optimizer_of
 from ds_gradmix.ops import multi_tensor
 
 VERBS = ("check", "env")
@@ -55,6 +56,7 @@ def _check(options: argparse.Namespace) -> int:
     try:
         config = _read(options.config)
         block = _block_of(config)
+        optimizer_of(config)
         clusters = _clusters(options, block)
         tables = [cost_table(config, block, clusters)]
         for cluster in clusters if options.params else ():

@@ -27,13 +27,9 @@ from ds_gradmix.engines.allreduce import AllReduceAdapter
 from ds_gradmix.engines.compatibility import check_request, lookup, refused_optimizer
 from ds_gradmix.engines.context import EngineContext
 from ds_gradmix.engines.engine_request import arguments_of, config_of, groups_of, request_of
+from ds_gradmix.engines.optimizer_install import check_built_optimizer, check_optimizer, take_its_place
 from ds_gradmix.engines.optimizer_layout import tell_layouts
-from ds_gradmix.engines.optimizer_section import (
-    OPTIMIZERS,
-    check_built_optimizer,
-    check_optimizer,
-    take_its_place,
-)
+from ds_gradmix.engines.optimizer_section import OPTIMIZERS
 from ds_gradmix.engines.parallel_groups import find_parallel_groups
 from ds_gradmix.engines.weight_hooks import attach
 from ds_gradmix.engines.zero12 import GradmixZeroOptimizer

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ds_gradmix.ops.gram import gram
+
 _MAX_BLOCK_SIZE = 4096
 _MIN_BLOCK_SIZE = 64
 _ROWS_FOR_ONE_PRODUCT = 32  # with so many rows one matrix product keeps a GPU busy, with fewer a batched one
@@ -88,10 +90,10 @@ class Segments:
         self._shared_segments, self._shared_blocks, self._shared_begins, self._shared_ends, _ = shared
 
     def gram(self, values_WC: Tensor) -> Tensor:
-        """Gram matrices `[S, W, W]` of `[W, C]`, in float64: no overflow, and no tensor-core rounding."""
-        if self.num_segments == 1 and len(values_WC) >= _ROWS_FOR_ONE_PRODUCT:
-            exact_WC = values_WC.double()
-            return torch.mm(exact_WC, exact_WC.t())[None]
+        """Gram matrices `[S, W, W]` of `[W, C]`, in float64 (gram.py)."""
+        one_product = len(values_WC) >= _ROWS_FOR_ONE_PRODUCT or values_WC.device.type == "cpu"
+        if self.num_segments == 1 and one_product:
+            return gram(values_WC)[None]
         blocks_BWC = self._blocks(values_WC, torch.float64)
         return self._sum_blocks(blocks_BWC, lambda x_BWC: torch.bmm(x_BWC, x_BWC.transpose(1, 2)))
 

@@ -352,7 +352,7 @@ TIED: dict[str, Any] = {"layout": Layout(2, pipe=2), "tied": True, "steps": 50}
 ALL = {"exclude_one_dimensional": False}
 PIPELINES = {
     f"{engine} {kind}": Case(
-        {**GAF, **past(lr=0.01)},
+        {**GAF, **past(lr=0.01)} if kind == "Lamb" else None,
         **TIED,
         **options,
         **{**KINDS[kind], "params": {**KINDS[kind]["params"], **ALL}},

@@ -252,6 +252,16 @@ def test_check_tells_mistakes(
     assert words in error and all(line.startswith(f"{path}: ") for line in error.splitlines())
 
 
+def test_check_tells_mistakes_of_our_optimizers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without importing DeepSpeed for it."""
+    section = {"type": "LAMB", "params": {"betas": [0.9, 2], "beta": 1}}
+    path = write(tmp_path / "c.json", {"gradmix": {}, "optimizer": section})
+    assert main(["check", path]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert f"{path}: optimizer.params.beta: unknown key (value 1); allowed: lr, betas, eps" in first
+    assert f"{path}: optimizer.params.betas: 2, but allowed is a number of at least 0 and below 1" in second
+
+
 def test_check_without_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(tmp_path / "none.json")]) == 2
     assert "No such file" in capsys.readouterr().err
