@@ -4,12 +4,16 @@
 that is spread over ranks; both call these functions. Nothing here communicates.
 """
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
 from ds_gradmix.ops.segments import Segments, to_device, weighted_sum
 from ds_gradmix.rules.base import GramianMixing, RngKey, Scaling
 from ds_gradmix.rules.decision import MixingDecision
+
+_COLUMNS = 1 << 16
 
 
 def decide_without_gradients(weights_SW: Tensor, present_W: Tensor) -> MixingDecision:
@@ -51,16 +55,31 @@ def mean_cosine(gram_SWW: Tensor) -> Tensor:
 
 def mix(grads_WC: Tensor, weights_WS: Tensor, segments: Segments) -> Tensor:
     """`sum_i w_i g_i`, `[C]`, in the dtype of the weights, float32 or float64."""
-    return weighted_sum(grads_WC.to(weights_WS.dtype), segments.expand(weights_WS))
+    chunks = _column_chunks(grads_WC, segments.expand(weights_WS))
+    return _joined([weighted_sum(part_WC.to(weights.dtype), weights) for part_WC, weights in chunks])
 
 
 def scaling_statistics(
     rule: Scaling, grads_WC: Tensor, weights_WS: Tensor, segments: Segments
 ) -> tuple[Tensor, Tensor]:
     """The weighted mean `[C]`, and a scaling rule's statistics `[K, C]`."""
-    weights_WC = segments.expand(weights_WS)
-    mean_C = weighted_sum(grads_WC.to(weights_WS.dtype), weights_WC)
-    return mean_C, rule.statistics(grads_WC, weights_WC, mean_C)
+    means, statistics = [], []
+    for part_WC, weights_WC in _column_chunks(grads_WC, segments.expand(weights_WS)):
+        means.append(weighted_sum(part_WC.to(weights_WC.dtype), weights_WC))
+        statistics.append(rule.statistics(part_WC, weights_WC, means[-1]))
+    return _joined(means), _joined(statistics)
+
+
+def _column_chunks(grads_WC: Tensor, weights_WC: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Gradients and their weights, on a CPU by as many columns as stay in its cache."""
+    size = _COLUMNS if grads_WC.device.type == "cpu" else max(grads_WC.shape[1], 1)
+    grads = grads_WC.split(size, dim=1)
+    weights = weights_WC.split(size, dim=1) if weights_WC.shape[1] > 1 else [weights_WC] * len(grads)
+    return zip(grads, weights, strict=True)
+
+
+def _joined(chunks: Sequence[Tensor]) -> Tensor:
+    return chunks[0] if len(chunks) == 1 else torch.cat(list(chunks), dim=-1)
 
 
 def layer_sums(rule: Scaling, mean_C: Tensor, statistics_KC: Tensor, params: Segments) -> Tensor:

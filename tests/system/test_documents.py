@@ -35,6 +35,7 @@ COMMANDS = {
     "torchrun ": "test_start.py",
     "srun ": "test_start.py",
     "deepspeed --num_accelerators 4 --module ds_gradmix launch/pretrain.py": "test_parallel.py",
+    "python benchmarks/arithmetic.py": "test_arithmetic_is_measured",
     "python benchmarks/bad_worker.py": "test_the_picture_can_be_made_again",
     "python benchmarks/step_time.py": "test_step_times_are_measured",
     "python -m ds_gradmix check": "test_a_rule_of_ones_own",
@@ -219,6 +220,12 @@ def test_an_optimizer_without_deepspeed() -> None:
     scope: dict[str, Any] = {}
     exec(block.text, scope)
     assert scope["optimizer"].param_groups[0]["step"] == 1
+
+
+def test_arithmetic_is_measured() -> None:
+    (command,) = (command.split() for command in chosen("python benchmarks/arithmetic.py"))
+    told = run(sys.executable, *command[1:], "--columns", "1000", "--rounds", "1")
+    assert told.count("times copying the input") == 4 and told.count("Gram matrix ") == 4
 
 
 def test_step_times_are_measured() -> None:
