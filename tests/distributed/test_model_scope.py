@@ -89,7 +89,8 @@ def test_gradients_are_sent_once(name: str) -> None:
         np.testing.assert_equal(gathered["weights"], runs()[0][name][0]["weights"])
         assert gathered["skipped"] == anew["skipped"]
         for ours, theirs in zip(gathered["told"], anew["told"], strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-12)  # inner products are summed in another order
+            # Inner products are summed in another order, in float32 first.
+            assert ours == pytest.approx(theirs, rel=1e-6)
         assert 0 < gathered["sent"] <= 0.51 * anew["sent"]  # shares differ by an element
     if name == "skip":
         assert gathered["skipped"] == STEPS

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+_NOT_CONNECTED = "the ranks are not connected"
+_CONSEQUENCES = ("Connection", "without a word")  # of what became of another rank
 _CONTEXT = multiprocessing.get_context("forkserver")
 _MUON = "deepspeed.runtime.zero.muon.muon_optimizer"  # the first engine imports it, and it torch's compiler
 _MODELS = "transformers.models.llama"
@@ -39,6 +41,15 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
         RankError: if any rank raised.
         TimeoutError: if they are not done in time; they are killed.
     """
+    try:
+        return _run_ranks(world, function, args, timeout)
+    except RankError as error:
+        if _NOT_CONNECTED not in str(error):
+            raise
+    return _run_ranks(world, function, args, timeout)  # nothing has run: gloo's ranks did not find each other
+
+
+def _run_ranks(world: int, function: Callable[..., Any], args: tuple[Any, ...], timeout: float) -> list[Any]:
     port = free_port()
     pipes = [_CONTEXT.Pipe(duplex=False) for _ in range(world)]
     processes = [
@@ -59,7 +70,10 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
                 process.kill()
     failures = [text for failed, text in results if failed]
     if failures:  # the cause, rather than what its loss did to the others
-        raise RankError(min(failures, key=lambda text: "Connection" in text or "without a word" in text))
+        failures.sort(
+            key=lambda text: (any(words in text for words in _CONSEQUENCES), _NOT_CONNECTED not in text)
+        )
+        raise RankError(failures[0])
     return [value for _, value in results]
 
 
@@ -91,7 +105,10 @@ def _rank(
     torch.set_num_threads(1)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # needs a compiler; gloo serves
     try:
-        deepspeed.init_distributed("gloo", verbose=False)
+        try:
+            deepspeed.init_distributed("gloo", verbose=False)
+        except RuntimeError as error:
+            raise RuntimeError(_NOT_CONNECTED) from error
         sender.send_bytes(pickle.dumps((False, function(*args))))  # tensors by value, not by shared memory
     except BaseException:
         sender.send_bytes(pickle.dumps((True, traceback.format_exc())))
