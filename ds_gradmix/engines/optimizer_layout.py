@@ -76,15 +76,18 @@ def _layouts_of(engine: Any) -> Iterator[tuple[Tensor, GroupLayout]]:
         positions = {id(p): i for i, p in enumerate(params)}
         here = [(positions[id(p)], copies) for p, copies in tied if id(p) in positions]
         add = _SumOverRanks(partitions, tensor, here)
-        yield stepped[0], GroupLayout(parts or plain.parts, plain.one_dimensional, counted, add, spends)
+        yield (
+            stepped[0],
+            GroupLayout(plain.parts if parts is None else parts, plain.one_dimensional, counted, add, spends),
+        )
 
 
-_Group = tuple[Sequence[Tensor], Sequence[Tensor], RankGroup | None, Sequence[Part]]
+_Group = tuple[Sequence[Tensor], Sequence[Tensor], RankGroup | None, Sequence[Part] | None]
 
 
 def _groups_of(engine: Any) -> Iterator[_Group]:
     """Of every param group: the tensors that are stepped on, the model's parameters, the ranks with other
-    partitions, and the parts that lie in this rank's, if they are partitions.
+    partitions, and the parts that lie in this rank's; None for these where they are no partitions.
     """
     wrapper: Any = engine.optimizer
     if isinstance(wrapper, DeepSpeedZeroOptimizer):
@@ -100,10 +103,10 @@ def _groups_of(engine: Any) -> Iterator[_Group]:
             yield [flat], params, group, _parts_of(params, offsets, group.rank * flat.numel(), flat.numel())
     elif isinstance(wrapper, FP16_UnfusedOptimizer):
         for copies, params in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
-            yield copies, params, None, []
+            yield copies, params, None, None
     else:
         for param_group in engine.basic_optimizer.param_groups:
-            yield param_group["params"], param_group["params"], None, []
+            yield param_group["params"], param_group["params"], None, None
 
 
 def _parts_of(params: Sequence[Tensor], offsets: Sequence[int], begin: int, size: int) -> list[Part]:

@@ -10,7 +10,8 @@ leave float32's range, or could be lost below it, the columns are taken in float
 import torch
 from torch import Tensor
 
-_CHUNK, _SUM = 1 << 16, 128
+CACHED_COLUMNS = 1 << 16  # of a few rows, which a core's cache holds
+_SUM = 128
 _SMALLEST = 1e-30  # of a chunk's sum of squares: what float32 loses below 1e-38 is nothing beside it
 
 
@@ -19,7 +20,7 @@ def gram(values_WC: Tensor) -> Tensor:
     if values_WC.device.type != "cpu" or values_WC.dtype == torch.float64:
         return exact_gram(values_WC)
     total_WW = values_WC.new_zeros(len(values_WC), len(values_WC), dtype=torch.float64)
-    for chunk_WC in values_WC.split(_CHUNK, dim=1):
+    for chunk_WC in values_WC.split(CACHED_COLUMNS, dim=1):
         total_WW += _gram_of_chunk(chunk_WC)
     return total_WW
 

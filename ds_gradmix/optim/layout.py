@@ -101,13 +101,15 @@ def tiles_of(
     """
     tiles: list[Tile] = []
     runs: list[Part] = []
+    filled = 0
     for run in _runs_of(layout, tensors, present, size):
         first = tensors[runs[0].tensor] if runs else tensors[run.tensor]
         same = (first.dtype, first.device) == (tensors[run.tensor].dtype, tensors[run.tensor].device)
-        if runs and not (same and sum(r.length for r in runs) + run.length <= size):
+        if runs and not (same and filled + run.length <= size):
             tiles.append(_tile(runs, first.device))
-            runs = []
+            runs, filled = [], 0
         runs.append(run)
+        filled += run.length
     if runs:
         tiles.append(_tile(runs, tensors[runs[0].tensor].device))
     return tiles
@@ -141,7 +143,8 @@ def _tile(parts: Sequence[Part], device: torch.device) -> Tile:
             length += before
         runs.append((tensor, start, length))
     params = list(dict.fromkeys(part.param for part in parts))
-    ids, lengths = [params.index(part.param) for part in parts], [part.length for part in parts]
+    positions = {param: i for i, param in enumerate(params)}
+    ids, lengths = [positions[part.param] for part in parts], [part.length for part in parts]
     params_S = to_device(torch.tensor(params), device)
     segments = Segments(ids, lengths, len(params), device)
     return Tile(runs, sum(lengths), params, params_S, segments)

@@ -9,11 +9,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ds_gradmix.ops.gram import CACHED_COLUMNS
 from ds_gradmix.ops.segments import Segments, to_device, weighted_sum
 from ds_gradmix.rules.base import GramianMixing, RngKey, Scaling
 from ds_gradmix.rules.decision import MixingDecision
-
-_COLUMNS = 1 << 16
 
 
 def decide_without_gradients(weights_SW: Tensor, present_W: Tensor) -> MixingDecision:
@@ -72,7 +71,7 @@ def scaling_statistics(
 
 def _column_chunks(grads_WC: Tensor, weights_WC: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Gradients and their weights, on a CPU by as many columns as stay in its cache."""
-    size = _COLUMNS if grads_WC.device.type == "cpu" else max(grads_WC.shape[1], 1)
+    size = CACHED_COLUMNS if grads_WC.device.type == "cpu" else max(grads_WC.shape[1], 1)
     grads = grads_WC.split(size, dim=1)
     weights = weights_WC.split(size, dim=1) if weights_WC.shape[1] > 1 else [weights_WC] * len(grads)
     return zip(grads, weights, strict=True)

@@ -16,11 +16,10 @@ from tests.support.ranks import run_ranks
 from tests.support.replay import essence, replays
 from tests.support.support_matrix import SUPPORTED, Cell
 from tests.support.training import Case, drift, run_cases
+from tests.support.trust_ratios import LAMB, LARS
 
 # Mixing without a Gram matrix, which takes another way, is in the cells of extrapolation: each mixing cell
 # has one beside it. GAF is in front of LAMB, PastGradient in front of LARS, VRGD in front of SGD.
-LAMB: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1, "eps": 1e-3}  # not to divide noise by noise
-LARS: dict[str, Any] = {"lr": 0.05, "weight_decay": 0.1, "trust_coefficient": 0.2}
 RULES: dict[str, dict[str, dict[str, Any]]] = {
     "mixing": {"GAF": {"block": BY_PARAMETER, "optimizer": "Lamb", "params": LAMB, "steps": 3}},
     # Two steps: with few workers ratios amplify the rounding of the model's own gradients.

@@ -32,9 +32,8 @@ from tests.support.training import (
     train,
     weights_of,
 )
+from tests.support.trust_ratios import LAMB, LARS
 
-LAMB: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1, "eps": 1e-3}
-LARS: dict[str, Any] = {"lr": 0.05, "weight_decay": 0.1, "trust_coefficient": 0.2}
 KINDS: dict[str, dict[str, Any]] = {
     "Lamb": {"optimizer": "Lamb", "params": LAMB},
     "LARS": {"optimizer": "LARS", "params": LARS},

@@ -13,9 +13,8 @@ from tests.support.layouts import Layout
 from tests.support.ranks import run_ranks
 from tests.support.replay import essence, replay, replays
 from tests.support.training import Case, drift, relative, run_cases
+from tests.support.trust_ratios import LAMB, LARS
 
-LAMB: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1, "eps": 1e-3}  # not to divide noise by noise
-LARS: dict[str, Any] = {"lr": 0.05, "weight_decay": 0.1, "trust_coefficient": 0.2}
 EVERY = {"exclude_one_dimensional": False}
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "Lamb": {"optimizer": "Lamb", "params": LAMB},

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 
 Settings = Mapping[str, Any]
+# With which small models train for a dozen steps.
+LAMB: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1, "eps": 1e-3}  # not to divide noise by noise
+LARS: dict[str, Any] = {"lr": 0.05, "weight_decay": 0.1, "trust_coefficient": 0.2}
 
 
 def lamb(theta: Any, g: Any, state: dict[str, Any], given: Settings, t: int) -> torch.Tensor:

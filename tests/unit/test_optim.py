@@ -179,18 +179,16 @@ def take_steps(optimizers: Any, flats: Any, spans: Any, size: int, step: int) ->
     before = [flat.detach().clone() for flat in flats]
     for (optimizer, layout), flat in zip(optimizers, flats, strict=True):
         saved = copy.deepcopy(optimizer.state_dict())
-        optimizer.use_layouts([(flat, replaced(layout, lambda sums: given.append(sums.clone())))])
+        optimizer.use_layouts([(flat, replace(layout, all_reduce=lambda sums: given.append(sums.clone())))])
         optimizer.step()
         optimizer.load_state_dict(saved)
     give_gradients()
     for (optimizer, layout), flat, old in zip(optimizers, flats, before, strict=True):
         flat.data.copy_(old)
-        optimizer.use_layouts([(flat, replaced(layout, lambda sums: sums.copy_(given[0] + given[1])))])
+        optimizer.use_layouts(
+            [(flat, replace(layout, all_reduce=lambda sums: sums.copy_(given[0] + given[1])))]
+        )
         optimizer.step()
-
-
-def replaced(layout: GroupLayout, all_reduce: Any) -> GroupLayout:
-    return replace(layout, all_reduce=all_reduce)
 
 
 @pytest.mark.parametrize("kind", [Lamb, Lars])
