@@ -126,7 +126,7 @@ def _block_of(config: Mapping[str, Any]) -> GradmixConfig:
 
 def resolved(block: GradmixConfig) -> dict[str, Any]:
     """The block as ds_config.json would have it, with every default written out."""
-    out = dict(block)
+    out = {slot: getattr(block, slot) for slot in SLOTS} | block.model_dump(exclude=set(SLOTS))
     for slot in SLOTS:
         if (rule := out[slot]) is not None:
             out[slot] = {"type": rule.type_name(), "params": rule.model_dump()}

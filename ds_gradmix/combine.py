@@ -54,7 +54,12 @@ def _combine(
     mixing = config.mixing if len(grads_WN) > 1 else Mean()
     if isinstance(mixing, GramianMixing):
         state_KW = mixing.initial_state(len(grads_WN)).to(grads_WN.device)
-        decision, _ = apply.decide_from_gram(mixing, segments.gram(grads_WN), present_W, key, state_KW)
+        sizes = lengths if by_param else [grads_WN.shape[1]]
+        if config.sketch_size is None:
+            gram_SWW = segments.gram(grads_WN)
+        else:
+            gram_SWW = apply.sketched_gram(grads_WN, sizes, config.sketch_size, key)
+        decision = apply.decide_from_gram(mixing, gram_SWW, present_W, key, state_KW).decision
     else:
         assert isinstance(mixing, GradientFreeMixing)
         drawn_SW = torch.from_numpy(mixing.weights(key, len(grads_WN), segments.num_segments))

@@ -4,7 +4,8 @@
       "mixing":  {"type": "GAF",  "params": {"threshold": 0.97}},
       "scaling": {"type": "VRGD", "params": {"gamma": 0.1, "momentum": 0.9}},
       "extrapolation": {"type": "PastGradient", "params": {"lr": 0.05}},
-      "scope": "bucket", "seed": 1234, "nonfinite": "propagate", "tile_bytes": 33554432
+      "scope": "bucket", "gram": {"sketch": 1048576}, "transport": "deepspeed",
+      "seed": 1234, "nonfinite": "propagate", "tile_bytes": 33554432
     }
 
 A slot names a rule by `type`, one of ours in any case or `package.module:Class`, and gives its `params`,
@@ -31,6 +32,16 @@ class ConfigError(ValueError):
     """A mistake in the configuration; the message has its JSON path, the value and what is allowed."""
 
 
+class GramSketch(BaseModel):
+    """Gram matrices from sketches of the gradients (ops/sketch.py)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    sketch: int = Field(
+        ge=8, le=2**28, description="float32 numbers that a worker's gradient is projected to"
+    )
+
+
 class GradmixConfig(BaseModel):
     """A validated gradmix block; frozen, so one instance may serve every bucket."""
 
@@ -43,6 +54,14 @@ class GradmixConfig(BaseModel):
     )
     scope: Literal["bucket", "parameter", "model"] = Field(
         "bucket", description="what one Gram matrix covers; all of the model, as published, not with ZeRO-2"
+    )
+    gram: Literal["exact"] | GramSketch = Field(
+        "exact",
+        description="Gram matrices from the gradients, or from random projections of them to so many float32",
+    )
+    transport: Literal["deepspeed", "exchange"] = Field(
+        "deepspeed",
+        description="who sums gradients that are weighted before: DeepSpeed, or an exchange in fewer bytes",
     )
     worker: Literal["rank", "node"] | Annotated[int, Field(ge=1)] = Field(
         "rank", description="so many consecutive ranks are averaged into one worker before any rule"
@@ -59,6 +78,11 @@ class GradmixConfig(BaseModel):
     )
 
     @property
+    def sketch_size(self) -> int | None:
+        """The numbers of a sketch, None for exact Gram matrices."""
+        return self.gram.sketch if isinstance(self.gram, GramSketch) else None
+
+    @property
     def decides_for_model(self) -> bool:
         """Whether one decision needs all gradients of the step."""
         return self.mixing.needs_gram and self.scope == "model"
@@ -66,7 +90,9 @@ class GradmixConfig(BaseModel):
     def describe(self) -> str:
         """One line: the rules with their params, and the other settings that change results."""
         parts = [f"{slot} {rule!r}" for slot in SLOTS if (rule := getattr(self, slot)) is not None]
-        settings = ("scope", "worker", "seed", "nonfinite")
+        gram = "exact" if self.sketch_size is None else f"sketch {self.sketch_size}"
+        parts += [f"scope {self.scope}", f"gram {gram}"]
+        settings = ("transport", "worker", "seed", "nonfinite")
         return ", ".join(parts + [f"{name} {getattr(self, name)}" for name in settings])
 
 
@@ -104,7 +130,19 @@ def parse_block(block: object, path: str = KEY) -> GradmixConfig:
         value = values.pop(name, None)  # null is the default, in every slot
         if value is not None and (rule := _parse_slot(f"{path}.{name}", value, slot, mistakes)) is not None:
             values[name] = rule
+    if isinstance(gram := values.get("gram", "exact"), Mapping):
+        values["gram"] = _validated(f"{path}.gram", GramSketch, gram, mistakes) or "exact"
+    elif gram != "exact":
+        allowed = f'"exact" or {{"sketch": {messages.allowed_text(GramSketch, "sketch")}}} (default "exact")'
+        hint = messages.nearest(gram, ["exact"]) or "change it, or remove it for the default"
+        mistakes.append(messages.wrong_value(f"{path}.gram", values.pop("gram"), allowed, hint))
     parsed = _validated(path, GradmixConfig, values, mistakes)
+    if parsed is not None and parsed.sketch_size is not None and parsed.scaling is not None:
+        mistakes.append(
+            f'{path}.gram: {{"sketch": {parsed.sketch_size}}} with {path}.scaling '
+            f"{parsed.scaling.type_name()}, for which the gradients themselves meet, so that a sketch would "
+            'save nothing; allowed is "exact": remove it'
+        )
     if parsed is None or mistakes:
         raise ConfigError("\n".join(mistakes))
     return parsed

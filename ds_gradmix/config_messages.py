@@ -54,6 +54,11 @@ def _properties(model: type[BaseModel]) -> Mapping[str, Any]:
         return {}
 
 
+def allowed_text(model: type[BaseModel], name: str) -> str:
+    """What a field may be."""
+    return _option_text(_properties(model)[name])
+
+
 def is_oversized(value: object) -> bool:
     """Whether this is an integer that int64 cannot hold; Python does not even print one of 5,000 digits."""
     return isinstance(value, int) and abs(value) >= 2**63

@@ -38,9 +38,11 @@ class WorkerGroup(RankGroup):
         group: dist.ProcessGroup | None,
         levels: WorkerLevels | None = None,
         decision_group: RankGroup | None = None,
+        node_levels: WorkerLevels | None = None,
     ) -> None:
         super().__init__(group)
         self._split(levels, decision_group)
+        self._node_levels = node_levels
 
     def _split(self, levels: WorkerLevels | None, decision_group: RankGroup | None) -> None:
         self.levels = levels  # None where a worker is one rank
@@ -49,6 +51,12 @@ class WorkerGroup(RankGroup):
         self.replicas_per_worker = levels.num_replicas if levels else 1
         self.size = self.num_ranks // self.ranks_per_worker  # W
         self.number = self.rank // self.ranks_per_worker  # of the worker that this rank belongs to
+
+    def for_sums(self) -> "WorkerGroup":
+        """The same ranks where gradients, which are weighted already, are only summed: inside of nodes first,
+        whatever a worker is.
+        """
+        return WorkerGroup(self.group, self._node_levels)
 
     @property
     def num_replicas(self) -> int:
@@ -82,7 +90,7 @@ class WorkerGroup(RankGroup):
             by_place, sizes = [sum(sizes[place::n]) for place in range(n)], sizes[self.rank % n :: n]
             parts = received[: n * sum(sizes)]
             self.levels.intra.all_to_all(parts, sent, [sum(sizes)] * n, by_place)
-            sent = sent[: sum(sizes)].copy_(_sum(parts.view(n, -1)).div_(self.replicas_per_worker))
+            sent = sent[: sum(sizes)].copy_(sum_rows(parts.view(n, -1), self.replicas_per_worker))
         result = received[: self.size * columns]
         inter.all_to_all(result, sent, [columns] * self.size, sizes)
         return result.view(self.size, columns)
@@ -104,14 +112,15 @@ class WorkerGroup(RankGroup):
             self.decision_group.all_reduce_identical(values)
 
 
-def _sum(values_RC: Tensor) -> Tensor:
-    """The sum of the rows in float32, on a CPU without converting a copy of all rows first."""
+def sum_rows(values_RC: Tensor, divisor: int = 1) -> Tensor:
+    """The sum of the rows by a divisor, in float32, on a CPU without converting a copy of all rows first."""
     if values_RC.device.type != "cpu" or values_RC.dtype == torch.float32:
-        return values_RC.sum(0, dtype=torch.float32)
-    total_C = values_RC[0].float()
-    for row_C in values_RC[1:]:
-        total_C += row_C
-    return total_C
+        total_C = values_RC.sum(0, dtype=torch.float32)
+    else:
+        total_C = values_RC[0].float()
+        for row_C in values_RC[1:]:
+            total_C += row_C
+    return total_C if divisor == 1 else total_C.div_(divisor)
 
 
 @dataclass(frozen=True)

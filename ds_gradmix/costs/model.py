@@ -95,6 +95,7 @@ class RuleCost(NamedTuple):
     launches: float = 0.0  # small kernels, one after another, of the rank that decides, for each decision
     state_numbers: int = 0  # of a mixing rule, sent with each decision
     layer_terms: int = 0  # float64 that are summed over the ranks for each parameter tensor
+    steps: float = 0.0  # of one program, one after another, of the rank that decides, for each decision
     bytes_per_element: float = 0.0  # read and written for every worker's gradient element
 
 

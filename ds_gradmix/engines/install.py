@@ -122,7 +122,7 @@ def _build(engine: Any, build: Callable[[], None], given: Mapping[str, Any], blo
     def context() -> EngineContext:
         return EngineContext(
             block,
-            find_parallel_groups(engine, everyone, block.worker),
+            find_parallel_groups(engine, everyone, block),
             lambda: int(engine.global_steps),
             functools.partial(reporting.report_step, engine),
             sums_gradients=not engine.gradient_average,

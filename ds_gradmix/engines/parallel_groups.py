@@ -15,8 +15,8 @@ from deepspeed.utils.bwc import bwc_tensor_model_parallel_group, bwc_tensor_mode
 
 from ds_gradmix.comm.consistency import ConsistencyCheck
 from ds_gradmix.comm.groups import RankGroup, TiedParameter, gather_objects, group_of, ranks_of
-from ds_gradmix.comm.workers import ParallelGroups, WorkerGroup
-from ds_gradmix.config import ConfigError
+from ds_gradmix.comm.workers import ParallelGroups, WorkerGroup, WorkerLevels
+from ds_gradmix.config import ConfigError, GradmixConfig
 from ds_gradmix.engines.compatibility import refused_sequence_group
 from ds_gradmix.engines.worker_size import find_levels
 from ds_gradmix.exchange.bucket import ParamInfo
@@ -64,7 +64,7 @@ def shard_info(parallel: ParallelGroups, named: Named) -> ShardInfo | None:
     return ShardInfo(labels, counts, tensor)
 
 
-def find_parallel_groups(engine: Any, everyone: ConsistencyCheck, worker: str | int) -> ParallelGroups:
+def find_parallel_groups(engine: Any, everyone: ConsistencyCheck, config: GradmixConfig) -> ParallelGroups:
     """The groups of this rank in an engine; all ranks must call this, once the engine has its process groups.
 
     Raises:
@@ -86,9 +86,8 @@ def find_parallel_groups(engine: Any, everyone: ConsistencyCheck, worker: str | 
     stage = next(ranks for ranks in stage_sets if dist.get_rank() in ranks)
     model_ranks = next(ranks for ranks in model_sets if dist.get_rank() in ranks)
     decision_group = None if stage == sorted(ranks_of(data)) else RankGroup(group_of(stage_sets))
-    workers = WorkerGroup(
-        data, find_levels(data, worker, 1 if sum_sequence_ranks else sequence_size), decision_group
-    )
+    levels = find_levels(data, config.worker, 1 if sum_sequence_ranks else sequence_size)
+    workers = WorkerGroup(data, levels, decision_group, _node_levels(data, config))
     model = workers.decision_group if model_ranks == stage else RankGroup(group_of(model_sets))
     return ParallelGroups(
         workers,
@@ -97,7 +96,7 @@ def find_parallel_groups(engine: Any, everyone: ConsistencyCheck, worker: str | 
         None if tensor is None else RankGroup(tensor),
         sequence,
         sum_sequence_ranks,
-        _experts(engine),
+        _experts(engine, config),
         tied_parameters(engine.module) if is_pipeline else [],
         is_pipeline,
     )
@@ -136,13 +135,26 @@ def _shares_replicas(data: tuple[int, ...], sequence: tuple[int, ...]) -> bool:
     return True
 
 
-def _experts(engine: Any) -> dict[tuple[int, ...], WorkerGroup]:
+def _node_levels(group: dist.ProcessGroup | None, config: GradmixConfig) -> WorkerLevels | None:
+    """The ranks of a node, where gradients are summed there first; a call of all ranks."""
+    if config.transport == "deepspeed":
+        return None
+    try:
+        levels = find_levels(group, "node", 1)
+    except ConfigError:  # nodes of different sizes: on all ranks
+        return None
+    if levels is None or levels.inter.num_ranks == 1:
+        return None
+    return levels._replace(num_replicas=1)  # a sum, and no mean
+
+
+def _experts(engine: Any, config: GradmixConfig) -> dict[tuple[int, ...], WorkerGroup]:
     if not engine.has_moe_layers:
         return {}
     found = {}
     for name in sorted(engine.expert_data_parallel_group):
         group = engine.expert_data_parallel_group[name]
-        found[ranks_of(group)] = WorkerGroup(group)
+        found[ranks_of(group)] = WorkerGroup(group, node_levels=_node_levels(group, config))
     return found
 
 

@@ -23,7 +23,7 @@ Memory beyond the bucket: at most 3 `tile_bytes`, plus the small numbers above. 
 what has been sent is overwritten by what was received, and that by the result.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from typing import NamedTuple
 
@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from ds_gradmix.comm.groups import RankGroup
+from ds_gradmix.comm.workers import sum_rows
 from ds_gradmix.config import GradmixConfig
 from ds_gradmix.exchange.bucket import Bucket, CommDtypes, ParamSpan
 from ds_gradmix.exchange.factor_momentum import FactorMomentum
@@ -73,6 +74,13 @@ class Decided(NamedTuple):
     decision: MixingDecision
     next_state_SKW: Tensor | None
     present_W: Tensor
+
+
+class GramShare(NamedTuple):
+    """This rank's share of Gram matrices, which add up to them."""
+
+    values_SWW: Tensor
+    errors_S: Tensor | None = None  # the standard error of their cosines, where they are of sketches
 
 
 class Exchange:
@@ -129,16 +137,41 @@ class Exchange:
             gram_SWW += Segments([0], [rows_WC.shape[1]], 1, device, workers.size).gram(rows_WC)
         return gram_SWW
 
-    def decide(self, gram_SWW: Tensor, present_W: Tensor, key: RngKey, group: RankGroup) -> Decided:
+    def decide_on(
+        self, flat_N: Tensor, spans: Sequence[ParamSpan], key: RngKey, gram: Callable[[], GramShare]
+    ) -> Decided:
+        """The decision for a bucket alone, from what `gram` returns if the rule needs Gram matrices."""
+        group = self.workers.decision_group
+        present_W = self.weighting.present([span.of(flat_N) for span in spans], group)
+        if self.config.mixing.needs_gram:
+            return self.decide(gram(), present_W, key, group)
+        return Decided(self.weighting.decide(spans, present_W, key), None, present_W)
+
+    def decide(self, gram: GramShare, present_W: Tensor, key: RngKey, group: RankGroup) -> Decided:
         """Decide from Gram matrices of which every rank of a group has a share; the first of them decides."""
+        gram_SWW, errors_S = gram
         rule, state_KW = self.config.mixing, self.state.values_KW
         assert isinstance(rule, GramianMixing)
         group.reduce(gram_SWW)
-        sent = gram_SWW.new_empty(len(gram_SWW), self.workers.size + 2 + state_KW.numel())
+        sent = gram_SWW.new_empty(len(gram_SWW), self.workers.size + 3 + state_KW.numel())
         if group.is_first:
-            sent = packed(*decide_from_gram(rule, gram_SWW, present_W, key, state_KW))
+            sent = packed(decide_from_gram(rule, gram_SWW, present_W, key, state_KW))
         group.broadcast(sent)
-        return Decided(*unpacked(sent, self.workers.size), present_W)
+        decision, margin_S, next_state_SKW = unpacked(sent, self.workers.size)
+        if errors_S is not None:
+            self.weighting.stats.add_close_calls(margin_S < 3 * errors_S, group.num_ranks)
+        return Decided(decision, next_state_SKW, present_W)
+
+    def note(self, decided: Decided, elements_S: Tensor | float) -> None:
+        """Take a decision on segments of so many elements into the statistics and the rule's state."""
+        self.weighting.stats.add_decision(decided.decision, elements_S, decided.present_W)
+        if decided.next_state_SKW is not None:
+            self.state.add(decided.next_state_SKW, elements_S)
+
+    def weigh(self, flat_N: Tensor, spans: Sequence[ParamSpan], decided: Decided) -> None:
+        """Multiply a worker's own gradients by the weights that were decided."""
+        self.note(decided, self.weighting.num_elements(spans, len(decided.decision.weights_SW)))
+        self.weighting.weigh(flat_N, spans, decided.decision)
 
 
 class PendingExchange:
@@ -152,12 +185,8 @@ class PendingExchange:
 
     def decide(self, key: RngKey) -> Decided:
         """The decision for this bucket alone."""
-        exchange, group = self._exchange, self._exchange.workers.decision_group
-        grads = [span.of(self.tiled.flat_N) for span in self._bucket.spans]
-        present_W = exchange.weighting.present(grads, group)
-        if exchange.config.mixing.needs_gram:
-            return exchange.decide(self.gram(), present_W, key, group)
-        return Decided(exchange.weighting.decide(self._bucket.spans, present_W, key), None, present_W)
+        gram = lambda: GramShare(self.gram())  # noqa: E731
+        return self._exchange.decide_on(self.tiled.flat_N, self._bucket.spans, key, gram)
 
     def gram(self) -> Tensor:
         """Gram matrices `[S, W, W]` of this rank's share of the bucket."""
@@ -181,9 +210,7 @@ class PendingExchange:
         tiled.resume()
         one_row = len(decision.weights_SW) == 1
         elements_S = float(sum(plan.num_elements)) if one_row else plan.num_elements_P
-        exchange.weighting.stats.add_decision(decision, elements_S, decided.present_W)
-        if decided.next_state_SKW is not None:
-            exchange.state.add(decided.next_state_SKW, elements_S)
+        exchange.note(decided, elements_S)
         weights_WS = decision.weights_SW.t().float()
         segments = plan.as_one if one_row else plan.by_param
         if exchange.config.scaling is not None:
@@ -193,6 +220,14 @@ class PendingExchange:
             for k, grads_WC in tiled.sweep(last=True):
                 tiled.write_result(k, mix(grads_WC, weights_WS, segments[k]))
         self._bucket.store(tiled.flat_N)
+
+    def sum(self) -> None:
+        """Write the sum of all workers' gradients, which are weighted already, as `combine` does."""
+        if not self._plan.tiles:
+            return
+        for k, grads_WC in self.tiled.sweep(last=True):
+            self.tiled.write_result(k, sum_rows(grads_WC))
+        self._bucket.store(self.tiled.flat_N)
 
     def _scale(self, rule: Scaling, segments: Sequence[Segments], weights_WS: Tensor) -> None:
         """Statistics of all tiles, their sums over every parameter on all the ranks, and factors."""

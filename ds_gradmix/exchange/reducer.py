@@ -1,8 +1,9 @@
 """The reduction of one engine's gradients, whatever the optimizer: a step from its first bucket to its end.
 
 Each bucket goes downwards: check that all ranks are at the same bucket, sum over sequence-parallel ranks,
-keep the worker's own gradient for extrapolation, leave out what is not finite, and then by one of three
-ways (transport.py): left to DeepSpeed, weighted and left to DeepSpeed, or exchanged.
+keep the worker's own gradient for extrapolation, leave out what is not finite, and then by one of the
+ways of transport.py: left to DeepSpeed; weighted, by weights that are decided before, and then summed by
+DeepSpeed or by an exchange; or exchanged.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,8 +16,9 @@ from ds_gradmix.comm.groups import ranks_of
 from ds_gradmix.comm.workers import ParallelGroups, WorkerGroup
 from ds_gradmix.config import GradmixConfig
 from ds_gradmix.exchange.bucket import Bucket, CommDtypes, ParamSpan, ParamTable, runs_of
-from ds_gradmix.exchange.exchange import Decided, Exchange, PendingExchange
+from ds_gradmix.exchange.exchange import Decided, Exchange, GramShare, PendingExchange
 from ds_gradmix.exchange.factor_momentum import FactorMomentum
+from ds_gradmix.exchange.sketched import Segment, SketchedGrams
 from ds_gradmix.exchange.state import RuleState, WorkerWeights
 from ds_gradmix.exchange.step_stats import StepStats
 from ds_gradmix.exchange.transport import Transport, choose_transport
@@ -60,7 +62,7 @@ class GradientReducer:
         self.parallel = parallel
         self.transport = choose_transport(config, parallel.workers.size, parallel.sum_sequence_ranks)
         # Whether one decision is taken from all gradients of a step.
-        self.decides_for_model = self.transport is Transport.EXCHANGE and config.decides_for_model
+        self.decides_for_model = self.transport is not Transport.STOCK and config.decides_for_model
         self.stats: Mapping[str, float] = {}  # of the last step
         self.momentum: FactorMomentum | None = None
         if (rule := config.scaling) is not None and rule.factor_momentum > 0 and parallel.workers.size > 1:
@@ -72,12 +74,20 @@ class GradientReducer:
         self._sequence = parallel.sequence if parallel.sum_sequence_ranks else None  # to be summed over
         self._sums = StepStats(params.device)
         self._exchanges: dict[tuple[int, ...], Exchange] = {}
+        self._sketches: dict[tuple[int, ...], SketchedGrams] = {}
+        self._totals: dict[tuple[int, ...], Exchange] = {}  # sum what is weighted already
         # Experts are spread over several data-parallel ranks: their gradient is the sum over a smaller group
         # of workers, divided by the number of all.
         for workers in (*parallel.experts.values(), parallel.workers):
             share = weight_sum * workers.size / parallel.workers.size
             weighting = Weighting(config, workers, params.infos, self._sums, share)
-            self._exchanges[workers.ranks] = Exchange(weighting, self.momentum)
+            exchange = self._exchanges[workers.ranks] = Exchange(weighting, self.momentum)
+            if config.mixing.needs_gram and config.sketch_size is not None:
+                self._sketches[workers.ranks] = SketchedGrams(exchange, config.sketch_size)
+            if self.transport is Transport.SUMMED:
+                plain = GradmixConfig(tile_bytes=config.tile_bytes)
+                summing = replace(weighting, config=plain, workers=workers.for_sums())
+                self._totals[workers.ranks] = Exchange(summing, None)
         self._backward = Backward()
         mixing = [exchange.state for exchange in self._exchanges.values()]
         self.state = RuleState(config, mixing, self.momentum, weights, params.layout)
@@ -154,6 +164,11 @@ class GradientReducer:
             self._sum_sequence_ranks(grads)
         exchange = self._exchanges[self.parallel.workers.ranks]
         present_W = exchange.weighting.present([grad.detach() for _, grad in grads], self.parallel.model)
+        if self._sketches:
+            counted = [grad.detach().reshape(-1) for i, grad in grads if self._params.infos[i].counted]
+            gram = self._sketches[exchange.workers.ranks].of([Segment(0, counted)] if counted else [], key)
+            self._backward.decided = exchange.decide(gram, present_W, key, self.parallel.model)
+            return []
         alone = [(i, grad.detach()) for i, grad in grads if not buckets or i in self._tied]
         gram_SWW = exchange.gram([grad for i, grad in alone if self._params.infos[i].counted], dtypes)
         pending = []
@@ -162,7 +177,7 @@ class GradientReducer:
             pending.append(exchange.send(replace(bucket, spans=spans)))
             gram_SWW += pending[-1].gram()
             pending[-1].tiled.suspend()
-        self._backward.decided = exchange.decide(gram_SWW, present_W, key, self.parallel.model)
+        self._backward.decided = exchange.decide(GramShare(gram_SWW), present_W, key, self.parallel.model)
         return pending
 
     def _sum_sequence_ranks(self, grads: Grads) -> None:
@@ -180,7 +195,7 @@ class GradientReducer:
             self.weights.keep_gradients([i for i, _ in grads], parts, last=last)
 
     def _combine(self, bucket: Bucket, key: RngKey, pending: PendingExchange | None = None) -> None:
-        """The three ways of a bucket, which may be sent already."""
+        """The ways of a bucket, which may be sent already."""
         if self.transport is Transport.STOCK:
             bucket.replay()
             return
@@ -194,11 +209,17 @@ class GradientReducer:
             pending = pending or exchange.send(replace(bucket, spans=spans))
             pending.combine(self._backward.decided or pending.decide(key))
             return
-        flat_N = bucket.load()
-        exchange.weighting.weigh(flat_N, spans, key)
+        flat_N, ranks = bucket.load(), bucket.workers.ranks
+        if spans:
+            gram = lambda: self._sketches[ranks].of_bucket(flat_N, spans, key)  # noqa: E731
+            decided = self._backward.decided or exchange.decide_on(flat_N, spans, key, gram)
+            exchange.weigh(flat_N, spans, decided)
         for span in done if bucket.workers.rank != 0 else ():
             span.of(flat_N).zero_()  # it is there already, and survives the sum
-        bucket.sum(flat_N)
+        if self.transport is Transport.SUMMED:
+            self._totals[ranks].send(replace(bucket, tensors=[flat_N])).sum()
+        else:
+            bucket.sum(flat_N)
         bucket.store(flat_N)
 
     def end_backward(self, *, last: bool, gradient_scale: float) -> None:
@@ -215,7 +236,8 @@ class GradientReducer:
         self.check((), "optimizer step")
         if self.transport is Transport.STOCK:
             return False
-        self.stats = self._sums.read(self.parallel, scaled=self.config.scaling is not None)
+        scaled, sketched = self.config.scaling is not None, bool(self._sketches)
+        self.stats = self._sums.read(self.parallel, scaled=scaled, sketched=sketched)
         if not self.parallel.decisions_are_global:  # experts have a state of their own, for theirs
             self._exchanges[self.parallel.workers.ranks].state.sum_over(self.parallel.model)
         drops = self.stats.get("dropped_workers", 0.0)

@@ -9,7 +9,8 @@ from ds_gradmix.comm.workers import ParallelGroups
 from ds_gradmix.rules import MixingDecision
 
 _DECISION_SUMS = ["elements", "kept", "effective", "cosine", "agreed", "decisions", "empty", "dropped"]
-_SUMS = [*_DECISION_SUMS, "factor", "scaled"]
+_SUMS = [*_DECISION_SUMS, "close", "factor", "scaled"]
+_CLOSE = _SUMS.index("close")
 
 
 class StepStats:
@@ -38,13 +39,17 @@ class StepStats:
         parts = [*weighted, decision.agreed_S.double().sum(), ones_S.sum(), empty, dropped]
         self._sums[: len(parts)] += torch.stack(parts)
 
+    def add_close_calls(self, close_S: Tensor, num_ranks: int) -> None:
+        """Note which of S decisions the error of a sketch might have turned, on each of so many ranks."""
+        self._sums[_CLOSE] += close_S.sum() / num_ranks
+
     def add_factors(self, factors_C: Tensor, counted_C: Tensor | None = None) -> None:
         """Note factors of C coordinates, on the rank that combined them; those with a 0 do not count."""
         self._sums[-2] += (factors_C if counted_C is None else factors_C * counted_C).sum(dtype=torch.float64)
         # One parameter's segments are not expanded.
         self._sums[-1] += factors_C.numel() if counted_C is None else counted_C.expand_as(factors_C).sum()
 
-    def read(self, parallel: ParallelGroups, *, scaled: bool) -> dict[str, float]:
+    def read(self, parallel: ParallelGroups, *, scaled: bool, sketched: bool) -> dict[str, float]:
         """The step's statistics, the same on every rank; only here does the host wait for the device."""
         if not parallel.decisions_are_global:
             parallel.model.all_reduce_identical(self._sums)
@@ -69,6 +74,9 @@ class StepStats:
         # NaN where no Gram matrix was taken, and with gradients that are not finite.
         if math.isfinite(sums["cosine"]):
             stats["mean_cosine"] = sums["cosine"] / elements
+        if sketched:
+            known = parallel.workers.num_ranks if parallel.decisions_are_global else 1
+            stats["close_calls"] = float(round(sums["close"] * known))
         if scaled and math.isfinite(sums["factor"]):
             stats["mean_factor"] = sums["factor"] / max(sums["scaled"], 1.0)
         return stats

@@ -1,4 +1,4 @@
-"""Weights that are known before any gradient is sent: each worker multiplies what it sends."""
+"""Weights that are decided before any gradient is sent: each worker multiplies what it sends."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from ds_gradmix.rules.apply import decide_without_gradients
 
 @dataclass
 class Weighting:
-    """The weights of one group of workers that do not depend on the gradients."""
+    """The weights of one group of workers, drawn where they do not depend on the gradients, and applied."""
 
     config: GradmixConfig
     workers: WorkerGroup
@@ -62,36 +62,34 @@ class Weighting:
             weights_RW = weights_RW[[self.infos[span.param].draw for span in spans]]
         return decide_without_gradients(torch.from_numpy(weights_RW), present_W)
 
-    def weigh(self, flat_N: Tensor, spans: Sequence[ParamSpan], key: RngKey) -> None:
-        """Multiply gradients by their worker's weights, in one pass; only `present` may communicate."""
-        workers = self.workers
-        present_W = self.present([span.of(flat_N) for span in spans], workers.decision_group)
-        decision = self.decide(spans, present_W, key)
+    def num_elements(self, spans: Sequence[ParamSpan], num_segments: int) -> Tensor | float:
+        """Of what is counted of gradients, elements in all, or `[S]` of each if each has a decision."""
         lengths = [span.length if self.infos[span.param].counted else 0 for span in spans]
-        one_row = len(decision.weights_SW) == 1
-        elements_S: Tensor | float = float(sum(lengths))
-        if not one_row:
-            elements_S = to_device(torch.tensor(lengths).double(), flat_N.device)
-        self.stats.add_decision(decision, elements_S, present_W)
-        share = self.weight_sum / workers.replicas_per_worker  # of a rank's gradient in its worker's
-        weights_S: Tensor | float = decision.weights_SW[:, workers.number].float() * share
-        if one_row and self.config.nonfinite == "propagate":
-            weights_S = float(self.draw(key)[0, workers.number]) * share
+        if num_segments == 1:
+            return float(sum(lengths))
+        return to_device(torch.tensor(lengths).double(), self.stats.device)
+
+    def weigh(self, flat_N: Tensor, spans: Sequence[ParamSpan], decision: MixingDecision) -> None:
+        """Multiply gradients by their worker's weights, in one pass."""
+        share = self.weight_sum / self.workers.replicas_per_worker  # of a rank's gradient in its worker's
+        weights_S = decision.weights_SW[:, self.workers.number].float() * share
         _multiply(flat_N, spans, weights_S, self.config.tile_bytes)
 
 
-def _multiply(flat_N: Tensor, spans: Sequence[ParamSpan], weights_S: Tensor | float, tile_bytes: int) -> None:
-    """Multiply in place by a number, or by one weight or one a span, in chunks of `tile_bytes` in float32."""
+def _multiply(flat_N: Tensor, spans: Sequence[ParamSpan], weights_S: Tensor, tile_bytes: int) -> None:
+    """Multiply in place by one weight, or by one a span, with one rounding."""
     first = 0
     for begin, length, run in runs_of(spans):
         part = flat_N.narrow(0, begin, length)
-        if isinstance(weights_S, float):
-            part.mul_(weights_S)
+        if len(weights_S) == 1:
+            # On a CPU a number in a tensor of no dimension is not rounded to the other's dtype; on a GPU it
+            # would be, but there a tensor of one dimension needs no copy in float32.
+            part.mul_(weights_S.squeeze() if part.device.type == "cpu" else weights_S)
             continue
-        own_S = weights_S if len(weights_S) == 1 else weights_S[first : first + len(run)]
+        own_S = weights_S[first : first + len(run)]
         first += len(run)
         edges, place = np.cumsum([0, *(span.length for span in run)]), 0
-        for chunk in part.split(tile_bytes // 8):
+        for chunk in part.split(tile_bytes // 8):  # in float32
             lengths = np.diff(np.clip(edges, place, place + chunk.numel())).tolist()
             segments = Segments(range(len(own_S)), lengths, len(own_S), flat_N.device)
             chunk.copy_(chunk.float().mul_(segments.expand(own_S[None])[0]))

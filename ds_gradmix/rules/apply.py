@@ -9,10 +9,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ds_gradmix.ops.gram import CACHED_COLUMNS
+from ds_gradmix.ops.gram import CACHED_COLUMNS, gram
 from ds_gradmix.ops.segments import Segments, to_device, weighted_sum
+from ds_gradmix.ops.sketch import SketchMaps
 from ds_gradmix.rules.base import GramianMixing, RngKey, Scaling
-from ds_gradmix.rules.decision import MixingDecision
+from ds_gradmix.rules.decision import Considered, MixingDecision
 
 
 def decide_without_gradients(weights_SW: Tensor, present_W: Tensor) -> MixingDecision:
@@ -26,20 +27,34 @@ def decide_without_gradients(weights_SW: Tensor, present_W: Tensor) -> MixingDec
     return MixingDecision(weights_SW, agreed_S, torch.full_like(total_S, float("nan")))
 
 
+def sketched_gram(grads_WN: Tensor, lengths: Sequence[int], size: int, key: RngKey) -> Tensor:
+    """Gram matrices `[S, W, W]`, float64, from sketches of S segments of so many consecutive elements."""
+    maps, grams, begin = SketchMaps(size, key.generator, grads_WN.device), [], 0
+    for length in lengths:
+        sketch = maps.of_length(length)
+        sketches_WM = grads_WN.new_empty(len(grads_WN), sketch.size, dtype=torch.float32)
+        for worker, sketch_M in enumerate(sketches_WM):
+            sketch.of([grads_WN[worker, begin : begin + length]], sketch_M)
+        grams.append(gram(sketches_WM))
+        begin += length
+    return torch.stack(grams)
+
+
 def decide_from_gram(
     rule: GramianMixing, gram_SWW: Tensor, present_W: Tensor, key: RngKey, state_KW: Tensor
-) -> tuple[MixingDecision, Tensor]:
+) -> Considered:
     """Weights from Gram matrices, and the rule's next state; NaN weights where a matrix is not finite.
 
     A filter that quietly dropped the worker with the Inf would hide an overflow from dynamic loss scaling, so
     what is not finite stays visible: the combined gradient becomes NaN, as the mean would. It leaves the
     state as it was.
     """
-    decision, next_SKW = rule.decide_with_state(gram_SWW, present_W, key, state_KW)
+    decision, margin_S, next_SKW = rule.consider(gram_SWW, present_W, key, state_KW)
     finite_S = gram_SWW.isfinite().all(-1).all(-1)
     weights_SW = torch.where(finite_S[:, None], decision.weights_SW, float("nan"))
     next_SKW = torch.where(finite_S[:, None, None], next_SKW, state_KW)
-    return MixingDecision(weights_SW, decision.agreed_S | ~finite_S, mean_cosine(gram_SWW)), next_SKW
+    decision = MixingDecision(weights_SW, decision.agreed_S | ~finite_S, mean_cosine(gram_SWW))
+    return Considered(decision, margin_S, next_SKW)
 
 
 def mean_cosine(gram_SWW: Tensor) -> Tensor:

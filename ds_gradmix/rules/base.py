@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ds_gradmix.costs.model import RuleCost
-from ds_gradmix.rules.decision import MixingDecision
+from ds_gradmix.rules.decision import Considered, MixingDecision
 
 
 class RngKey(NamedTuple):
@@ -110,6 +110,11 @@ class GramianMixing(Mixing):
         what they returned, weighted by their elements; a skipped step leaves it as it was.
         """
         return self.decide(gram_SWW, present_W, key), state_KW.expand(len(gram_SWW), *state_KW.shape)
+
+    def consider(self, gram_SWW: Tensor, present_W: Tensor, key: RngKey, state_KW: Tensor) -> Considered:
+        """`decide_with_state`, and by how much cosines missed thresholds, for a rule that has some."""
+        decision, next_state_SKW = self.decide_with_state(gram_SWW, present_W, key, state_KW)
+        return Considered(decision, torch.full_like(gram_SWW[:, 0, 0], float("inf")), next_state_SKW)
 
 
 class Scaling(Rule):

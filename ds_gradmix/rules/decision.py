@@ -17,15 +17,29 @@ class MixingDecision(NamedTuple):
     mean_cosine_S: Tensor | None = None
 
 
-def packed(decision: MixingDecision, next_state_SKW: Tensor) -> Tensor:
-    """One `[S, W + 2 + K W]` float64 tensor, to be sent to other ranks."""
+class Considered(NamedTuple):
+    """A decision from Gram matrices, and what else is known of it.
+
+    `margin_S`, float64, is how far a cosine was from the threshold that a rule compared it with, in the
+    closest of its comparisons; infinite for a rule that compares none. `next_state_SKW` is the rule's state
+    as each segment would have it.
+    """
+
+    decision: MixingDecision
+    margin_S: Tensor
+    next_state_SKW: Tensor
+
+
+def packed(considered: Considered) -> Tensor:
+    """One `[S, W + 3 + K W]` float64 tensor, to be sent to other ranks."""
+    decision, margin_S, next_state_SKW = considered
     assert decision.mean_cosine_S is not None
-    columns = [decision.weights_SW, decision.agreed_S, decision.mean_cosine_S, next_state_SKW.flatten(1)]
-    return torch.column_stack(columns)
+    columns = [decision.weights_SW, decision.agreed_S, decision.mean_cosine_S, margin_S]
+    return torch.column_stack([*columns, next_state_SKW.flatten(1)])
 
 
-def unpacked(packed_SC: Tensor, num_workers: int) -> tuple[MixingDecision, Tensor]:
+def unpacked(packed_SC: Tensor, num_workers: int) -> Considered:
     """The inverse of `packed`."""
     w = num_workers
-    next_state_SKW = packed_SC[:, w + 2 :].unflatten(1, (-1, w))
-    return MixingDecision(packed_SC[:, :w], packed_SC[:, w] != 0, packed_SC[:, w + 1]), next_state_SKW
+    decision = MixingDecision(packed_SC[:, :w], packed_SC[:, w] != 0, packed_SC[:, w + 1])
+    return Considered(decision, packed_SC[:, w + 2], packed_SC[:, w + 3 :].unflatten(1, (-1, w)))
