@@ -165,8 +165,9 @@ class GradientReducer:
         exchange = self._exchanges[self.parallel.workers.ranks]
         present_W = exchange.weighting.present([grad.detach() for _, grad in grads], self.parallel.model)
         if self._sketches:
-            counted = [grad.detach().reshape(-1) for i, grad in grads if self._params.infos[i].counted]
-            gram = self._sketches[exchange.workers.ranks].of([Segment(0, counted)] if counted else [], key)
+            counted = [(i, grad.detach().reshape(-1)) for i, grad in grads if self._params.infos[i].counted]
+            segments = [Segment(counted[0][0], [grad for _, grad in counted])] if counted else []
+            gram = self._sketches[exchange.workers.ranks].of(segments, key)
             self._backward.decided = exchange.decide(gram, present_W, key, self.parallel.model)
             return []
         alone = [(i, grad.detach()) for i, grad in grads if not buckets or i in self._tied]

@@ -27,7 +27,7 @@ _FLOAT32 = CommDtypes(torch.float32, torch.float32)
 
 
 class Segment(NamedTuple):
-    """What is decided on at once: gradients, flat, of which the first belongs to `param`."""
+    """What is decided on at once: gradients, flat, of which the first is that of parameter `param`."""
 
     param: int
     parts: Sequence[Tensor]

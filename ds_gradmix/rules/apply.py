@@ -30,7 +30,7 @@ def decide_without_gradients(weights_SW: Tensor, present_W: Tensor) -> MixingDec
 def sketched_gram(grads_WN: Tensor, lengths: Sequence[int], size: int, key: RngKey) -> Tensor:
     """Gram matrices `[S, W, W]`, float64, from sketches of S segments of so many consecutive elements."""
     maps, grams, begin = SketchMaps(size, key.generator, grads_WN.device), [], 0
-    for length in lengths:
+    for length in lengths or [0]:
         sketch = maps.of_length(length)
         sketches_WM = grads_WN.new_empty(len(grads_WN), sketch.size, dtype=torch.float32)
         for worker, sketch_M in enumerate(sketches_WM):

@@ -21,12 +21,15 @@ from tests.support.training import Case, alone, build, drift, ds_config, furthes
 
 PAST: dict[str, Any] = {**GAF, **past(lr=0.1)}
 ALL = {"mixing": {"type": "GAF", "params": {"threshold": 2}}, **TINY}  # nobody is left out
+EXACT = {"gram": {"sketch": 10**5}}  # of parameters that are smaller than a sketch
+SUMMED = {"transport": "exchange"}
 MODEL = {"mixing": {"type": "GAF", "params": {"threshold": 0.92}}, "scope": "model", **TINY}
 LAYERWISE = {**MODEL, **past(lr=0.02, layerwise=True)}
 TEAMS = {  # two ranks a worker, at these stages
     "PastGradient": (PAST, (0, 1, 2)),
     "VRGD": (VRGD, (0, 2)),
     "GradientMix": (MIX, (1,)),
+    "sketch": ({**GAF, **EXACT}, (0, 2)),
 }
 TOLERANCE = 1e-5
 
@@ -42,10 +45,17 @@ def _replayed() -> dict[str, Case]:
         cases[f"{kind} ZeRO-1 GAF"] = Case(GAF, layout=layout, stage=1, accumulation=2, steps=4)
         cases[f"{kind} ZeRO-2 VRGD"] = Case(VRGD, layout=layout, stage=2, steps=2)
         cases[f"{kind} ZeRO-0 PastGradient"] = Case(PAST, layout=layout, stage=0, steps=4)
+    for axis, kind, stage in (("tensor", "autotp", 2), ("sequence", "state", 1), ("sequence", "mesh", 2)):
+        layout = Layout(2, kind=kind, **{axis: 2})
+        block = {**GAF, **EXACT, **SUMMED}
+        cases[f"{kind} ZeRO-{stage} sketch"] = Case(block, layout=layout, stage=stage, steps=4)
     for size in (1, 4):
         layout = Layout(4, expert=size)
         cases[f"experts over {size} ZeRO-1"] = Case(GAF, layout=layout, stage=1, experts=4, steps=4)
         cases[f"experts over {size} ZeRO-2"] = Case(PAST, layout=layout, stage=2, experts=4, steps=4)
+    block, layout = {**GAF, **EXACT, **SUMMED}, Layout(4, expert=2)
+    cases["experts ZeRO-1 sketch"] = Case(block, layout=layout, stage=1, experts=4, steps=4)
+    cases["experts ZeRO-0 sketch"] = Case({**GAF, **EXACT}, layout=layout, stage=0, experts=4, steps=4)
     for name, (block, stages) in TEAMS.items():
         for stage in stages:
             steps, accumulation = 2 if "scaling" in block else 4, 2 if stage == 1 else 1
@@ -62,6 +72,11 @@ ALONE = {  # compared with the undivided model under DeepSpeed, whose buckets fo
     "tensor ZeRO-0": Case(LAYERWISE, layout=Layout(3, tensor=2), stage=0, steps=8),
     "pipeline ZeRO-1": Case(MODEL, layout=Layout(3, pipe=2), stage=1, accumulation=2, steps=8, tied=True),
     "pipeline ZeRO-0": Case(LAYERWISE, layout=Layout(3, pipe=2), stage=0, steps=8, tied=True),
+    "pipeline ZeRO-1 sketch": Case(
+        {**MODEL, **EXACT, **SUMMED}, layout=Layout(3, pipe=2), stage=1, accumulation=2, steps=8, tied=True
+    ),
+    "pipeline ZeRO-0 sketch": Case({**MODEL, **EXACT}, layout=Layout(3, pipe=2), stage=0, steps=8, tied=True),
+    "tensor ZeRO-0 sketch": Case({**MODEL, **EXACT}, layout=Layout(3, tensor=2), stage=0, steps=8),
     "pipeline and tensor ZeRO-1": Case(
         MODEL, layout=Layout(2, pipe=2, tensor=2), stage=1, steps=8, tied=True
     ),

@@ -42,12 +42,17 @@ LAYOUTS = {
     "sequence": Layout(2, sequence=2),
 }
 # Of the largest weight: the order of sums in fp32; else some places of the last bits, in a few steps.
+# Where a rounding may turn a decision, so that ranks are compared with each other alone, one is by sketch.
+SKETCHED = {"fp16": {"gram": {"sketch": 100}}, "bf16": {"gram": {"sketch": 100}, "transport": "exchange"}}
 TOLERANCE = {"fp32": 1e-5, "bf16": 0.02, "fp16": 0.003}
 # Ratios of two workers amplify the rounding of gradients; there, a step is about 0.1 of the largest weight.
 ROUGH_TOLERANCE = {"fp32": 1e-5, "bf16": 0.03, "fp16": 0.03}
 
 
 def case_of(cell: Cell, rule: str) -> Case:
+    settings = dict(RULES[cell.slot][rule])
+    if rule == "GAF" and (cell.dtype == "fp16" or cell.engine == "BF16_Optimizer"):
+        settings["block"] = {**settings["block"], **SKETCHED[cell.dtype]}
     return Case(
         layout=LAYOUTS[cell.parallelism],
         stage={"BF16_Optimizer": 1}.get(cell.engine) or int(cell.engine[-1]),
@@ -56,7 +61,7 @@ def case_of(cell: Cell, rule: str) -> Case:
         accumulation=2,
         tied="pipeline" in cell.parallelism,
         experts=4 if cell.parallelism == "experts" else 0,
-        **RULES[cell.slot][rule],
+        **settings,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.blocks import BOTH, MIX, ONE_OWNER, TINY, VRGD
+from tests.support.blocks import BOTH, MIX, ONE_OWNER, SKETCH, SUMMED, TINY, VRGD
 from tests.support.engines import FP32_SUMS
 from tests.support.ranks import run_ranks
 from tests.support.replay import replay
@@ -18,6 +18,19 @@ GAF: dict[str, Any] = {"mixing": {"type": "GAF", "params": {"threshold": 0.9}}}
 MIX_EACH: dict[str, Any] = {"mixing": {"type": "GradientMix", "params": {"granularity": "parameter"}}}
 SMOOTH: dict[str, Any] = {"scaling": {"type": "VRGD", "params": {"gamma": 0.2, "momentum": 0.8}}}
 
+SKETCHED = {**GAF, **TINY, **SKETCH}
+SKETCHES = {
+    "stage 0": Case({**SKETCHED, **SUMMED}, stage=0, accumulation=2),
+    "stage 1": Case(SKETCHED, stage=1, bucket=ONE_OWNER, accumulation=2),
+    "stage 2": Case({**SKETCHED, **SUMMED}, bucket=ONE_OWNER, accumulation=2),
+    "by parameter": Case({**SKETCHED, "scope": "parameter"}, zero={"overlap_comm": True}),
+    "by parameter stage 0": Case({**SKETCHED, "scope": "parameter"}, stage=0),
+    "for the model": Case({**SKETCHED, **SUMMED, "scope": "model"}, stage=1, bucket=ONE_OWNER),
+    "for the model stage 0": Case({**SKETCHED, "scope": "model"}, stage=0, accumulation=2),
+    "not contiguous": Case(SKETCHED, zero={"contiguous_gradients": False}, two_groups=True),
+    "all-reduced": Case({**SKETCHED, **SUMMED}, zero={"reduce_scatter": False}),
+    "offload": Case({**SKETCHED, **SUMMED}, zero={"offload_optimizer": {"device": "cpu"}}, accumulation=2),
+}
 CASES: dict[int, dict[str, Case]] = {
     2: {
         "gaf stage 1": Case(GAF, stage=1),
@@ -55,6 +68,7 @@ CASES: dict[int, dict[str, Case]] = {
         "gaf by parameter stage 0": Case({**GAF, **TINY, "scope": "parameter"}, stage=0),
         "gaf for the model stage 0": Case({**GAF, **TINY, "scope": "model"}, stage=0, accumulation=2),
         "gaf vrgd for the model stage 0": Case({**BOTH, "scope": "model"}, stage=0),
+        **{f"sketch {name}": case for name, case in SKETCHES.items()},
         "gradientmix by parameter stage 0": Case(MIX_EACH, stage=0),
         "gradientmix vrgd stage 0": Case({**MIX, **SMOOTH, **TINY}, stage=0),
         "vrgd momentum stage 0": Case({**SMOOTH, **TINY}, stage=0, accumulation=2),
@@ -102,10 +116,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "predivided, stage 1": {"stage": 1, "config": {"gradient_predivide_factor": 2.0}},
     "predivided, all-reduced": {"config": {"gradient_predivide_factor": 2.0}, "zero": ALL_REDUCED},
 }
-# Rules that come to the mean by each of the three ways.
+# Rules that come to the mean by each of the ways.
 SAME: dict[str, dict[str, Any]] = {
     "stock": {},
     "weighted": {"nonfinite": "drop"},
+    "summed": {**SUMMED, **TINY},
     "exchanged": {**KEEP_ALL, **TINY},
 }
 STOCK: dict[str, Case] = {

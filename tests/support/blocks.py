@@ -7,6 +7,8 @@ from typing import Any
 ONE_OWNER = 700  # elements in a bucket: regression's parameters larger than it, and buckets of one owner
 TINY = {"tile_bytes": 4096}  # many tiles, although models are small
 GAF: dict[str, Any] = {"mixing": {"type": "GAF"}}
+SKETCH: dict[str, Any] = {"gram": {"sketch": 100}}  # many blocks, although models are small
+SUMMED: dict[str, Any] = {"transport": "exchange"}
 MIX: dict[str, Any] = {"mixing": {"type": "GradientMix"}}
 VRGD: dict[str, Any] = {"scaling": {"type": "VRGD"}}
 # With few workers left, ratios amplify the rounding of the model's own gradients; less with this gamma.

@@ -50,6 +50,22 @@ def gaf_weights(
     return share / share.sum(), True
 
 
+def sketch(values: Array, size: int, seed: int, step: int) -> Array:
+    """The sketch of ops/sketch.py, element by element: block b has a shift and a sign, place j a sign."""
+    if len(values) <= size:
+        return values
+    packed = philox(seed, step, 2**32).integers(0, 256, -(-size // 8), dtype=np.uint8)
+    signs = [2 * (int(packed[j // 8]) >> (j % 8) & 1) - 1 for j in range(size)]
+    random, num_blocks = philox(seed, step, 2**32 + 1), -(-len(values) // size)
+    shifts = random.integers(0, size, num_blocks).tolist()
+    of_blocks = [2 * int(bit) - 1 for bit in random.integers(0, 2, num_blocks)]
+    found = np.zeros(size)
+    for k, value in enumerate(values.tolist()):
+        block, j = divmod(k, size)
+        found[(j + shifts[block]) % size] += of_blocks[block] * signs[j] * value
+    return found
+
+
 def vrgd(grads: list[Array], weights: Array, sizes: list[int], gamma: float) -> tuple[Array, Array]:
     """arXiv 2309.13681, Algorithm 1: weighted mean and factors, element by element."""
     total = len(grads[0])

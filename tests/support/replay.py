@@ -18,7 +18,7 @@ import torch
 
 from tests.support import models
 from tests.support.layouts import Layout
-from tests.support.reference import Array, gaf_weights, philox, vrgd
+from tests.support.reference import Array, gaf_weights, philox, sketch, vrgd
 from tests.support.training import LR, Case, groups_of, loss_of
 from tests.support.trust_ratios import ByFormula
 
@@ -104,7 +104,9 @@ class _Replay:
         workers = self._workers(step, micros)
         decided = None
         if self.rule.get("scope") == "model":
-            decided = _gaf(self.rule, [np.concatenate([w[n] for n in sorted(w)]) for w in workers], step)
+            reduced = set().union(*together)
+            names = [name for name in self.named if name in reduced and name in workers[0]]
+            decided = _gaf(self.rule, [np.concatenate([w[n] for n in names]) for w in workers], step)
         agreed = False
         for names in together:
             for part in [[name] for name in names] if _by_parameter(self.rule) else [names] if names else []:
@@ -190,7 +192,10 @@ def _gaf(rule: dict[str, Any], grads: list[Array], step: int) -> tuple[Array, bo
     shuffled = params.pop("order", "shuffled") == "shuffled"
     if len(grads) == 1:
         return np.ones(1), True
-    order = philox(rule.get("seed", 1234), step, 1).permutation(len(grads)).tolist() if shuffled else None
+    seed, gram = rule.get("seed", 1234), rule.get("gram", "exact")
+    if gram != "exact":
+        grads = [sketch(g, gram["sketch"], seed, step) for g in grads]
+    order = philox(seed, step, 1).permutation(len(grads)).tolist() if shuffled else None
     return gaf_weights(grads, order=order, **params)
 
 
