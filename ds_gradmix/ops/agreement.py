@@ -33,9 +33,10 @@ class AgreementFilter(NamedTuple):
 
     def __call__(
         self, gram_SWW: Tensor, present_W: Tensor, order_W: npt.NDArray[np.int64]
-    ) -> tuple[Tensor, Tensor]:
-        """Coefficients of `a` in the workers' gradients, `[S, W]`, and how far from `least_cosine` the
-        closest cosine was, `[S]`. Workers are taken in order, the absent left out.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights of the workers, `[S, W]`; whether anybody agreed with the first, if there is one, `[S]`;
+        and how far from `least_cosine` the closest cosine was, `[S]`. Workers are taken in order, the absent
+        left out.
         """
         if kernels.available(gram_SWW.device):
             from ds_gradmix.ops.kernels.agreement import filter_by_agreement
@@ -46,11 +47,14 @@ class AgreementFilter(NamedTuple):
         order = np.concatenate([order_W[present[order_W]], order_W[~present[order_W]]])
         with np.errstate(all="ignore"):
             shares, margins = self._filter(gram[:, order[:, None], order], present[order])
-        back = np.argsort(order)
-        device = gram_SWW.device
-        return torch.from_numpy(shares[:, back]).to(device), torch.from_numpy(margins).to(device)
+        agreed = (shares != 0).sum(1) > min(present.sum(), 2) - 1  # one alone has nobody who could disagree
+        weights = shares[:, np.argsort(order)] / np.maximum(shares.sum(1, keepdims=True), 0.5)
+        found = (torch.from_numpy(array) for array in (weights, agreed & present.any(), margins))
+        weights_SW, agreed_S, margins_S = (values.to(gram_SWW.device) for values in found)
+        return weights_SW, agreed_S, margins_S
 
     def _filter(self, gram_SWW: Array, present_W: npt.NDArray[np.bool_]) -> tuple[Array, Array]:
+        """Coefficients of `a` in the workers' gradients, and margins."""
         num_workers = gram_SWW.shape[1]
         squares_SW = np.diagonal(gram_SWW, axis1=1, axis2=2)
         norms_SW = np.sqrt(np.maximum(squares_SW, 0))

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ds_gradmix.config import ConfigError
-from tests.support.blocks import GAF, SMOOTH, TINY
+from tests.support.blocks import GAF, SKETCH, SMOOTH, SUMMED, TINY
 from tests.support.engines import ENGINES, build_with, log_lines
 from tests.support.models import Regression
 from tests.support.ranks import RankError, run_ranks
@@ -168,7 +168,8 @@ def overflowing() -> list[Any]:
 
     get_accelerator().is_fp16_supported = lambda: True  # slow on a CPU, but true arithmetic
     told = []
-    blocks = [GAF, {**GAF, "scope": "parameter"}, {"scaling": {"type": "VRGD"}}, {**GAF, **SMOOTH}]
+    sketches = [{**GAF, **SKETCH}, {**GAF, **SKETCH, **SUMMED, "scope": "parameter"}]
+    blocks = [*sketches, GAF, {**GAF, "scope": "parameter"}, {"scaling": {"type": "VRGD"}}, {**GAF, **SMOOTH}]
     blocks += [{"mixing": {"type": "GradientMix"}}, {}, NEVER]
     for block, (stage, kind) in itertools.product(
         blocks, ((2, "Zero"), (0, "Unfused"), (0, "FP16_Optimizer"))
@@ -206,7 +207,13 @@ def nonfinite() -> dict[str, Any]:
     """A worker with a NaN at step 1, dropped; then all of them."""
     out: dict[str, Any] = {}
     for name in ("ZeRO-0", "ZeRO-0 bf16", "BF16_Optimizer"):
-        for kind, block in (("mean", {}), ("gaf", GAF), ("momentum", {**GAF, **SMOOTH})):
+        sketched = {**GAF, "gram": {"sketch": 400}, **SUMMED}
+        for kind, block in (
+            ("mean", {}),
+            ("gaf", GAF),
+            ("momentum", {**GAF, **SMOOTH}),
+            ("sketch", sketched),
+        ):
             case = Case({**block, "nonfinite": "drop"}, nan_at=(1, 1), steps=3, **ENGINES[name])
             run = train(build(case), case)
             finite = all(np.isfinite(w).all() for w in run["weights"].values())
@@ -228,6 +235,7 @@ def nonfinite() -> dict[str, Any]:
         ]
     blocks = {"mean": {}, "gaf": GAF, "gradientmix": {"mixing": {"type": "GradientMix"}}, "vrgd": SMOOTH}
     blocks["by parameter"] = {"mixing": {"type": "GradientMix", "params": {"granularity": "parameter"}}}
+    blocks["sketch"], blocks["summed"] = {**GAF, "gram": {"sketch": 400}}, SUMMED
     blocks["gaf by parameter"] = {**GAF, "scope": "parameter"}
     for name, block in blocks.items():
         case = Case({**block, "nonfinite": "drop"}, nan_at=(1, 1), steps=3)
@@ -240,7 +248,7 @@ def nonfinite() -> dict[str, Any]:
     case = Case({**GAF, "scope": "model", "nonfinite": "drop"}, stage=1, nan_at=(1, 1), steps=3)
     run = train(build(case), case)
     out["model"] = (all(np.isfinite(w).all() for w in run["weights"].values()), run["skipped"])
-    for name, block in (("propagate", GAF), ("stock", None)):
+    for name, block in (("propagate", GAF), ("sketch propagate", {**GAF, **SKETCH}), ("stock", None)):
         case = Case(block, nan_at=(1, 1), steps=2)
         out[name] = train(build(case), case)["skipped"]
     return out
@@ -248,6 +256,7 @@ def nonfinite() -> dict[str, Any]:
 
 def test_nonfinite_workers() -> None:
     for rank in run_ranks(3, nonfinite):
+        assert rank.pop("sketch propagate") == [0, 1]
         assert rank.pop("propagate") == rank.pop("stock") == [0, 1]  # what DeepSpeed does
         assert rank.pop("model") == (True, [0, 0, 0])
         for name, told in rank.items():

@@ -32,6 +32,10 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "gaf vrgd by parameter": {**GAF, **VRGD, "scope": "parameter"},
     "momentum": {"scaling": {"type": "VRGD", "params": {"momentum": 0.9}}},
     "gaf drop": {**GAF, "nonfinite": "drop"},
+    "gaf sketch": {**GAF, "gram": {"sketch": 2048}},
+    "gaf sketch by parameter": {**GAF, "gram": {"sketch": 2048}, "scope": "parameter"},
+    "gaf sketch summed": {**GAF, "gram": {"sketch": 2048}, "transport": "exchange"},
+    "mean summed": {"transport": "exchange"},
     "gradientmix": {"mixing": {"type": "GradientMix"}},
     "gradientmix drop": {"mixing": {"type": "GradientMix"}, "nonfinite": "drop"},
     "gradientmix by parameter": {"mixing": {"type": "GradientMix", "params": {"granularity": "parameter"}}},
@@ -56,6 +60,9 @@ class SoloWorkers(WorkerGroup):
         if per_worker > 1:
             levels = WorkerLevels(SoloWorkers(per_worker), SoloWorkers(size // per_worker), per_worker)
         self._split(levels, None)
+
+    def for_sums(self) -> WorkerGroup:
+        return SoloWorkers(self.num_ranks)
 
     def all_to_all(self, out: Tensor, sent: Tensor, out_sizes: list[int], sent_sizes: list[int]) -> None:
         assert out.numel() == sum(out_sizes) and sent.numel() == sum(sent_sizes)

@@ -66,7 +66,8 @@ def test_memory_is_bounded(name: str, ranks: int, per_worker: int, dtype: torch.
     small = 32 * 1024  # W^2 and P numbers, and padding of a tile to whole blocks
     assert watch.peak_bytes <= 3 * TILE + small, watch.peak_bytes / TILE
     if "gradientmix" not in name or "vrgd" in name:
-        assert watch.peak_bytes > TILE / 2  # it did see something
+        least = TILE / 4 if "sketch" in name or "summed" in name else TILE / 2
+        assert watch.peak_bytes > least  # it did see something
 
 
 def test_memory_is_noticed() -> None:

@@ -60,15 +60,39 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_gaf_decides_with_few_launches() -> None:
-    """As many for each worker as docs/scaling.md reckons with."""
-    counts = []
-    for workers in (8, 16):
-        gram = torch.eye(workers, dtype=torch.float64)[None]
-        with Launches() as launches:
-            GAF().decide(gram, torch.ones(workers, dtype=torch.bool), RngKey(1, 2))
-        counts.append(launches.count)
-    assert (counts[1] - counts[0]) / 8 == GAF().cost(1).launches
+@pytest.mark.parametrize("merge", ["mean", "midpoint"])
+@pytest.mark.parametrize("workers", [8, 512])
+def test_gaf_decides_with_few_launches(workers: int, merge: str) -> None:
+    """No more than docs/scaling.md reckons with, of which two are a GPU's: the order, and the program."""
+    gram = torch.eye(workers, dtype=torch.float64)[None]
+    rule = block("GAF", merge=merge)["mixing"]
+    with Launches() as launches:
+        GAF(**rule["params"]).decide(gram, torch.ones(workers, dtype=torch.bool), RngKey(1, 2))
+    assert launches.count <= GAF().cost(workers).launches - 2
+
+
+@pytest.mark.parametrize("merge", ["mean", "midpoint"])
+def test_gaf_of_many_workers(merge: str) -> None:
+    """Judged all at once, they are as one after another, also where each decision hangs on those before."""
+    for workers, shared in ((40, 0.0), (40, 0.1), (130, 0.02)):
+        grads = gaussian(workers, seed=workers, shared=shared)
+        expected, agreed = gaf_weights(rows(grads), 1.0, merge, list(range(workers)))
+        gram = (grads @ grads.t())[None]
+        rule = GAF(merge=merge, order="rank")
+        decision = rule.decide(gram, torch.ones(workers, dtype=torch.bool), RngKey(1, 2))
+        np.testing.assert_allclose(decision.weights_SW[0].numpy(), expected, atol=1e-12)
+        assert bool(decision.agreed_S) == agreed and 0.2 < (expected > 0).mean() < 0.9
+
+
+def test_margins_are_the_least_distance_from_the_threshold() -> None:
+    grads = torch.tensor([[1.0, 0, 0], [0.6, 0.8, 0], [0.0, 0, 1]], dtype=torch.float64)
+    key, present, state = RngKey(1, 2), torch.ones(3, dtype=torch.bool), torch.zeros(0, 3)
+    rule = GAF(threshold=0.5, order="rank")  # cosines 0.6 with the first, 0 with their sum
+    assert float(rule.consider((grads @ grads.t())[None], present, key, state).margin_S) == pytest.approx(0.1)
+    present[1] = False
+    assert float(rule.consider((grads @ grads.t())[None], present, key, state).margin_S) == pytest.approx(0.5)
+    present[2] = False
+    assert float(rule.consider((grads @ grads.t())[None], present, key, state).margin_S) == float("inf")
 
 
 def test_gaf_by_parameter() -> None:

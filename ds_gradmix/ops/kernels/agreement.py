@@ -13,8 +13,8 @@ def filter_by_agreement(
     least_cosine: float,
     tolerance: float,
     midpoint: bool,
-) -> tuple[Tensor, Tensor]:
-    """Coefficients `[S, W]` and margins `[S]`, float64, from Gram matrices in float64.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights `[S, W]`, whether anybody agreed `[S]`, and margins `[S]`, from Gram matrices in float64.
 
     Args:
         gram_SWW: contiguous.
@@ -23,14 +23,16 @@ def filter_by_agreement(
         least_cosine, tolerance, midpoint: as in `AgreementFilter`.
     """
     num_segments, num_workers, _ = gram_SWW.shape
-    shares_SW = gram_SWW.new_empty(num_segments, num_workers)
+    weights_SW = gram_SWW.new_empty(num_segments, num_workers)
+    agreed_S = present_W.new_empty(num_segments)
     margins_S = gram_SWW.new_empty(num_segments)
     block = max(triton.next_power_of_2(num_workers), 16)
     _filter[(num_segments,)](
         gram_SWW,
-        present_W.to(torch.int32),
+        present_W.view(torch.uint8),
         order_W,
-        shares_SW,
+        weights_SW,
+        agreed_S.view(torch.uint8),
         margins_S,
         num_workers,
         LEAST_COSINE=least_cosine,
@@ -39,12 +41,12 @@ def filter_by_agreement(
         BLOCK=block,
         num_warps=min(max(block // 128, 1), 16),
     )
-    return shares_SW, margins_S
+    return weights_SW, agreed_S, margins_S
 
 
 @triton.jit
 def _filter(
-    gram, present, order, shares, margins, num_workers,
+    gram, present, order, weights, agreed, margins, num_workers,
     LEAST_COSINE: tl.constexpr, TOLERANCE: tl.constexpr, MIDPOINT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, BLOCK)
@@ -55,6 +57,7 @@ def _filter(
     squared = tl.zeros([], dtype=tl.float64)  # <a, a>
     margin = tl.zeros([], dtype=tl.float64) + float("inf")
     met = tl.zeros([], dtype=tl.int32)  # workers present so far
+    num_kept = tl.zeros([], dtype=tl.int32)
     for k in range(num_workers):
         i = tl.load(order + k)
         row = tl.load(gram + i * num_workers + columns, mask=inside, other=0.0)
@@ -70,6 +73,7 @@ def _filter(
         distance = tl.abs(cosine_times_length / length - LEAST_COSINE)
         margin = tl.where(is_present & (met > 0) & (distance < margin), distance, margin)
         met += is_present.to(tl.int32)
+        num_kept += kept.to(tl.int32)
         half = 1.0
         if MIDPOINT:
             half = tl.where(is_first, 1.0, 0.5)
@@ -78,5 +82,9 @@ def _filter(
         squared = rest * rest * squared + half * (2.0 * rest * dot + half * own)
         dots = rest * dots + half * row
         share = rest * share + tl.where(columns == i, half, 0.0)
-    tl.store(shares + tl.program_id(0) * num_workers + columns, share, mask=inside)
+    total = tl.sum(share)
+    share /= tl.where(total > 0.5, total, 0.5)
+    tl.store(weights + tl.program_id(0) * num_workers + columns, share, mask=inside)
+    anybody = (met > 0) & (num_kept > tl.minimum(met, 2) - 1)
+    tl.store(agreed + tl.program_id(0), anybody.to(tl.uint8))
     tl.store(margins + tl.program_id(0), margin)

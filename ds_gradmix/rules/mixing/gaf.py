@@ -12,7 +12,7 @@ from ds_gradmix.rules.base import GramianMixing, RngKey
 from ds_gradmix.rules.decision import Considered, MixingDecision
 
 _ROUNDING = 1e-6  # two equal float32 gradients may come out this far from cosine 1
-_LAUNCHES = 12  # besides the workers' own steps
+_LAUNCHES = 6  # the order, the program, and what leaves out a step that nobody agrees on
 _ORDER_STREAM = 1  # independent of what a GradientFreeMixing would draw at the same key
 
 
@@ -55,30 +55,21 @@ class GAF(GramianMixing):
 
     def decide(self, gram_SWW: Tensor, present_W: Tensor, key: RngKey) -> MixingDecision:
         """Weights `[S, W]` and whether anybody agreed `[S]`."""
-        share_SW, _ = self._filter(gram_SWW, present_W, key)
-        return self._decision(share_SW, present_W)
+        return self._decide(gram_SWW, present_W, key)[0]
 
     def consider(self, gram_SWW: Tensor, present_W: Tensor, key: RngKey, state_KW: Tensor) -> Considered:
         """The decision, and the least distance of a worker's cosine from the threshold."""
-        share_SW, margin_S = self._filter(gram_SWW, present_W, key)
-        return Considered(
-            self._decision(share_SW, present_W), margin_S, state_KW.expand(len(gram_SWW), -1, -1)
-        )
+        decision, margin_S = self._decide(gram_SWW, present_W, key)
+        return Considered(decision, margin_S, state_KW.expand(len(gram_SWW), -1, -1))
 
-    def _filter(self, gram_SWW: Tensor, present_W: Tensor, key: RngKey) -> tuple[Tensor, Tensor]:
-        """Coefficients of `a` in the gradients, `[S, W]`, before they are normalised; and margins, `[S]`."""
+    def _decide(self, gram_SWW: Tensor, present_W: Tensor, key: RngKey) -> tuple[MixingDecision, Tensor]:
         order = np.arange(gram_SWW.shape[1])
         if self.order == "shuffled":
             order = key.generator(_ORDER_STREAM).permutation(len(order))
-        settings = AgreementFilter(1.0 - self.threshold, _ROUNDING, self.merge == "midpoint")
-        return settings(gram_SWW, present_W, order)
-
-    def _decision(self, share_SW: Tensor, present_W: Tensor) -> MixingDecision:
-        # With one worker left by `nonfinite: drop` there is nobody who could disagree.
-        agreed_S = (share_SW != 0).sum(1) > present_W.sum().clamp(max=2) - 1
-        weights_SW = share_SW / share_SW.sum(1, keepdim=True).clamp(min=0.5)
-        if self.on_disagreement == "mean":
-            mean_W = present_W.to(weights_SW.dtype) / present_W.sum().clamp(min=1)
-            weights_SW = torch.where(agreed_S[:, None], weights_SW, mean_W)
-            return MixingDecision(weights_SW, present_W.any().expand(len(weights_SW)))
-        return MixingDecision(weights_SW * agreed_S[:, None], agreed_S & present_W.any())
+        filtered = AgreementFilter(1.0 - self.threshold, _ROUNDING, self.merge == "midpoint")
+        weights_SW, agreed_S, margin_S = filtered(gram_SWW, present_W, order)
+        if self.on_disagreement == "skip":
+            return MixingDecision(weights_SW * agreed_S[:, None], agreed_S), margin_S
+        mean_W = present_W.to(weights_SW.dtype) / present_W.sum().clamp(min=1)
+        weights_SW = torch.where(agreed_S[:, None], weights_SW, mean_W)
+        return MixingDecision(weights_SW, present_W.any().expand(len(weights_SW))), margin_S
