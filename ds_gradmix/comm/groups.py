@@ -1,7 +1,7 @@
 """Process groups, and the few collectives that everything else is built from; tensors stay on the device."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from itertools import zip_longest
 from typing import Any
@@ -64,6 +64,13 @@ class RankGroup:
     def all_to_all(self, out: Tensor, sent: Tensor, out_sizes: list[int], sent_sizes: list[int]) -> None:
         """Give `sent_sizes[j]` elements to rank j, take `out_sizes[j]` from it."""
         dist.all_to_all_single(out, sent, out_sizes, sent_sizes, group=self.group)
+
+    def begin_all_to_all(
+        self, out: Tensor, sent: Tensor, out_sizes: list[int], sent_sizes: list[int]
+    ) -> Callable[[], object]:
+        """The same without waiting for it; what is returned waits."""
+        work = dist.all_to_all_single(out, sent, out_sizes, sent_sizes, group=self.group, async_op=True)
+        return work.wait  # type: ignore[no-any-return]
 
     def all_gather(self, out: Tensor, sent: Tensor) -> None:
         """Every rank's `sent`, one after the other, all of one size."""

@@ -1,6 +1,6 @@
 """The data-parallel workers whose gradients the rules combine, and the collectives between them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -83,17 +83,29 @@ class WorkerGroup(RankGroup):
             sizes: elements of every rank's region, by rank.
             received: memory for `receive_size(sizes)` elements, of which the result is a view.
         """
-        columns = sizes[self.rank]
-        inter: RankGroup = self
+        return self.begin_exchange(sent, sizes, received)()
+
+    def begin_exchange(self, sent: Tensor, sizes: list[int], received: Tensor) -> Callable[[], Tensor]:
+        """The same in two parts: inside workers it is under way at once, and between them when what is
+        returned is called.
+        """
+        columns, inter = sizes[self.rank], self.levels.inter if self.levels else self
+        wait, n = None, self.ranks_per_worker
         if self.levels is not None:
-            n, inter = self.ranks_per_worker, self.levels.inter
             by_place, sizes = [sum(sizes[place::n]) for place in range(n)], sizes[self.rank % n :: n]
             parts = received[: n * sum(sizes)]
-            self.levels.intra.all_to_all(parts, sent, [sum(sizes)] * n, by_place)
-            sent = sent[: sum(sizes)].copy_(sum_rows(parts.view(n, -1), self.replicas_per_worker))
-        result = received[: self.size * columns]
-        inter.all_to_all(result, sent, [columns] * self.size, sizes)
-        return result.view(self.size, columns)
+            wait = self.levels.intra.begin_all_to_all(parts, sent, [sum(sizes)] * n, by_place)
+
+        def finish() -> Tensor:
+            own = sent
+            if wait is not None:
+                wait()
+                own = sent[: sum(sizes)].copy_(sum_rows(parts.view(n, -1), self.replicas_per_worker))
+            result = received[: self.size * columns]
+            inter.all_to_all(result, own, [columns] * self.size, sizes)
+            return result.view(self.size, columns)
+
+        return finish
 
     def gather(self, out: Tensor, sent: Tensor) -> None:
         """What every rank sent, all of one size, in `order`."""

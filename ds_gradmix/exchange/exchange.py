@@ -53,14 +53,14 @@ def columns_per_tile(config: GradmixConfig, num_ranks: int, num_workers: int, co
     Per column: `comm_bytes` for every rank, an element sent and one received; 48 bytes of statistics, or
     more for a scaling rule with many; and for the work of each worker a float64 (Gram matrix, or gradients in
     float32), or half as much again where weights differ by parameter, or six times as much for Gram matrices
-    by parameter (blocks that parameters share are copied for each); and a float32 more where its ranks' parts
-    are summed.
+    by parameter (blocks that parameters share are copied for each). Where workers have several ranks, two
+    tiles are under way, and there is a float32 more for the sum of their parts.
     """
     work = 12 if config.mixing.by_parameter else 8
     if config.mixing.needs_gram and config.scope == "parameter":
         work = 48
     if num_ranks > num_workers:
-        work += 4
+        work, comm_bytes = work + 4, 2 * comm_bytes  # two tiles are under way
     statistics = 48
     if (rule := config.scaling) is not None:
         statistics = max(statistics, 24 + 8 * (rule.num_statistics + rule.num_layer_terms))

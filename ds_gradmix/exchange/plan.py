@@ -2,14 +2,14 @@
 
 A bucket of N elements is divided into R *regions*, one for each rank to combine. If its slices are spread
 evenly over their owners, a rank's region is what it owns, and nothing needs to be sent twice (`direct`). If
-not, every region holds N/R elements, of its own rank's as many as fit, and combined gradients are sent to
-their owners in a second all-to-all.
+not, every region holds N/R elements, and combined gradients are sent to their owners in a second all-to-all.
 
-Regions are cut into tiles of equal width, tile k being columns `[k C, (k+1) C)` of all R regions. That makes
-the exchange a transposition in place: the W <= R workers' gradients for tile k of *my* region take the memory
-that tile k of all regions had, and the combined tile k belongs there too. So the bucket's own memory holds
-everything, and only the tile at hand needs more. The last tile, whose parts may differ in length, stays in
-the staging buffer.
+Regions are cut into tiles of equal width: tile k is columns `[k C, (k+1) C)` of all R regions, or, where they
+are not what ranks own, the k-th R C consecutive elements of the bucket. That makes the exchange a
+transposition in place: the W <= R workers' gradients for tile k of *my* region take the memory that tile k
+of all regions had, and the combined tile k belongs there too. So the bucket's own memory holds everything,
+and only the tile at hand needs more. The last tile, whose parts may differ in length, stays in the staging
+buffer.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -79,6 +79,16 @@ class Tile:
     def received_from(self) -> list[int]:
         """Combined elements that this rank, as owner, gets from every rank."""
         return [_length(p for p in region if p.owner == self.rank) for region in self.regions]
+
+    @cached_property
+    def run(self) -> tuple[int, int] | None:
+        """`(start, length)` where the tile lies in the bucket as it is sent, or None."""
+        end = start = self.extents[0][0]
+        for begin, length in self.extents:
+            if begin != end:
+                return None
+            end = begin + length
+        return start, end - start
 
     @cached_property
     def extents(self) -> list[tuple[int, int]]:
@@ -163,29 +173,48 @@ def plan_tiles(pieces: Sequence[Piece], order: Sequence[int], rank: int, columns
     """Divide a bucket, given in order of `start`, among R ranks and into tiles of at most about `columns`
     elements a rank; `order` is that in which their regions are sent, and `rank` the one whose view to give.
     """
-    regions, direct = _regions(pieces, len(order), columns)
-    lengths = [_length(region) for region in regions]
-    if max(lengths) == 0:
+    owned = [_length(piece for piece in pieces if piece.owner == rank) for rank in range(len(order))]
+    if max(owned) == 0:
         return []
-    if direct:
-        columns = max(columns * 4 // 5, 1)  # leaves room for the last tile, which is as uneven as the owners
-    num_full = min(-(-max(lengths) // columns) - 1, min(lengths) // columns)
-    widths = [columns] * num_full + [max(lengths) - num_full * columns]
-    tiles = [Tile([[] for _ in order], rank, direct, order) for _ in widths]
-    for number, region in enumerate(regions):
-        for part, k, _ in _fill(region, widths):
-            tiles[k].regions[number].append(part)
+    even = len(order) * max(owned) <= _IMBALANCE * sum(owned) and max(owned) - min(owned) <= columns // 5
+    if not even and owned != even_sizes(sum(owned), len(order)):
+        return [Tile(regions, rank, False, order) for regions in _spread(pieces, order, columns)]
+    columns = max(columns * 4 // 5, 1)  # leaves room for the last tile, which is as uneven as the owners
+    num_full = min(-(-max(owned) // columns) - 1, min(owned) // columns)
+    widths = [columns] * num_full + [max(owned) - num_full * columns]
+    tiles = [Tile([[] for _ in order], rank, True, order) for _ in widths]
+    for owner in range(len(order)):
+        for part, k, _ in _fill((piece for piece in pieces if piece.owner == owner), widths):
+            tiles[k].regions[owner].append(part)
     return tiles
 
 
-def _regions(pieces: Sequence[Piece], num_ranks: int, columns: int) -> tuple[list[list[Piece]], bool]:
-    """What every rank combines, and whether it is what it owns."""
-    owned = [_length(piece for piece in pieces if piece.owner == rank) for rank in range(num_ranks)]
-    total = sum(owned)
-    even = num_ranks * max(owned) <= _IMBALANCE * total and max(owned) - min(owned) <= columns // 5
-    free = owned if even else even_sizes(total, num_ranks)
-    regions: list[list[Piece]] = [[] for _ in range(num_ranks)]
-    rest: list[Piece] = []
+def _spread(pieces: Sequence[Piece], order: Sequence[int], columns: int) -> Iterator[list[list[Piece]]]:
+    """What every rank combines of each tile, in equal shares of consecutive elements.
+
+    A tile with one owner lies in the bucket as it is sent. Where it has several, each of them combines as
+    much of its own as its share holds.
+    """
+    width, total = len(order) * columns, _length(pieces)
+    widths = [width] * (-(-total // width) - 1)
+    tiles: list[list[Piece]] = [[] for _ in range(len(widths) + 1)]
+    for part, k, _ in _fill(pieces, [*widths, total - sum(widths)]):
+        tiles[k].append(part)
+    for tile in tiles:
+        regions: list[list[Piece]] = [[] for _ in order]
+        free, rest = even_sizes(_length(tile), len(order)), tile
+        if len({piece.owner for piece in tile}) > 1:
+            rest = _keep_own(tile, regions, free)
+        for part, place, _ in _fill(rest, [free[rank] for rank in order]):
+            regions[order[place]].append(part)
+        for region in regions:
+            region.sort(key=lambda piece: (piece.owner, piece.start))  # combined gradients are sent by owner
+        yield regions
+
+
+def _keep_own(pieces: Sequence[Piece], regions: list[list[Piece]], free: list[int]) -> list[Piece]:
+    """Give each owner as much of its own as it has free; the rest."""
+    rest = []
     for piece in pieces:
         fits = min(piece.length, free[piece.owner])
         if fits:
@@ -193,11 +222,7 @@ def _regions(pieces: Sequence[Piece], num_ranks: int, columns: int) -> tuple[lis
             free[piece.owner] -= fits
         if fits < piece.length:
             rest.append(piece.cut(fits, piece.length))
-    for part, rank, _ in _fill(rest, free):
-        regions[rank].append(part)
-    for region in regions:
-        region.sort(key=lambda piece: (piece.owner, piece.start))  # combined gradients are sent by owner
-    return regions, not rest
+    return rest
 
 
 def _fill(pieces: Iterable[Piece], sizes: Sequence[int]) -> Iterator[tuple[Piece, int, int]]:

@@ -80,17 +80,20 @@ class GradientReducer:
         # of workers, divided by the number of all.
         for workers in (*parallel.experts.values(), parallel.workers):
             share = weight_sum * workers.size / parallel.workers.size
-            weighting = Weighting(config, workers, params.infos, self._sums, share)
-            exchange = self._exchanges[workers.ranks] = Exchange(weighting, self.momentum)
-            if config.mixing.needs_gram and config.sketch_size is not None:
-                self._sketches[workers.ranks] = SketchedGrams(exchange, config.sketch_size)
-            if self.transport is Transport.SUMMED:
-                plain = GradmixConfig(tile_bytes=config.tile_bytes)
-                summing = replace(weighting, config=plain, workers=workers.for_sums())
-                self._totals[workers.ranks] = Exchange(summing, None)
+            self._add_workers(Weighting(config, workers, params.infos, self._sums, share))
         self._backward = Backward()
         mixing = [exchange.state for exchange in self._exchanges.values()]
         self.state = RuleState(config, mixing, self.momentum, weights, params.layout)
+
+    def _add_workers(self, weighting: Weighting) -> None:
+        config, workers = weighting.config, weighting.workers
+        exchange = self._exchanges[workers.ranks] = Exchange(weighting, self.momentum)
+        if config.mixing.needs_gram and config.sketch_size is not None:
+            self._sketches[workers.ranks] = SketchedGrams(exchange, config.sketch_size)
+        if self.transport is Transport.SUMMED:
+            plain = GradmixConfig(tile_bytes=config.tile_bytes)
+            summing = replace(weighting, config=plain, workers=workers.for_sums())
+            self._totals[workers.ranks] = Exchange(summing, None)
 
     def workers_of(self, group: Any) -> WorkerGroup:
         """The workers of a process group: the data-parallel one, or one of experts."""

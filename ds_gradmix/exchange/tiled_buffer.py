@@ -1,6 +1,7 @@
 """A bucket during its exchange: its tiles are sent, kept in its own memory, and results written to owners."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,13 @@ from ds_gradmix.exchange.factor_momentum import FactorMomentum
 from ds_gradmix.exchange.plan import ExchangePlan, Piece, Tile
 
 
+class Staging(NamedTuple):
+    """Memory for a tile on its way."""
+
+    outbox: Tensor
+    inbox: Tensor
+
+
 class TiledBuffer:
     """One bucket during its exchange between the R ranks of W workers.
 
@@ -18,7 +26,9 @@ class TiledBuffer:
     the memory of the bucket (plan.py), and those of the last tile in a staging buffer; later sweeps read them
     from there. `write_result` overwrites a tile's gradients, so only the last sweep may call it.
 
-    Memory: two staging buffers of one tile each, and a third where results have another dtype.
+    Memory: two staging buffers of one tile each, and a third where results have another dtype. Where workers
+    have several ranks there are two of each: the next tile is exchanged inside of workers while this one is
+    between them.
     """
 
     def __init__(
@@ -44,22 +54,26 @@ class TiledBuffer:
         if self._bucket.pieces is None:
             received += [(workers.num_ranks * max(tile.sizes), 0) for tile in tiles]
         num_received = max(map(max, received), default=0)
-        self._outbox = self.flat_N.new_empty(num_sent, dtype=self._bucket.dtypes.gradient)
-        self._inbox = self.flat_N.new_empty(num_received, dtype=self._bucket.dtypes.gradient)
+        dtype, ahead = self._bucket.dtypes.gradient, 1 if workers.levels is None else min(2, len(tiles))
+        sizes = (num_sent, num_received)
+        self._boxes = [Staging(*(self.flat_N.new_empty(n, dtype=dtype) for n in sizes)) for _ in range(ahead)]
+        self._box = next(
+            iter(self._boxes), Staging(self.flat_N, self.flat_N)
+        )  # of the tile at hand, or of the last one
 
     def suspend(self) -> None:
         """After a sweep that was not the last: keep only the bucket's memory and the last tile."""
         if self._tiles:
-            self._suspended = self._received(self._final, self._inbox).clone()
+            self._suspended = self._received(self._final, self._box.inbox).clone()
             self._bucket.store(self.flat_N)
-            del self._outbox, self._inbox, self.flat_N
+            del self._boxes, self.flat_N
 
     def resume(self) -> None:
         """Go on where `suspend` stopped, if it did."""
         if self._suspended is not None:
             self.flat_N = self._bucket.load()
             self._allocate()
-            self._inbox[: self._suspended.numel()] = self._suspended
+            self._box.inbox[: self._suspended.numel()] = self._suspended
             self._suspended = None
 
     def sweep(self, last: bool = False) -> Iterator[tuple[int, Tensor]]:
@@ -71,9 +85,10 @@ class TiledBuffer:
             yield from self._exchange(keep=not last)
             self._exchanged = True
             return
-        yield self._final, self._received(self._final, self._inbox).view(self._workers.size, -1)
+        inbox, outbox = self._box.inbox, self._box.outbox
+        yield self._final, self._received(self._final, inbox).view(self._workers.size, -1)
         for k in range(self._final):
-            yield k, self._read(k, self._received(k, self._outbox)).view(self._workers.size, -1)
+            yield k, self._read(k, self._received(k, outbox)).view(self._workers.size, -1)
 
     def can_stash(self, num_rows: int) -> bool:
         """Whether a tile's memory in the bucket is enough for so many float32 a column."""
@@ -118,10 +133,10 @@ class TiledBuffer:
         if factors_C is not None and momentum is None:
             mean_C = mean_C.mul_(factors_C)
         if not tile.direct:
-            mean_C = self._forward(tile, mean_C, self._inbox)
+            mean_C = self._forward(tile, mean_C, self._box.inbox)
         if factors_C is not None and momentum is not None:
             if not tile.direct:
-                factors_C = self._forward(tile, factors_C, self._outbox)
+                factors_C = self._forward(tile, factors_C, self._box.outbox)
             if tile.owned:
                 mean_C = mean_C * momentum.apply(tile.owned, factors_C)
         if self._bucket.pieces is None:
@@ -142,9 +157,9 @@ class TiledBuffer:
         """Every rank's combined gradients to all of them, rounded equally, also this rank's own."""
         assert tile.direct  # what a rank combines of a tile is what it owns of it
         num_columns = max(tile.sizes)
-        sent = self._outbox.new_zeros(num_columns)
+        sent = self._box.outbox.new_zeros(num_columns)
         sent[: tile.num_columns] = mean_C
-        received = self._inbox[: self._workers.num_ranks * num_columns]
+        received = self._box.inbox[: self._workers.num_ranks * num_columns]
         self._workers.gather(received, sent)
         parts = [
             part
@@ -155,12 +170,23 @@ class TiledBuffer:
         torch._foreach_copy_(slices, parts)
 
     def _exchange(self, keep: bool) -> Iterator[tuple[int, Tensor]]:
-        for k, tile in enumerate(self._tiles):
-            parts = [self.flat_N.narrow(0, start, length) for start, length in tile.extents]
-            sent = torch.cat(parts, out=self._outbox[: sum(tile.sizes)])
-            yield k, self._workers.exchange(sent, tile.sizes, self._inbox)
+        under_way: list[Callable[[], Tensor]] = []
+        for k in range(len(self._tiles)):
+            ahead = min(k + len(self._boxes), len(self._tiles))
+            under_way += [self._begin(j) for j in range(k + len(under_way), ahead)]
+            self._box = self._boxes[k % len(self._boxes)]
+            yield k, under_way.pop(0)()
             if keep and k < self._final:
-                torch._foreach_copy_(*self._memory(k, self._received(k, self._inbox)))
+                torch._foreach_copy_(*self._memory(k, self._received(k, self._box.inbox)))
+
+    def _begin(self, k: int) -> Callable[[], Tensor]:
+        """Send a tile, from a staging buffer or from where it lies if that will do."""
+        tile, (outbox, inbox) = self._tiles[k], self._boxes[k % len(self._boxes)]
+        if tile.run is not None and self.flat_N.dtype == outbox.dtype:
+            return self._workers.begin_exchange(self.flat_N.narrow(0, *tile.run), tile.sizes, inbox)
+        parts = [self.flat_N.narrow(0, start, length) for start, length in tile.extents]
+        sent = torch.cat(parts, out=outbox[: sum(tile.sizes)])
+        return self._workers.begin_exchange(sent, tile.sizes, inbox)
 
     def _received(self, k: int, buffer: Tensor) -> Tensor:
         """The part of a staging buffer that all workers' gradients for tile k take, one after the other."""

@@ -62,11 +62,11 @@ def _filter(
         i = tl.load(order + k)
         row = tl.load(gram + i * num_workers + columns, mask=inside, other=0.0)
         own = tl.load(gram + i * num_workers + i)
-        norm = tl.sqrt(tl.where(own > 0, own, 0.0))
+        norm = tl.sqrt(tl.maximum(own, 0.0))
         is_present = tl.load(present + i) != 0
         dot = tl.sum(tl.where(columns == i, dots, 0.0))
         cosine_times_length = tl.where(norm > 0, dot / norm, 0.0)
-        length = tl.where(squared > 0, tl.sqrt(tl.where(squared > 0, squared, 0.0)), 1e150)
+        length = tl.where(squared > 0, tl.sqrt(tl.maximum(squared, 0.0)), 1e150)
         agrees = cosine_times_length >= (LEAST_COSINE - TOLERANCE) * length
         is_first = met == 0
         kept = is_present & (is_first | agrees)
@@ -74,17 +74,14 @@ def _filter(
         margin = tl.where(is_present & (met > 0) & (distance < margin), distance, margin)
         met += is_present.to(tl.int32)
         num_kept += kept.to(tl.int32)
-        half = 1.0
-        if MIDPOINT:
-            half = tl.where(is_first, 1.0, 0.5)
-        rest = tl.where(kept & (half < 1.0), 1.0 - half, 1.0)
-        half = tl.where(kept, half, 0.0)
+        half = tl.where(kept, 0.5 if MIDPOINT else 1.0, 0.0)
+        half = tl.where(is_present & is_first, 1.0, half)
+        rest = tl.where(half == 0.5, 0.5, 1.0)
         squared = rest * rest * squared + half * (2.0 * rest * dot + half * own)
         dots = rest * dots + half * row
         share = rest * share + tl.where(columns == i, half, 0.0)
     total = tl.sum(share)
     share /= tl.where(total > 0.5, total, 0.5)
     tl.store(weights + tl.program_id(0) * num_workers + columns, share, mask=inside)
-    anybody = (met > 0) & (num_kept > tl.minimum(met, 2) - 1)
-    tl.store(agreed + tl.program_id(0), anybody.to(tl.uint8))
+    tl.store(agreed + tl.program_id(0), (met > 0) & (num_kept > tl.minimum(met, 2) - 1))
     tl.store(margins + tl.program_id(0), margin)

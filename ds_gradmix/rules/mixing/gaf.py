@@ -12,7 +12,7 @@ from ds_gradmix.rules.base import GramianMixing, RngKey
 from ds_gradmix.rules.decision import Considered, MixingDecision
 
 _ROUNDING = 1e-6  # two equal float32 gradients may come out this far from cosine 1
-_LAUNCHES = 6  # the order, the program, and what leaves out a step that nobody agrees on
+_LAUNCHES = 3  # the order, the program, and what leaves out a step that nobody agrees on
 _ORDER_STREAM = 1  # independent of what a GradientFreeMixing would draw at the same key
 
 
