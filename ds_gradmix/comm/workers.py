@@ -11,6 +11,8 @@ from torch import Tensor
 from ds_gradmix.comm.consistency import ConsistencyCheck
 from ds_gradmix.comm.groups import RankGroup, TiedParameter
 
+Merge = Callable[[Tensor], Tensor]  # of `[R, C]` to `[C]`
+
 
 class WorkerLevels(NamedTuple):
     """The ranks of a worker that has several, which are neighbours in the group of all workers' ranks.
@@ -41,22 +43,27 @@ class WorkerGroup(RankGroup):
         node_levels: WorkerLevels | None = None,
     ) -> None:
         super().__init__(group)
-        self._split(levels, decision_group)
-        self._node_levels = node_levels
+        self._split(levels, decision_group, node_levels)
 
-    def _split(self, levels: WorkerLevels | None, decision_group: RankGroup | None) -> None:
+    def _split(
+        self,
+        levels: WorkerLevels | None,
+        decision_group: RankGroup | None,
+        node_levels: WorkerLevels | None = None,
+    ) -> None:
         self.levels = levels  # None where a worker is one rank
         self.decision_group = decision_group or self
         self.ranks_per_worker = levels.intra.num_ranks if levels else 1  # n
         self.replicas_per_worker = levels.num_replicas if levels else 1
         self.size = self.num_ranks // self.ranks_per_worker  # W
         self.number = self.rank // self.ranks_per_worker  # of the worker that this rank belongs to
+        self._node_levels = node_levels
 
-    def for_sums(self) -> "WorkerGroup":
-        """The same ranks where gradients, which are weighted already, are only summed: inside of nodes first,
-        whatever a worker is.
+    def by_node(self) -> "WorkerGroup | None":
+        """The same ranks with nodes for workers, so that gradients are summed inside of nodes first; None
+        where nodes are not known, or hold one rank or all of them.
         """
-        return WorkerGroup(self.group, self._node_levels)
+        return None if self._node_levels is None else WorkerGroup(self.group, self._node_levels)
 
     @property
     def num_replicas(self) -> int:
@@ -85,9 +92,11 @@ class WorkerGroup(RankGroup):
         """
         return self.begin_exchange(sent, sizes, received)()
 
-    def begin_exchange(self, sent: Tensor, sizes: list[int], received: Tensor) -> Callable[[], Tensor]:
+    def begin_exchange(
+        self, sent: Tensor, sizes: list[int], received: Tensor, merge: Merge | None = None
+    ) -> Callable[[], Tensor]:
         """The same in two parts: inside workers it is under way at once, and between them when what is
-        returned is called.
+        returned is called. `merge` makes one row of those of a worker's ranks, in place of their mean.
         """
         columns, inter = sizes[self.rank], self.levels.inter if self.levels else self
         wait, n = None, self.ranks_per_worker
@@ -100,7 +109,9 @@ class WorkerGroup(RankGroup):
             own = sent
             if wait is not None:
                 wait()
-                own = sent[: sum(sizes)].copy_(sum_rows(parts.view(n, -1), self.replicas_per_worker))
+                rows = parts.view(n, -1)
+                merged = sum_rows(rows, self.replicas_per_worker) if merge is None else merge(rows)
+                own = sent[: sum(sizes)].copy_(merged)
             result = received[: self.size * columns]
             inter.all_to_all(result, own, [columns] * self.size, sizes)
             return result.view(self.size, columns)

@@ -6,12 +6,13 @@
     S   decisions: one for a bucket, a parameter tensor, or the model
 
 Collectives run one after another, and each takes as long as the slower of its two networks: between nodes,
-and inside a node. tests/system/test_scaling.py compares the byte counts with the kernel's counters. Times are
-estimates for the given bandwidths, and nothing overlaps. Only the standard library is imported.
+and inside a node. An exchange is one collective, since its two levels overlap tile by tile.
+tests/system/test_scaling.py compares the byte counts with the kernel's counters. Times are estimates for the
+given bandwidths, and nothing else overlaps. Only the standard library is imported.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default with ZeRO, and its fixed size elsewhere
@@ -35,6 +36,7 @@ class Cluster:
     memory_bandwidth: float = 3.35e12  # bytes/s that a rank reads and writes
     fp64_rate: float = 67e12  # operations/s of a rank's float64 matrix products
     launch_s: float = 5e-6  # of a small kernel
+    step_s: float = 0.3e-6  # of a step inside of a kernel that waits for the one before
 
     def __post_init__(self) -> None:
         n, k = self.ranks_per_worker, self.on_node
@@ -107,13 +109,16 @@ class ReductionPlan:
     """What a gradmix block does with the gradients: without arguments, nothing.
 
     `transport` is "stock" where DeepSpeed averages, "weighted" where it sums gradients that each worker has
-    multiplied by its weight, and "exchange" where a rank receives all workers' gradients for its share. Only
-    then is there a Gram matrix, a scaling rule or momentum.
+    multiplied by its weight, and "exchange" where a rank receives all workers' gradients for its share, or
+    all nodes' weighted sums of them. Only then can there be a scaling rule or momentum.
     """
 
     transport: str = "stock"
     scope: Literal["bucket", "parameter", "model"] = "bucket"
     needs_gram: bool = False  # weights depend on the Gram matrix of the workers' gradients
+    by_node: bool = False  # an exchange is of weighted sums, taken inside of nodes first
+    sketch_size: int = 0  # numbers of a sketch that it is taken from; 0 is from the gradients themselves
+    by_parameter: bool = False  # parameters have weights of their own
     mixing: RuleCost = NO_COST
     scaling: RuleCost | None = None  # None without a scaling rule
     has_momentum: bool = False  # its factors have a running mean
@@ -129,6 +134,11 @@ class ReductionPlan:
     def decisions(self, workload: Workload) -> int:
         """The number of decisions of a reduction, S."""
         return {"bucket": workload.buckets, "parameter": workload.tensors, "model": 1}[self.scope]
+
+    def sketch_numbers(self, workload: Workload) -> float:
+        """The float32 of all sketches of a reduction; what is smaller than one is sent as it is."""
+        decisions = self.decisions(workload)
+        return decisions * min(self.sketch_size, workload.parameters / decisions)
 
 
 class CollectiveCost(NamedTuple):
@@ -155,9 +165,14 @@ def all_reduce(num_bytes: float, cluster: Cluster) -> CollectiveCost:
 def exchange_gradients(num_bytes: float, cluster: Cluster) -> list[CollectiveCost]:
     """Each rank gets all workers' gradients for its share: (n-1)/n B inside workers, (W-1)/W B/n across."""
     k, n, w = cluster.on_node, cluster.ranks_per_worker, cluster.workers
-    inside = CollectiveCost((n - 1) / n * num_bytes, k * max(n - k, 0) / n * num_bytes)
-    leaving = k * (w - max(k // n, 1)) / w * num_bytes / n
-    return [inside, CollectiveCost((w - 1) / w * num_bytes / n, leaving)]
+    sent = (n - 1) / n * num_bytes + (w - 1) / w * num_bytes / n
+    leaving = k * max(n - k, 0) / n * num_bytes + k * (w - max(k // n, 1)) / w * num_bytes / n
+    return [CollectiveCost(sent, leaving)]
+
+
+def by_node(cluster: Cluster) -> Cluster:
+    """The same with nodes as workers, inside of which gradients are summed first if there are several."""
+    return replace(cluster, ranks_per_worker=cluster.on_node if cluster.ranks > cluster.on_node else 1)
 
 
 def send_to_owners(num_bytes: float, cluster: Cluster) -> CollectiveCost:
@@ -207,10 +222,12 @@ def gradient_collectives(plan: ReductionPlan, workload: Workload, cluster: Clust
     num_bytes = workload.num_bytes
     if plan.transport != "exchange":
         return [all_reduce(workload.parameters * workload.stock_bytes, cluster)]
+    if plan.by_node:
+        cluster = by_node(cluster)
     collectives = exchange_gradients(num_bytes, cluster)
     if workload.every_rank_needs_result:
         return collectives + gather_on_every_rank(num_bytes, cluster)
-    if plan.decides_for_model:
+    if plan.decides_for_model and not plan.sketch_size:
         collectives *= 2  # the first time for the decision alone
     if workload.owners == "one":
         collectives.append(send_to_owners((2 if plan.has_momentum else 1) * num_bytes, cluster))
@@ -218,10 +235,14 @@ def gradient_collectives(plan: ReductionPlan, workload: Workload, cluster: Clust
 
 
 def _decision_collectives(plan: ReductionPlan, workload: Workload, cluster: Cluster) -> list[CollectiveCost]:
-    """Gram matrices are summed and weights broadcast; a scaling rule's terms are summed for every tensor."""
+    """Sketches are exchanged, Gram matrices summed and weights broadcast; a scaling rule's terms are summed
+    for every tensor.
+    """
     w, collectives = cluster.workers, []
+    if plan.needs_gram and plan.sketch_size:
+        collectives += exchange_gradients(4.0 * plan.sketch_numbers(workload), cluster)
     if plan.needs_gram:
-        numbers = plan.decisions(workload) * (w * w + w + 2 + plan.mixing.state_numbers)
+        numbers = plan.decisions(workload) * (w * w + w + 3 + plan.mixing.state_numbers)
         collectives.append(_ring(8.0 * numbers, cluster.ranks, cluster))
     if plan.scaling is not None and plan.scaling.layer_terms > 0:
         collectives.append(all_reduce(8.0 * plan.scaling.layer_terms * workload.tensors, cluster))
@@ -229,12 +250,13 @@ def _decision_collectives(plan: ReductionPlan, workload: Workload, cluster: Clus
 
 
 def _decision_seconds(plan: ReductionPlan, workload: Workload, cluster: Cluster) -> float:
-    """Gram matrices, and the small kernels of the decisions, which a bucket's parameters share."""
+    """Gram matrices, and the programs of the decisions, which a bucket's parameters share."""
     if not plan.needs_gram:
         return 0.0
     w, rounds = cluster.workers, 1 if plan.scope == "model" else workload.buckets
-    seconds = 2 * w * workload.parameters / cluster.ranks_per_worker / cluster.fp64_rate
-    return seconds + rounds * plan.mixing.launches * cluster.launch_s
+    elements = plan.sketch_numbers(workload) if plan.sketch_size else workload.parameters
+    seconds = 2 * w * elements / cluster.ranks_per_worker / cluster.fp64_rate
+    return seconds + rounds * (plan.mixing.launches * cluster.launch_s + plan.mixing.steps * cluster.step_s)
 
 
 def _memory_bytes(plan: ReductionPlan, workload: Workload, cluster: Cluster) -> float:
@@ -242,32 +264,51 @@ def _memory_bytes(plan: ReductionPlan, workload: Workload, cluster: Cluster) -> 
     copied = min(workload.bucket_elements, workload.parameters)  # by DeepSpeed, before it reduces them
     if workload.owners == "BF16_Optimizer":
         copied = workload.parameters  # of a parameter group
+    if plan.needs_gram:
+        num_bytes += _decision_bytes(plan, workload, cluster)
     if plan.transport != "exchange":
-        tile_bytes = plan.tile_bytes if plan.transport == "weighted" else 0
+        tile_bytes = plan.tile_bytes if plan.transport == "weighted" and plan.by_parameter else 0
         return num_bytes + copied * workload.stock_bytes + tile_bytes
     num_bytes += 3 * plan.tile_bytes
     if workload.owners == "ZeRO-0":
         num_bytes += copied * workload.stock_bytes
-    if workload.every_rank_needs_result and plan.decides_for_model:
+    if workload.every_rank_needs_result and plan.decides_for_model and not plan.sketch_size:
         num_bytes += 1.5 * plan.tile_bytes * workload.buckets  # that wait for the decision
     if plan.has_momentum:
         num_bytes += 8 * workload.parameters / cluster.ranks
-    if plan.needs_gram:
-        decisions_per_bucket = math.ceil(plan.decisions(workload) / workload.buckets)
-        num_bytes += _GRAM_COPIES * 8 * cluster.workers**2 * decisions_per_bucket
+    return num_bytes
+
+
+def _decision_bytes(plan: ReductionPlan, workload: Workload, cluster: Cluster) -> float:
+    """Gram matrices on the rank that decides; signs, a sketch, and what is sent and received of it."""
+    decisions_per_bucket = math.ceil(plan.decisions(workload) / workload.buckets)
+    num_bytes = _GRAM_COPIES * 8.0 * cluster.workers**2 * decisions_per_bucket
+    if plan.sketch_size:
+        sketch = 4 * min(plan.sketch_size, workload.parameters)
+        at_once = 3 * max(sketch, plan.tile_bytes) if plan.scope == "parameter" else 3 * sketch
+        num_bytes += sketch + at_once
     return num_bytes
 
 
 def _read_and_written_bytes(plan: ReductionPlan, workload: Workload, cluster: Cluster) -> float:
-    """By operations on the P gradients that a rank sends, and on the P/n that it combines."""
+    """By operations on the P gradients that a rank sends, and on the P/n that it combines.
+
+    Stock divides a bucket and copies it; where every rank needs the result, it copies that back, too. To
+    weigh a bucket takes the place of the division.
+    """
+    b, sketching = workload.grad_bytes, workload.grad_bytes if plan.sketch_size else 0
+    copies = (2 if workload.every_rank_needs_result else 1) * 2.0 * b
     if plan.transport != "exchange":
-        return 2 * workload.num_bytes + (16 * workload.parameters if plan.transport == "weighted" else 0)
-    b, n = workload.grad_bytes, cluster.ranks_per_worker
-    sending = 2.0 * b + (b if n > 1 else 0)
-    combining = 16.0 + b if n > 1 else 0.0  # a worker's mean
-    if plan.needs_gram:
+        by_parameter = 16 if plan.transport == "weighted" and plan.by_parameter else 0
+        return workload.parameters * (sketching + 2 * b + by_parameter + copies)
+    n = (by_node(cluster) if plan.by_node else cluster).ranks_per_worker
+    sending = sketching + (0.0 if workload.owners == "one" else copies)  # from where it lies
+    combining = 8.0 + b + plan.mixing.bytes_per_element  # the weighted sum, and its result
+    if n > 1:  # a worker's mean, or a node's weighted sum
+        sending += b
+        combining += (8 if plan.by_node else 16) + b
+    if plan.needs_gram and not plan.sketch_size:
         combining += 16 + b + 4 * b  # products in float64; gradients are kept in the bucket and read again
-    combining += 8 + b + plan.mixing.bytes_per_element  # the weighted sum, and its result
     if plan.scaling is not None:
         combining += plan.scaling.bytes_per_element
     return workload.parameters * (sending + combining / n)

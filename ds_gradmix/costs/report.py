@@ -9,7 +9,7 @@ from ds_gradmix.costs import model
 from ds_gradmix.costs.model import Cluster, ReductionPlan, Workload
 from ds_gradmix.engines.compatibility import lookup
 from ds_gradmix.exchange.exchange import columns_per_tile
-from ds_gradmix.exchange.transport import Transport, choose_transport
+from ds_gradmix.exchange.transport import Transport, choose_transport, decides_before
 
 _SMALL_MESSAGE = 64 * 2**10  # bytes; with smaller messages a network is far from its bandwidth
 _ROWS = ("GB sent per rank", "GB leaving a node", "GB of memory per rank", "seconds, estimated")
@@ -22,11 +22,15 @@ def reduction_plan(config: Mapping[str, Any], block: GradmixConfig, num_workers:
     accumulates = lookup(config, "gradient_accumulation_steps", 1) not in (1, None)
     keeps_two = needs_gradient and accumulates and _stage(config) == 2
     transport = choose_transport(block, num_workers)
-    exchanges = transport is Transport.EXCHANGE
+    exchanges, active = transport is Transport.EXCHANGE, transport is not Transport.STOCK
+    sketched = active and block.mixing.needs_gram and decides_before(block)
     return ReductionPlan(
         transport=transport.value,
         scope=block.scope,
-        needs_gram=exchanges and block.mixing.needs_gram,
+        needs_gram=active and block.mixing.needs_gram,
+        by_node=exchanges and decides_before(block),
+        sketch_size=(block.sketch_size or 0) if sketched else 0,
+        by_parameter=active and _weighs_by_parameter(block),
         mixing=block.mixing.cost(num_workers),
         scaling=scaling.cost(num_workers) if exchanges and scaling is not None else None,
         has_momentum=exchanges and scaling is not None and scaling.factor_momentum > 0,
@@ -34,6 +38,10 @@ def reduction_plan(config: Mapping[str, Any], block: GradmixConfig, num_workers:
         parameter_copies=0 if extrapolation is None else 1 + keeps_two,
         tile_bytes=block.tile_bytes,
     )
+
+
+def _weighs_by_parameter(block: GradmixConfig) -> bool:
+    return block.mixing.by_parameter or (block.mixing.needs_gram and block.scope == "parameter")
 
 
 def workload_of(config: Mapping[str, Any], parameters: float, tensors: int) -> Workload:

@@ -53,7 +53,7 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
         transport = self.gradmix.transport
         if transport is not Transport.STOCK:
             self.gradient_average = False  # weights say what gradients sum to
-        if transport.exchanges:
+        if transport is Transport.EXCHANGE:
             self.use_multi_rank_bucket_allreduce = True  # one call with all of a group's slices
             self.reduce_scatter = True  # only owners need the result, however DeepSpeed would reduce
 
@@ -146,7 +146,7 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
         bucket = Bucket([recorded.flat_N], spans, workers, dtypes, replay, replay, pieces, outputs)
         last = bool(self.is_gradient_accumulation_boundary())
         self.gradmix.reduce(bucket, self.gradmix_context.key, last=last)
-        if not self.gradmix.transport.exchanges:
+        if self.gradmix.transport is not Transport.EXCHANGE:
             return
         if self.cpu_offload:  # accumulates whole gradients: what others own must not look like an overflow
             others = [part for part in slices if part.owner != workers.rank]

@@ -4,7 +4,7 @@ them.
     1. all-to-all: rank j gets every worker's gradient for region j (plan.py);  a rank sends (W-1)/W B
     2. Gram matrices of the shares are summed on the first rank, which decides; W^2 numbers
        it sends the weights, and the rule's next state, to all, so that
-       they are identical;                                                       (1 + K) W numbers
+       they are identical;                                                       (3 + K) W numbers
     3. a scaling rule's L sums over every parameter, over the ranks;             L P numbers
     4. weighted combination, one pass over the share
     5. all-to-all of what was combined to its owners, unless regions are owned;  (W-1)/W B/W
@@ -12,8 +12,11 @@ them.
 
 for a bucket of B bytes; stock ZeRO all-reduces it for 2 (W-1)/W B. Where each worker has n ranks, step 1 has
 two levels (comm/workers.py): (n-1)/n B inside a worker, and (W-1)/W B/n between workers. With momentum of the
-factors step 5 carries these as well, since the owner has their running mean. Weights known beforehand leave
-out step 2. A decision for the whole model needs steps 1 and 2 of all buckets first: these are suspended with
+factors step 5 carries these as well, since the owner has their running mean.
+
+Weights that are decided before the gradients are sent leave out step 2. Then the two levels of step 1 may be
+those of nodes, whatever a worker is: a node's ranks sum their gradients, weighted, and send that. A decision
+for the whole model, if not from sketches, needs steps 1 and 2 of all buckets first: these are suspended with
 their gradients in their own memory, or, where that cannot be, sent once more.
 
 Tensor-parallel ranks hold parts of the same gradients: in 2 and 3 the sums go over them, too, replicas
@@ -31,13 +34,14 @@ import torch
 from torch import Tensor
 
 from ds_gradmix.comm.groups import RankGroup
-from ds_gradmix.comm.workers import sum_rows
+from ds_gradmix.comm.workers import WorkerGroup, sum_rows
 from ds_gradmix.config import GradmixConfig
 from ds_gradmix.exchange.bucket import Bucket, CommDtypes, ParamSpan
 from ds_gradmix.exchange.factor_momentum import FactorMomentum
 from ds_gradmix.exchange.mixing_state import MixingState
 from ds_gradmix.exchange.plan import ExchangePlan, even_sizes, plan_tiles, share_evenly
 from ds_gradmix.exchange.tiled_buffer import TiledBuffer
+from ds_gradmix.exchange.transport import decides_before
 from ds_gradmix.exchange.weighted import Weighting
 from ds_gradmix.ops.segments import Segments
 from ds_gradmix.rules import GramianMixing, MixingDecision, RngKey, Scaling
@@ -94,19 +98,25 @@ class Exchange:
         rule, size = self.config.mixing, self.workers.size
         initial_KW = rule.initial_state(size) if isinstance(rule, GramianMixing) else torch.zeros(0, size)
         self.state = MixingState(initial_KW, weighting.stats.device)
-        self._plans: dict[tuple[CommDtypes, bool, tuple[ParamSpan, ...]], ExchangePlan] = {}
+        self._nodes = self.workers.by_node() if decides_before(self.config) else None
+        self._plans: dict[tuple[CommDtypes, bool, tuple[ParamSpan, ...], bool], ExchangePlan] = {}
 
-    def send(self, bucket: Bucket) -> "PendingExchange":
-        """Prepare an exchange; the gradients are sent when the Gram matrix or combination is asked for."""
-        key = (bucket.dtypes, bucket.pieces is None, bucket.spans)
-        plan = self._plans.pop(key, None) or self._plan(bucket)
+    def send(self, bucket: Bucket, *, by_node: bool = False) -> "PendingExchange":
+        """Prepare an exchange; the gradients are sent when the Gram matrix or combination is asked for.
+
+        With `by_node` only the combination can be asked for, and is taken inside of nodes first if they are
+        known and the weights are decided before.
+        """
+        nodes = self._nodes if by_node else None
+        key = (bucket.dtypes, bucket.pieces is None, bucket.spans, nodes is not None)
+        plan = self._plans.pop(key, None) or self._plan(bucket, nodes or self.workers)
         self._plans[key] = plan  # as the most recent one
         if len(self._plans) > _PLANS_KEPT:
             del self._plans[next(iter(self._plans))]
-        return PendingExchange(self, bucket, plan)
+        return PendingExchange(self, bucket, plan, nodes)
 
-    def _plan(self, bucket: Bucket) -> ExchangePlan:
-        workers, spans = self.workers, bucket.spans
+    def _plan(self, bucket: Bucket, workers: WorkerGroup) -> ExchangePlan:
+        spans = bucket.spans
         if bucket.pieces is not None:
             pieces = list(bucket.pieces(spans))
         else:
@@ -116,7 +126,10 @@ class Exchange:
         columns = columns_per_tile(self.config, workers.num_ranks, workers.size, bucket.dtypes.num_bytes)
         tiles = plan_tiles(pieces, workers.order, workers.rank, columns)
         counted = [self.weighting.infos[span.param].counted for span in spans]
-        return ExchangePlan(tiles, pieces, workers.rank, workers.size, bucket.tensors[0].device, counted)
+        device = bucket.tensors[0].device
+        return ExchangePlan(
+            tiles, pieces, workers.rank, workers.size, device, counted, workers.ranks_per_worker
+        )
 
     def gram(self, grads: Sequence[Tensor], dtypes: CommDtypes) -> Tensor:
         """Gram matrix `[1, W, W]` of this rank's even share of entire gradients, which are only read."""
@@ -177,16 +190,14 @@ class Exchange:
 class PendingExchange:
     """A bucket between the sending of its gradients and their combination."""
 
-    def __init__(self, exchange: Exchange, bucket: Bucket, plan: ExchangePlan) -> None:
+    def __init__(
+        self, exchange: Exchange, bucket: Bucket, plan: ExchangePlan, nodes: WorkerGroup | None
+    ) -> None:
         self._exchange = exchange
         self._bucket = bucket
         self._plan = plan
-        self.tiled = TiledBuffer(exchange.workers, bucket, plan, exchange.momentum)
-
-    def decide(self, key: RngKey) -> Decided:
-        """The decision for this bucket alone."""
-        gram = lambda: GramShare(self.gram())  # noqa: E731
-        return self._exchange.decide_on(self.tiled.flat_N, self._bucket.spans, key, gram)
+        self._nodes = nodes
+        self.tiled = TiledBuffer(nodes or exchange.workers, bucket, plan, exchange.momentum)
 
     def gram(self) -> Tensor:
         """Gram matrices `[S, W, W]` of this rank's share of the bucket."""
@@ -215,19 +226,24 @@ class PendingExchange:
         segments = plan.as_one if one_row else plan.by_param
         if exchange.config.scaling is not None:
             self._scale(exchange.config.scaling, segments, weights_WS)
+        elif self._nodes is not None:
+            self._sum_by_node(self._nodes, weights_WS)
         else:
             weights_WS = weights_WS * exchange.weighting.weight_sum
             for k, grads_WC in tiled.sweep(last=True):
                 tiled.write_result(k, mix(grads_WC, weights_WS, segments[k]))
         self._bucket.store(tiled.flat_N)
 
-    def sum(self) -> None:
-        """Write the sum of all workers' gradients, which are weighted already, as `combine` does."""
-        if not self._plan.tiles:
-            return
-        for k, grads_WC in self.tiled.sweep(last=True):
-            self.tiled.write_result(k, sum_rows(grads_WC))
-        self._bucket.store(self.tiled.flat_N)
+    def _sum_by_node(self, nodes: WorkerGroup, weights_WS: Tensor) -> None:
+        """Weighted sums inside of nodes, and sums of these, whatever a worker is."""
+        weighting, workers = self._exchange.weighting, self._exchange.workers
+        first = nodes.number * nodes.ranks_per_worker  # of the node's ranks, each a part of its worker
+        numbers = [rank // workers.ranks_per_worker for rank in range(first, first + nodes.ranks_per_worker)]
+        weights_RS = weights_WS[numbers] * (weighting.weight_sum / workers.replicas_per_worker)
+        segments = self._plan.place_as_one if weights_WS.shape[1] == 1 else self._plan.place_by_param
+        merges = [lambda rows_RC, own=own: mix(rows_RC, weights_RS, own) for own in segments]
+        for k, rows_WC in self.tiled.sweep(last=True, merges=merges):
+            self.tiled.write_result(k, sum_rows(rows_WC))
 
     def _scale(self, rule: Scaling, segments: Sequence[Segments], weights_WS: Tensor) -> None:
         """Statistics of all tiles, their sums over every parameter on all the ranks, and factors."""

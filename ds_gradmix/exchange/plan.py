@@ -106,6 +106,7 @@ class ExchangePlan:
     num_workers: int
     device: torch.device
     counted: list[bool]  # of every parameter of the bucket, whether this rank adds it to sums over the ranks
+    ranks_per_worker: int = 1
 
     @cached_property
     def owned(self) -> list[Piece]:
@@ -147,12 +148,26 @@ class ExchangePlan:
         """Of every tile, one segment of what is counted; and one of what is not, where there is such."""
         return self._segments([int(not counted) for counted in self.counted])
 
-    def _segments(self, segment_of: Sequence[int]) -> list[Segments]:
-        """Of every tile, which segment each column belongs to, given that of every parameter."""
+    @cached_property
+    def place_by_param(self) -> list[Segments]:
+        """The same of what this rank gets from its worker's ranks: the regions of all with its place."""
+        return self._segments(range(len(self.counted)), self.ranks_per_worker)
+
+    @cached_property
+    def place_as_one(self) -> list[Segments]:
+        """That as one segment."""
+        return self._segments([0] * len(self.counted), self.ranks_per_worker)
+
+    def _segments(self, segment_of: Sequence[int], every: int | None = None) -> list[Segments]:
+        """Of every tile, which segment each column belongs to, given that of every parameter: of this rank's
+        region, or of those of `every` so many ranks.
+        """
         num_segments = 1 if len(set(segment_of)) == 1 else 1 + max(segment_of)
         made = []
         for tile in self.tiles:
-            ids, lengths = [segment_of[p.param] for p in tile.mine], [p.length for p in tile.mine]
+            regions = [tile.mine] if every is None else tile.regions[self.rank % every :: every]
+            pieces = [piece for region in regions for piece in region]
+            ids, lengths = [segment_of[p.param] for p in pieces], [p.length for p in pieces]
             made.append(Segments(ids, lengths, num_segments, self.device, self.num_workers))
         return made
 

@@ -1,9 +1,8 @@
 """The reduction of one engine's gradients, whatever the optimizer: a step from its first bucket to its end.
 
 Each bucket goes downwards: check that all ranks are at the same bucket, sum over sequence-parallel ranks,
-keep the worker's own gradient for extrapolation, leave out what is not finite, and then by one of the
-ways of transport.py: left to DeepSpeed; weighted, by weights that are decided before, and then summed by
-DeepSpeed or by an exchange; or exchanged.
+keep the worker's own gradient for extrapolation, leave out what is not finite, and then by one of three
+ways (transport.py): left to DeepSpeed, weighted and left to DeepSpeed, or exchanged.
 """
 
 from collections.abc import Mapping, Sequence
@@ -75,7 +74,6 @@ class GradientReducer:
         self._sums = StepStats(params.device)
         self._exchanges: dict[tuple[int, ...], Exchange] = {}
         self._sketches: dict[tuple[int, ...], SketchedGrams] = {}
-        self._totals: dict[tuple[int, ...], Exchange] = {}  # sum what is weighted already
         # Experts are spread over several data-parallel ranks: their gradient is the sum over a smaller group
         # of workers, divided by the number of all.
         for workers in (*parallel.experts.values(), parallel.workers):
@@ -90,10 +88,6 @@ class GradientReducer:
         exchange = self._exchanges[workers.ranks] = Exchange(weighting, self.momentum)
         if config.mixing.needs_gram and config.sketch_size is not None:
             self._sketches[workers.ranks] = SketchedGrams(exchange, config.sketch_size)
-        if self.transport is Transport.SUMMED:
-            plain = GradmixConfig(tile_bytes=config.tile_bytes)
-            summing = replace(weighting, config=plain, workers=workers.for_sums())
-            self._totals[workers.ranks] = Exchange(summing, None)
 
     def workers_of(self, group: Any) -> WorkerGroup:
         """The workers of a process group: the data-parallel one, or one of experts."""
@@ -199,7 +193,7 @@ class GradientReducer:
             self.weights.keep_gradients([i for i, _ in grads], parts, last=last)
 
     def _combine(self, bucket: Bucket, key: RngKey, pending: PendingExchange | None = None) -> None:
-        """The ways of a bucket, which may be sent already."""
+        """The three ways of a bucket, which may be sent already."""
         if self.transport is Transport.STOCK:
             bucket.replay()
             return
@@ -210,21 +204,37 @@ class GradientReducer:
             for start, output in bucket.outputs:
                 if any(span.start <= start < span.start + span.length for span in done):
                     output.add_(bucket.load().narrow(0, start, output.numel()).to(output.dtype))
-            pending = pending or exchange.send(replace(bucket, spans=spans))
-            pending.combine(self._backward.decided or pending.decide(key))
+            pending = pending or exchange.send(replace(bucket, spans=spans), by_node=True)
+            decided = self._backward.decided
+            pending.combine(decided or self._decide(exchange, pending.tiled.flat_N, spans, key, pending))
             return
-        flat_N, ranks = bucket.load(), bucket.workers.ranks
+        flat_N = bucket.load()
         if spans:
-            gram = lambda: self._sketches[ranks].of_bucket(flat_N, spans, key)  # noqa: E731
-            decided = self._backward.decided or exchange.decide_on(flat_N, spans, key, gram)
-            exchange.weigh(flat_N, spans, decided)
+            exchange.weigh(
+                flat_N, spans, self._backward.decided or self._decide(exchange, flat_N, spans, key)
+            )
         for span in done if bucket.workers.rank != 0 else ():
             span.of(flat_N).zero_()  # it is there already, and survives the sum
-        if self.transport is Transport.SUMMED:
-            self._totals[ranks].send(replace(bucket, tensors=[flat_N])).sum()
-        else:
-            bucket.sum(flat_N)
+        bucket.sum(flat_N)
         bucket.store(flat_N)
+
+    def _decide(
+        self,
+        exchange: Exchange,
+        flat_N: Tensor,
+        spans: tuple[ParamSpan, ...],
+        key: RngKey,
+        pending: PendingExchange | None = None,
+    ) -> Decided:
+        """The decision for a bucket alone: from Gram matrices of sketches, or of what is exchanged."""
+
+        def gram() -> GramShare:
+            if self._sketches:
+                return self._sketches[exchange.workers.ranks].of_bucket(flat_N, spans, key)
+            assert pending is not None
+            return GramShare(pending.gram())
+
+        return exchange.decide_on(flat_N, spans, key, gram)
 
     def end_backward(self, *, last: bool, gradient_scale: float) -> None:
         """All gradients of a backward pass are reduced; all ranks must have come to it."""

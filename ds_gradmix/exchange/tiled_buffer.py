@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ds_gradmix.comm.workers import WorkerGroup
+from ds_gradmix.comm.workers import Merge, WorkerGroup
 from ds_gradmix.exchange.bucket import Bucket
 from ds_gradmix.exchange.factor_momentum import FactorMomentum
 from ds_gradmix.exchange.plan import ExchangePlan, Piece, Tile
@@ -76,13 +76,14 @@ class TiledBuffer:
             self._box.inbox[: self._suspended.numel()] = self._suspended
             self._suspended = None
 
-    def sweep(self, last: bool = False) -> Iterator[tuple[int, Tensor]]:
+    def sweep(self, last: bool = False, merges: Sequence[Merge] = ()) -> Iterator[tuple[int, Tensor]]:
         """All tiles in some order: the number of the tile and every worker's gradients `[W, C]`, not to be
         changed. With `last` nothing is kept for a later sweep, and the caller may stash numbers of each tile,
-        or write its result, when it is done with it.
+        or write its result, when it is done with it. `merges`, of every tile, are how a worker's ranks'
+        gradients become one in the first sweep, if not by their mean.
         """
         if not self._exchanged:
-            yield from self._exchange(keep=not last)
+            yield from self._exchange(merges or [None] * len(self._tiles), keep=not last)
             self._exchanged = True
             return
         inbox, outbox = self._box.inbox, self._box.outbox
@@ -169,24 +170,24 @@ class TiledBuffer:
         slices = [self.flat_N.narrow(0, start, length) for start, length in tile.extents]
         torch._foreach_copy_(slices, parts)
 
-    def _exchange(self, keep: bool) -> Iterator[tuple[int, Tensor]]:
+    def _exchange(self, merges: Sequence[Merge | None], keep: bool) -> Iterator[tuple[int, Tensor]]:
         under_way: list[Callable[[], Tensor]] = []
         for k in range(len(self._tiles)):
             ahead = min(k + len(self._boxes), len(self._tiles))
-            under_way += [self._begin(j) for j in range(k + len(under_way), ahead)]
+            under_way += [self._begin(j, merges[j]) for j in range(k + len(under_way), ahead)]
             self._box = self._boxes[k % len(self._boxes)]
             yield k, under_way.pop(0)()
             if keep and k < self._final:
                 torch._foreach_copy_(*self._memory(k, self._received(k, self._box.inbox)))
 
-    def _begin(self, k: int) -> Callable[[], Tensor]:
+    def _begin(self, k: int, merge: Merge | None) -> Callable[[], Tensor]:
         """Send a tile, from a staging buffer or from where it lies if that will do."""
         tile, (outbox, inbox) = self._tiles[k], self._boxes[k % len(self._boxes)]
         if tile.run is not None and self.flat_N.dtype == outbox.dtype:
-            return self._workers.begin_exchange(self.flat_N.narrow(0, *tile.run), tile.sizes, inbox)
+            return self._workers.begin_exchange(self.flat_N.narrow(0, *tile.run), tile.sizes, inbox, merge)
         parts = [self.flat_N.narrow(0, start, length) for start, length in tile.extents]
         sent = torch.cat(parts, out=outbox[: sum(tile.sizes)])
-        return self._workers.begin_exchange(sent, tile.sizes, inbox)
+        return self._workers.begin_exchange(sent, tile.sizes, inbox, merge)
 
     def _received(self, k: int, buffer: Tensor) -> Tensor:
         """The part of a staging buffer that all workers' gradients for tile k take, one after the other."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ds_gradmix.ops import kernels
 from ds_gradmix.ops.gram import CACHED_COLUMNS, gram
 from ds_gradmix.ops.segments import Segments, to_device, weighted_sum
 from ds_gradmix.ops.sketch import SketchMaps
@@ -69,6 +70,10 @@ def mean_cosine(gram_SWW: Tensor) -> Tensor:
 
 def mix(grads_WC: Tensor, weights_WS: Tensor, segments: Segments) -> Tensor:
     """`sum_i w_i g_i`, `[C]`, in the dtype of the weights, float32 or float64."""
+    if weights_WS.shape[1] == 1 and weights_WS.dtype == torch.float32 and kernels.available(grads_WC.device):
+        from ds_gradmix.ops.kernels.weighted_sum import weighted_sum as in_one_launch
+
+        return in_one_launch(grads_WC.contiguous(), weights_WS[:, 0].contiguous())
     chunks = _column_chunks(grads_WC, segments.expand(weights_WS))
     return _joined([weighted_sum(part_WC.to(weights.dtype), weights) for part_WC, weights in chunks])
 

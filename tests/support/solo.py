@@ -61,9 +61,6 @@ class SoloWorkers(WorkerGroup):
             levels = WorkerLevels(SoloWorkers(per_worker), SoloWorkers(size // per_worker), per_worker)
         self._split(levels, None)
 
-    def for_sums(self) -> WorkerGroup:
-        return SoloWorkers(self.num_ranks)
-
     def all_to_all(self, out: Tensor, sent: Tensor, out_sizes: list[int], sent_sizes: list[int]) -> None:
         assert out.numel() == sum(out_sizes) and sent.numel() == sum(sent_sizes)
         begin = 0
