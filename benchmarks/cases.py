@@ -32,6 +32,8 @@ DEEPSPEED_DTYPE = {"bf16": {"bf16": {"enabled": True}}}
 
 _GAF = {"mixing": {"type": "GAF", "params": {"threshold": 1.0}}}
 _VRGD = {"scaling": {"type": "VRGD", "params": {"gamma": 0.1}}}
+_SKETCH = {"gram": {"sketch": 2**17}}
+_BY_EXCHANGE = {"transport": "exchange"}
 _VRGD_MOMENTUM = {"scaling": {"type": "VRGD", "params": {"gamma": 0.1, "momentum": 0.9}}}
 
 
@@ -52,6 +54,9 @@ RULES: dict[str, dict[str, Any] | None] = {
     "VRGD momentum 0.9": _VRGD_MOMENTUM,
     "GAF scope parameter": _GAF | {"scope": "parameter"},
     "GAF scope model": _GAF | {"scope": "model"},
+    "GAF by sketch": _GAF | _SKETCH,
+    "GAF by sketch and exchange": _GAF | _SKETCH | _BY_EXCHANGE,
+    "Mean by exchange": _BY_EXCHANGE,
 }
 # Measured between hosts of several ranks only.
 RULES_WITH_LARGE_WORKERS: dict[str, dict[str, Any]] = {
@@ -128,7 +133,8 @@ class Case:
         return 1.05 * self.theory_bytes(rule) / self.theory_bytes("stock")
 
     def memory_bound(self, rule: str, stock_reduction_bytes: float) -> float:
-        """The most that a reduction may allocate: three tiles, or as much as stock where stock reduces.
+        """The most that a reduction may allocate: three tiles, or as much as stock where stock reduces; and
+        before, for a sketch, what docs/scaling.md says.
 
         With ZeRO-0 DeepSpeed copies the gradients into a bucket besides. The new state of a momentum is kept
         separately until the end of a step, which may still be skipped: one float32 for each element that the
@@ -136,8 +142,7 @@ class Case:
         """
         copied = self.bucket_bytes if self.engine == "ZeRO-0" else 0
         block = GradmixConfig() if RULES[rule] is None else parse_block(RULES[rule])
-        exchanges = block.mixing.needs_gram or block.scaling is not None
-        base = copied + 3 * self.tile_bytes if exchanges else stock_reduction_bytes
-        has_momentum = block.scaling is not None and block.scaling.factor_momentum > 0
-        pending = 4 * NUM_ELEMENTS // self.world if has_momentum else 0
-        return base + pending + (2 << 20)
+        plan = reduction_plan(self.ds_config(rule, None), block, self.world)
+        base = copied + 3 * self.tile_bytes if plan.transport == "exchange" else stock_reduction_bytes
+        pending = 4 * NUM_ELEMENTS // self.world if plan.has_momentum else 0
+        return base + pending + 16 * plan.sketch_size + (2 << 20)

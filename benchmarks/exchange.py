@@ -55,7 +55,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", action="append", choices=("fp32", "bf16"), help="default: both")
     parser.add_argument("--rule", action="append", choices=list(RULES), help="default: all of them")
     parser.add_argument("--ranks-per-host", type=int, choices=(1, 2, 4), default=1)
-    parser.add_argument("--rate", help="the most a host sends, as tc reads it (500mbit); default: no limit")
+    parser.add_argument(
+        "--rate", help="the most a host sends or receives, as tc reads it (500mbit); default: no limit"
+    )
     parser.add_argument("--only-bytes", action="store_true", help="measure neither time nor memory")
     parser.add_argument("--tile-mib", type=float, default=1.0, help="tile_bytes when measuring memory")
     parser.add_argument("--rounds", type=int, help="pairs of steps to time per rule")

@@ -70,7 +70,7 @@ def why_no_namespaces() -> str | None:
 def network(num_hosts: int, rate: str | None = None) -> Iterator[list[Host]]:
     """Hosts 10.77.0.1, 10.77.0.2, … on one bridge, which are removed after the block; needs root.
 
-    No host sends faster than `rate`, in the notation of `tc` (`"500mbit"`), if it is given.
+    No host sends or receives faster than `rate`, in the notation of `tc` (`"500mbit"`), if it is given.
     """
     prefix = f"gradmix{os.getpid()}-{next(_serial)}"
     switch, names = f"{prefix}-switch", [f"{prefix}-host{i}" for i in range(num_hosts)]
@@ -85,7 +85,8 @@ def network(num_hosts: int, rate: str | None = None) -> Iterator[list[Host]]:
         for i, host in enumerate(hosts):
             _plug_in(host, switch, f"port{i}")
             if rate is not None:
-                _limit(host, rate)
+                _limit(host, INTERFACE, rate)  # what it sends
+                _limit(Host(switch, "", ""), f"port{i}", rate)  # and what it is sent
         yield hosts
     finally:
         for name in reversed(made):
@@ -205,9 +206,9 @@ def _plug_in(host: Host, switch: str, port: str) -> None:
         _ip("-n", host.namespace, "link", "set", interface, "up")
 
 
-def _limit(host: Host, rate: str) -> None:
+def _limit(host: Host, interface: str, rate: str) -> None:
     bucket = ["tbf", "rate", rate, "burst", "256kb", "latency", "100ms"]
-    command = host.command(["tc", "qdisc", "add", "dev", host.interface, "root", *bucket])
+    command = host.command(["tc", "qdisc", "add", "dev", interface, "root", *bucket])
     subprocess.run(command, check=True, capture_output=True, text=True, timeout=30)
 
 

@@ -207,7 +207,7 @@ def block_costs(plan: ReductionPlan, workload: Workload, cluster: Cluster) -> Co
     collectives *= workload.reductions
     if plan.averages_past_gradient:
         collectives += average_inside_workers(workload.num_bytes, cluster)
-    seconds = _decision_seconds(plan, workload, cluster) * workload.reductions
+    seconds = decision_seconds(plan, workload, cluster) * workload.reductions
     read_and_written = _read_and_written_bytes(plan, workload, cluster) * workload.reductions
     seconds += read_and_written / cluster.memory_bandwidth
     for sent, leaving in collectives:
@@ -249,7 +249,7 @@ def _decision_collectives(plan: ReductionPlan, workload: Workload, cluster: Clus
     return collectives
 
 
-def _decision_seconds(plan: ReductionPlan, workload: Workload, cluster: Cluster) -> float:
+def decision_seconds(plan: ReductionPlan, workload: Workload, cluster: Cluster) -> float:
     """Gram matrices, and the programs of the decisions, which a bucket's parameters share."""
     if not plan.needs_gram:
         return 0.0

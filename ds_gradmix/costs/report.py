@@ -1,10 +1,12 @@
 """What `ds_gradmix check` prints about the costs of a gradmix block: model.py's formulas for a ds_config."""
 
+import itertools
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ds_gradmix.config import GradmixConfig
+from ds_gradmix.config import GradmixConfig, GramSketch
 from ds_gradmix.costs import model
 from ds_gradmix.costs.model import Cluster, ReductionPlan, Workload
 from ds_gradmix.engines.compatibility import lookup
@@ -12,6 +14,7 @@ from ds_gradmix.exchange.exchange import columns_per_tile
 from ds_gradmix.exchange.transport import Transport, choose_transport, decides_before
 
 _SMALL_MESSAGE = 64 * 2**10  # bytes; with smaller messages a network is far from its bandwidth
+_USUAL_SKETCH = GramSketch(sketch=2**20)
 _ROWS = ("GB sent per rank", "GB leaving a node", "GB of memory per rank", "seconds, estimated")
 
 
@@ -79,6 +82,9 @@ def cost_table(config: Mapping[str, Any], block: GradmixConfig, clusters: Sequen
             line += f"  {sent / stock if stock else 1.0:{len(column)}.3f}"
         lines.append(line)
     plan = reduction_plan(config, block, num_workers=2)  # or more
+    if plan.sketch_size:
+        size = f"{4 * plan.sketch_size / 2**20:g} MiB"
+        lines.append(f"  and for each decision a sketch, at most {size}, whatever the number of ranks")
     lines += _memory_lines(plan, even)
     if block.extrapolation is not None:
         lines.append(_extrapolation_line(config, block, plan, block.extrapolation.type_name()))
@@ -100,15 +106,18 @@ def _memory_lines(plan: ReductionPlan, workload: Workload) -> Iterator[str]:
     if plan.transport == "exchange":
         besides = " besides stock's" if workload.owners == "ZeRO-0" else ""
         yield f"{reducing} {3 * tile:g} MiB, 3 tiles{besides} ({stock})"
-        if workload.every_rank_needs_result and plan.decides_for_model:
+        if workload.every_rank_needs_result and plan.decides_for_model and not plan.sketch_size:
             yield "  and 1.5 tiles for every bucket that waits for the decision on the model"
-        if plan.needs_gram:
-            each = "every parameter of a bucket" if plan.scope == "parameter" else "each decision"
-            yield f"  and W x W float64 for {each}"
     elif plan.transport == "stock":
         yield f"extra memory per rank: none, this is stock DeepSpeed ({stock})"
     else:
-        yield f"{reducing} {tile:g} MiB besides stock's ({stock})"
+        yield f"{reducing} {tile if plan.by_parameter else 0:g} MiB besides stock's ({stock})"
+    if plan.needs_gram:
+        each = "every parameter of a bucket" if plan.scope == "parameter" else "each decision"
+        yield f"  and W x W float64 for {each}"
+    if plan.sketch_size:
+        at_once = max(12 * plan.sketch_size, 3 * plan.tile_bytes * (plan.scope == "parameter"))
+        yield f"  and for sketches {(4 * plan.sketch_size + at_once) / 2**20:g} MiB before that"
     if plan.has_momentum:
         yield "  and for momentum 4 bytes per parameter / ranks throughout, as much again during reductions"
 
@@ -155,10 +164,40 @@ def scale_table(
         lines.append(f"  {name:25s} {before:12.4g} {after:12.4g} {ratio:>8s}")
     if workload.reductions > 1:
         lines.append(f"  with ZeRO-2 in {workload.reductions} reductions, one for each micro-step")
+    lines += _notes(config, block, plan, workload, cluster)
     if plan.transport == "exchange":
-        columns = columns_per_tile(block, cluster.ranks, cluster.workers, 2 * workload.grad_bytes)
+        by = model.by_node(cluster) if plan.by_node else cluster
+        columns = columns_per_tile(block, by.ranks, by.workers, 2 * workload.grad_bytes)
         lines += _message_note(columns, plan.tile_bytes, workload, cluster)
     return "\n".join(lines)
+
+
+def _notes(
+    config: Mapping[str, Any],
+    block: GradmixConfig,
+    plan: ReductionPlan,
+    workload: Workload,
+    cluster: Cluster,
+) -> Iterator[str]:
+    """What decisions cost, and which way of deciding and summing is fastest, where there is a choice."""
+    deciding = model.decision_seconds(plan, workload, cluster) * workload.reductions
+    if deciding > 0.02 * model.block_costs(plan, workload, cluster).seconds and plan.scope != "model":
+        yield (
+            f"  note: decisions take {deciding:.3g} of these seconds: fewer are needed with a larger "
+            'reduce_bucket_size, or one with scope "model"; larger workers make each of them shorter'
+        )
+    if block.scaling is not None or cluster.workers == 1:
+        return
+    exact, sketch = {"gram": "exact"}, {"gram": block.gram if block.sketch_size else _USUAL_SKETCH}
+    grams: list[dict[str, Any]] = [exact, sketch] if block.mixing.needs_gram else [{}]
+    found = {}
+    for gram, transport in itertools.product(grams, ("deepspeed", "exchange")):
+        other = block.model_copy(update={**gram, "transport": transport})
+        words = json.dumps(other.model_dump(include={*gram, "transport"}))[1:-1]
+        other_plan = reduction_plan(config, other, cluster.workers)
+        found[words] = model.block_costs(other_plan, workload, cluster).seconds
+    fastest = min(found, key=lambda words: found[words])
+    yield f"  fastest of its kind on this cluster, on paper: {fastest}, {found[fastest]:.4g} seconds"
 
 
 def _message_note(columns: int, tile_bytes: int, workload: Workload, cluster: Cluster) -> Iterator[str]:

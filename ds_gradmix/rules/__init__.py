@@ -10,6 +10,7 @@ from ds_gradmix.rules.base import Mixing as Mixing
 from ds_gradmix.rules.base import RngKey as RngKey
 from ds_gradmix.rules.base import Rule as Rule
 from ds_gradmix.rules.base import Scaling as Scaling
+from ds_gradmix.rules.decision import Considered as Considered
 from ds_gradmix.rules.decision import MixingDecision as MixingDecision
 from ds_gradmix.rules.extrapolation.noise import Noise as Noise
 from ds_gradmix.rules.extrapolation.pastgradient import PastGradient as PastGradient

@@ -16,11 +16,19 @@ VRGD = {"scaling": {"type": "VRGD", "params": {"momentum": 0.9}}}
 PAST = {"extrapolation": {"type": "PastGradient", "params": {"lr": 0.1}}}
 
 
+SKETCH = {"gram": {"sketch": 2**20}}
+BY_EXCHANGE = {"transport": "exchange"}
 BLOCKS: dict[str, dict[str, Any]] = {
     "stock": {},
     **usual_blocks(*SLOTS),
     "GAF, scope parameter": {**GAF, "scope": "parameter"},
     "GAF, scope model, ZeRO-1": {**GAF, "scope": "model"},
+    "GAF by sketch": {**GAF, **SKETCH},
+    "GAF by sketch and exchange": {**GAF, **SKETCH, **BY_EXCHANGE},
+    "GAF by sketch, scope parameter": {**GAF, **SKETCH, "scope": "parameter"},
+    "GAF by sketch, scope model, ZeRO-1": {**GAF, **SKETCH, "scope": "model"},
+    "GAF by sketch and exchange, scope model, ZeRO-1": {**GAF, **SKETCH, **BY_EXCHANGE, "scope": "model"},
+    "Mean by exchange": BY_EXCHANGE,
     "GAF, VRGD": {**GAF, "scaling": {"type": "VRGD"}},
     "VRGD with momentum": VRGD,
     "GAF, PastGradient": {**GAF, **PAST},
@@ -33,7 +41,16 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "GAF, worker 2": {**GAF, "worker": 2},
     "GAF, worker 32": {**GAF, "worker": 32},
 }
-AT_ALL_SIZES = ("stock", "GAF", "GAF, worker node", "GAF, VRGD with momentum, worker node")
+AT_ALL_SIZES = (
+    "stock",
+    "GAF",
+    "GAF by sketch",
+    "GAF by sketch and exchange",
+    "GAF by sketch, scope model, ZeRO-1",
+    "GAF by sketch and exchange, scope model, ZeRO-1",
+    "GAF, worker node",
+    "GAF, VRGD with momentum, worker node",
+)
 SIZES = {"7B": 7e9, "70B": 70e9, "1T": 1e12}
 RANKS = (64, 512, 4096)
 IN_DETAIL = ("70B", 512)

@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +87,15 @@ def test_formulas_count_every_message(what: str, d: int, k: int, n: int) -> None
 
 
 MEASURED = {  # the benchmark's options, and the rules that it measures
-    "2 ranks": ("--world 2", ["VRGD momentum 0.9", "GAF scope parameter"]),
-    "4 ranks on 2 hosts": ("--world 4 --ranks-per-host 2 --engine ZeRO-0", ["GAF", "GAF, worker node"]),
-    "8 ranks on 4 hosts": ("--world 8 --ranks-per-host 2", ["GAF", "GAF, worker 4"]),
+    "2 ranks": ("--world 2", ["VRGD momentum 0.9", "GAF scope parameter", "GAF by sketch"]),
+    "4 ranks on 2 hosts": (
+        "--world 4 --ranks-per-host 2 --engine ZeRO-0",
+        ["GAF", "GAF, worker node", "GAF by sketch and exchange", "Mean by exchange"],
+    ),
+    "8 ranks on 4 hosts": (
+        "--world 8 --ranks-per-host 2",
+        ["GAF", "GAF, worker 4", "GAF by sketch and exchange"],
+    ),
 }
 
 
@@ -114,6 +121,36 @@ def test_formulas_agree_with_the_kernel_counters(
         assert row["sent_bytes"] == pytest.approx(row["theory_bytes"], rel=0.05), run.stdout
         if "worker node" in row["rule"] and row["engine"] == "ZeRO-2":
             assert row["bytes_ratio"] <= 0.6, run.stdout
+
+
+@pytest.mark.parametrize("ranks", [512, 4096])
+def test_deciding_by_sketches_costs_little_on_paper(ranks: int) -> None:
+    """Where there is one decision; and 512 workers may take one for every bucket."""
+    rows = {
+        row.rule: row.costs for row in map(partial(scaling_table.row_of, "70B", ranks), scaling_table.BLOCKS)
+    }
+    seconds = {rule: costs.seconds / rows["stock"].seconds for rule, costs in rows.items()}
+    scopes = [", scope model, ZeRO-1"] + [""] * (ranks == 512)
+    for scope in scopes:
+        assert seconds[f"GAF by sketch{scope}"] <= 1.10
+        assert seconds[f"GAF by sketch and exchange{scope}"] <= 0.65
+        assert seconds["GAF by sketch"] < seconds["GAF"] / 4
+
+
+def test_check_names_the_fastest_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, words = tmp_path / "config.json", {}
+    for name, block in {"GAF": scaling_table.GAF, "Mean": {}, "VRGD": scaling_table.VRGD}.items():
+        config.write_text(json.dumps({**scaling_table.CONFIG, "gradmix": block}))
+        assert main(["check", str(config), "--params", "70e9", "--dp", "512", "--ranks-per-node", "8"]) == 0
+        lines = [line for line in capsys.readouterr().out.splitlines() if "fastest" in line]
+        words[name] = lines[0].split("on paper: ")[1] if lines else None
+    assert words["VRGD"] is None  # there is no choice
+    assert words["Mean"] is not None and words["Mean"].startswith('"transport": "exchange", ')
+    assert words["GAF"] is not None
+    chosen, seconds, _ = words["GAF"].rsplit(maxsplit=2)
+    assert json.loads("{" + chosen.rstrip(",") + "}") == {"gram": {"sketch": 2**20}, "transport": "exchange"}
+    row = scaling_table.row_of("70B", 512, "GAF by sketch and exchange")
+    assert float(seconds) == pytest.approx(row.costs.seconds, rel=1e-3)
 
 
 @pytest.mark.parametrize("ranks", scaling_table.RANKS)
