@@ -23,6 +23,7 @@ class RankGroup:
         self.ranks = ranks_of(dist.group.WORLD if group is None else group)
         self.num_ranks = len(self.ranks)
         self.rank = dist.get_rank(group)
+        self._is_gloo = "gloo" in dist.get_backend(group)
 
     @property
     def is_first(self) -> bool:
@@ -63,14 +64,27 @@ class RankGroup:
 
     def all_to_all(self, out: Tensor, sent: Tensor, out_sizes: list[int], sent_sizes: list[int]) -> None:
         """Give `sent_sizes[j]` elements to rank j, take `out_sizes[j]` from it."""
-        dist.all_to_all_single(out, sent, out_sizes, sent_sizes, group=self.group)
+        self.begin_all_to_all(out, sent, out_sizes, sent_sizes)()
 
     def begin_all_to_all(
         self, out: Tensor, sent: Tensor, out_sizes: list[int], sent_sizes: list[int]
     ) -> Callable[[], object]:
-        """The same without waiting for it; what is returned waits."""
-        work = dist.all_to_all_single(out, sent, out_sizes, sent_sizes, group=self.group, async_op=True)
-        return work.wait  # type: ignore[no-any-return]
+        """The same without waiting for it; what is returned waits.
+
+        On gloo by messages, whose receivers are ready before anything is sent: in gloo's own all-to-all the
+        word that they are waits behind the data of the other direction, which takes 1.4 times as long.
+        """
+        if not self._is_gloo or out.device.type != "cpu":
+            work = dist.all_to_all_single(out, sent, out_sizes, sent_sizes, group=self.group, async_op=True)
+            return work.wait  # type: ignore[no-any-return]
+        parts, incoming = sent.split(sent_sizes), out.split(out_sizes)
+        others = [*range(self.rank + 1, self.num_ranks), *range(self.rank)]
+        works = [
+            dist.irecv(incoming[j], self.ranks[j], self.group) for j in reversed(others) if out_sizes[j] > 0
+        ]
+        works += [dist.isend(parts[j], self.ranks[j], self.group) for j in others if sent_sizes[j] > 0]
+        incoming[self.rank].copy_(parts[self.rank])
+        return lambda: [work.wait() for work in works if work is not None]
 
     def all_gather(self, out: Tensor, sent: Tensor) -> None:
         """Every rank's `sent`, one after the other, all of one size."""

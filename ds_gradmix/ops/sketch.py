@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from ds_gradmix.ops import kernels
-from ds_gradmix.ops.gram import CACHED_COLUMNS
 from ds_gradmix.ops.segments import to_device
 
 _STREAM = 2**32  # of a step's random draws, and the next one; rules use small numbers
+_CACHED_SUMS = 1 << 17  # float32 that a core's cache holds beside what is added to them
 COSINE_ERROR = 1.2  # an upper limit of a cosine's standard error, times sqrt(m)
 
 
@@ -96,7 +96,7 @@ class Sketch:
         begins at `begin`, where in their block, how many, and their block's sign.
         """
         size = self.size
-        width = CACHED_COLUMNS if device.type == "cpu" else size
+        width = _CACHED_SUMS if device.type == "cpu" else size
         pieces = []
         for block in range(begin // size, -(-(begin + length) // size)):
             first, end = max(begin, block * size), min(begin + length, (block + 1) * size)
