@@ -32,7 +32,7 @@ DEEPSPEED_DTYPE = {"bf16": {"bf16": {"enabled": True}}}
 
 _GAF = {"mixing": {"type": "GAF", "params": {"threshold": 1.0}}}
 _VRGD = {"scaling": {"type": "VRGD", "params": {"gamma": 0.1}}}
-_SKETCH = {"gram": {"sketch": 2**17}}
+_SKETCH = {"gram": {"sketch": 2**15}}
 _BY_EXCHANGE = {"transport": "exchange"}
 _VRGD_MOMENTUM = {"scaling": {"type": "VRGD", "params": {"gamma": 0.1, "momentum": 0.9}}}
 

@@ -61,7 +61,8 @@ def stats(engine: Any) -> dict[str, float]:
         `kept_fraction` of the workers with a weight other than 0, `effective_workers` (1 / sum of squared
         weights), `agreed_fraction` of the decisions in which workers agreed, `mean_cosine` between different
         workers (where a rule needs it), `mean_factor` of the scaling rule (if any), `dropped_workers`, how
-        often one was left out of a reduction (`nonfinite: "drop"`), and `skipped`, 1 if the step was skipped.
+        often one was left out of a reduction (`nonfinite: "drop"`), `close_calls`, decisions within 3
+        standard errors of a threshold (with `gram: {"sketch": m}`), and `skipped`, 1 if the step was skipped.
         The same on every rank.
     """
     from ds_gradmix.engines.install import reducer_of

@@ -1,5 +1,8 @@
 """The Gram matrix of a few long rows, in float64.
 
+On a GPU rows of 16 bits are multiplied as they are: their products are exact in float32, in sums of 128, and
+these sums are added in float64. Rows of float32 are multiplied in float64, since TF32 would round them.
+
 On a CPU most of the time of `mm(x.double(), x.double().t())` goes into writing and reading a copy that no
 cache holds. So there the columns are taken 65,536 at a time; products are float32, in sums of 128, and these
 sums are added in float64. They are off by up to 2e-7 for numbers of 8 bits, whose roundings have a bias, and
@@ -17,12 +20,22 @@ _SMALLEST = 1e-30  # of a chunk's sum of squares: what float32 loses below 1e-38
 
 def gram(values_WC: Tensor) -> Tensor:
     """`x x^T`, `[W, W]` in float64, of `[W, C]` in any dtype on any device."""
+    if multiplies_16_bits(values_WC):
+        blocks_BWK = _blocks(values_WC)
+        products_BWW = torch.bmm(blocks_BWK, blocks_BWK.transpose(1, 2), out_dtype=torch.float32)
+        return products_BWW.sum(0, dtype=torch.float64)
     if values_WC.device.type != "cpu" or values_WC.dtype == torch.float64:
         return exact_gram(values_WC)
     total_WW = values_WC.new_zeros(len(values_WC), len(values_WC), dtype=torch.float64)
     for chunk_WC in values_WC.split(CACHED_COLUMNS, dim=1):
         total_WW += _gram_of_chunk(chunk_WC)
     return total_WW
+
+
+def multiplies_16_bits(values_WC: Tensor) -> bool:
+    """Whether 16-bit numbers are multiplied on this device with a result in float32."""
+    in_16_bits = values_WC.is_cuda and values_WC.dtype in (torch.bfloat16, torch.float16)
+    return in_16_bits and "dtype" in torch.ops.aten.bmm.overloads()
 
 
 def exact_gram(values_WC: Tensor) -> Tensor:
@@ -32,13 +45,17 @@ def exact_gram(values_WC: Tensor) -> Tensor:
 
 
 def _gram_of_chunk(values_WC: Tensor) -> Tensor:
-    columns = values_WC.shape[1]
-    if columns % _SUM:
-        values_WC = torch.nn.functional.pad(values_WC, (0, -columns % _SUM))
-    blocks_BWK = values_WC.float().unflatten(1, (-1, _SUM)).transpose(0, 1)
+    blocks_BWK = _blocks(values_WC.float())
     found_WW = torch.bmm(blocks_BWK, blocks_BWK.transpose(1, 2)).sum(0, dtype=torch.float64)
     # By numpy, since these numbers are in the host's memory as they are.
     squares_W = found_WW.numpy().diagonal()
     if ((squares_W > _SMALLEST) & (squares_W < float("inf"))).all():
         return found_WW
     return exact_gram(values_WC)
+
+
+def _blocks(values_WC: Tensor) -> Tensor:
+    if values_WC.shape[1] % _SUM:
+        values_WC = torch.nn.functional.pad(values_WC, (0, -values_WC.shape[1] % _SUM))
+    blocks_WBK: Tensor = values_WC.unflatten(1, (-1, _SUM))
+    return blocks_WBK.transpose(0, 1)

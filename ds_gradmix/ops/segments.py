@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ds_gradmix.ops.gram import gram
+from ds_gradmix.ops.gram import gram, multiplies_16_bits
 
 _MAX_BLOCK_SIZE = 4096
 _MIN_BLOCK_SIZE = 64
@@ -92,7 +92,7 @@ class Segments:
     def gram(self, values_WC: Tensor) -> Tensor:
         """Gram matrices `[S, W, W]` of `[W, C]`, in float64 (gram.py)."""
         one_product = len(values_WC) >= _ROWS_FOR_ONE_PRODUCT or values_WC.device.type == "cpu"
-        if self.num_segments == 1 and one_product:
+        if self.num_segments == 1 and (one_product or multiplies_16_bits(values_WC)):
             return gram(values_WC)[None]
         blocks_BWC = self._blocks(values_WC, torch.float64)
         return self._sum_blocks(blocks_BWC, lambda x_BWC: torch.bmm(x_BWC, x_BWC.transpose(1, 2)))

@@ -13,7 +13,11 @@ import pytest
 import torch
 
 from ds_gradmix import combine
+from ds_gradmix.ops.segments import Segments
+from ds_gradmix.ops.sketch import SketchMaps
 from ds_gradmix.optim import Lamb, Lars
+from ds_gradmix.rules import GAF, RngKey
+from ds_gradmix.rules.apply import mix
 from tests.support.engines import build_with
 from tests.support.gradients import NASTY, RULES, SIZES, gaussian
 from tests.support.ranks import run_ranks
@@ -50,6 +54,36 @@ def test_inner_products_are_not_tf32() -> None:
         test_combine_on_cuda_equals_cpu("gaf vrgd", torch.float32)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_programs_equal_the_cpu(dtype: torch.dtype) -> None:
+    """Each Triton program against what a CPU computes."""
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(8, 300_001, generator=generator).to(dtype)
+    ends: list[list[torch.Tensor]] = []
+    for device in ("cpu", "cuda"):
+        own, found = rows.to(device), []
+        for size in (1000, 2**17):
+            sketch = SketchMaps(size, RngKey(1, 2).generator, own.device).of_length(rows.shape[1])
+            found.append(torch.empty(size, device=device))
+            sketch.of(own[0].tensor_split([100_000, 100_001]), found[-1])
+        weights_W1 = torch.linspace(0, 1, 8, device=device)[:, None]
+        found.append(mix(own, weights_W1, Segments([0], [rows.shape[1]], 1, own.device)))
+        for merge in ("mean", "midpoint"):
+            grads = torch.randn(40, 50, generator=torch.Generator().manual_seed(2)).double()
+            gram, present = (
+                (grads @ grads.t())[None].to(device),
+                torch.ones(40, dtype=torch.bool, device=device),
+            )
+            present[3] = False
+            considered = GAF(merge=merge).consider(
+                gram, present, RngKey(1, 2), torch.zeros(0, 40, device=device)
+            )
+            found += [considered.decision.weights_SW, considered.decision.agreed_S, considered.margin_S]
+        ends.append([values.cpu() for values in found])
+    for on_cpu, on_cuda in zip(*ends, strict=True):
+        torch.testing.assert_close(on_cuda, on_cpu, rtol=1e-5, atol=1e-4)
 
 
 @contextlib.contextmanager

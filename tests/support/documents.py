@@ -86,12 +86,21 @@ def versions() -> str:
     return table(head, iter([[f"`{python}`", f"`{wanted['torch']}`", f"`{wanted['deepspeed']}`", tests]]))
 
 
+_DEFINITIONS = GradmixConfig.model_json_schema()["$defs"]
+
+
 def allowed(schema: Mapping[str, Any]) -> str:
     """What a JSON schema allows, for a reader."""
     if "anyOf" in schema:
         return " or ".join(map(allowed, schema["anyOf"]))
     if "enum" in schema:
         return ", ".join(f"`{json.dumps(value)}`" for value in schema["enum"])
+    if "const" in schema:
+        return f"`{json.dumps(schema['const'])}`"
+    if "$ref" in schema:
+        model = _DEFINITIONS[schema["$ref"].rsplit("/", 1)[1]]
+        keys = [f'`"{key}":` {allowed(value)}' for key, value in model["properties"].items()]
+        return f"an object with {' and '.join(keys)}"
     if schema.get("type") == "boolean":
         return "`true`, `false`"
     bounds = [_BOUNDS[key].format(_number(schema[key])) for key in _BOUNDS if key in schema]

@@ -263,6 +263,18 @@ def test_killed_and_resumed_training_equals_uninterrupted_training(
     assert f"first {first:.4f} (step 1), last {last:.4f} (step 12)" in output
 
 
+def test_the_sketch_of_the_ready_config(tmp_path: Path, inputs: dict[str, str]) -> None:
+    """As it is, by the `deepspeed` command, at a learning rate for a dozen steps."""
+    mine = {"--deepspeed_config": str(ROOT / "configs" / "gaf_sketch_zero2.json"), "--out": str(tmp_path)}
+    options = {**inputs, **mine, "--steps": "12", "--validate-every": "12", "--warmup-steps": "0"}
+    status, output = train(LAUNCH / "pretrain.py", options)
+    assert status == 0, output
+    assert "gram sketch 1048576, transport exchange" in output
+    lines = steps_of(tmp_path)
+    assert lines[-1]["val_loss"] < lines[0]["val_loss"] - 0.1
+    assert {"close_calls", "kept_fraction", "mean_cosine"} <= set(lines[-1])
+
+
 @pytest.mark.parametrize("config", ["vr_lamb_zero2", "vr_lars_zero1"])
 def test_vr_lamb_and_vr_lars_train(tmp_path: Path, inputs: dict[str, str], config: str) -> None:
     """The ready configs as they are, by the `deepspeed` command."""

@@ -14,12 +14,13 @@ PACKAGE = Path(__file__).parents[2] / "ds_gradmix"
 
 # A module may import modules of lower layers and of its own package, not others of its layer. Every module of
 # ds_gradmix stands here by its own name or by its package's; the empty name is ds_gradmix/__init__.py.
-# Rules hand their costs to costs.model, which imports nothing.
+# Rules hand their costs to costs.model, which imports nothing but costs.inputs.
 LAYERS = {
     "ops": 0,
     "comm": 0,
     "log": -1,
     "costs.model": -1,
+    "costs.inputs": -2,
     "slurm": 0,
     "megatron": 0,
     "config_messages": 0,
@@ -40,15 +41,16 @@ LAYERS = {
 IMPORT_DEEPSPEED = {"engines", "megatron", ""}
 IMPORT_TORCH_DISTRIBUTED = {"comm", "engines", "megatron", "__main__"}
 
-# For what version 0.1.0 could do first (5,500); rules from outside (250) and optimizers (100) add to it.
-MAX_LINES = 5850
+# For what version 0.1.0 could do first (5,500); rules from outside (250), optimizers (100), and sketches with
+# exchanges by node, their costs and settings (380) add to it.
+MAX_LINES = 6230
 # Modules and packages that came later have their own limits.
 MAX_LINES_OF_NEW = {
     ("comm.peers", "engines.deepspeed_api", "engines.engine_request"): 400,
     ("rules.lookup", "rules.scaling.andmask", "exchange.mixing_state", "testing"): 750,
     ("optim", "engines.optimizer_install", "engines.optimizer_layout", "engines.optimizer_section"): 950,
-    ("ops.gram",): 60,
-    ("ops.sketch", "ops.agreement", "ops.kernels", "exchange.sketched"): 470,
+    ("ops.gram",): 70,
+    ("ops.sketch", "ops.agreement", "ops.kernels", "exchange.sketched"): 500,
 }
 MAX_LINES_OF_FILE = 300
 MAX_LINES_OF_FUNCTION = 40
@@ -117,7 +119,10 @@ def test_third_parties_stay_in_their_layers(name: str) -> None:
 
 
 def test_cost_model_imports_the_standard_library_only() -> None:
-    assert {package_of(full_name) for full_name in imports_of("costs.model")} <= sys.stdlib_module_names
+    for name in ("costs.model", "costs.inputs"):
+        imported = {package_of(full_name) for full_name in imports_of(name)} - {"ds_gradmix"}
+        assert imported <= sys.stdlib_module_names
+    assert set(own_imports_of("costs.model")) == {"costs.inputs"} and not list(own_imports_of("costs.inputs"))
 
 
 def test_sizes() -> None:

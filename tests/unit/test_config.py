@@ -81,6 +81,36 @@ def test_a_mistaken_worker_is_told_once(worker: Any) -> None:
     assert ('did you mean "node"?' in str(caught.value)) == (worker == "nodes")
 
 
+GRAM = '"exact" or {"sketch": integer, >= 8, <= 268435456} (default "exact")'
+
+
+@pytest.mark.parametrize(
+    "gram, line",
+    [
+        ("exakt", f'gradmix.gram: is "exakt"; allowed: {GRAM}; did you mean "exact"?'),
+        (None, f"gradmix.gram: is null; allowed: {GRAM}; change it, or remove it for the default"),
+        (64, f"gradmix.gram: is 64; allowed: {GRAM}; change it, or remove it for the default"),
+        ({}, "gradmix.gram.sketch: is missing; allowed: integer, >= 8, <= 268435456; "),
+        ({"sketch": 4}, "gradmix.gram.sketch: is 4; allowed: integer, >= 8, <= 268435456; "),
+        ({"sketch": 1e6}, "gradmix.gram.sketch: is 1000000.0; allowed: integer, "),
+        ({"sketch": 64, "seed": 1}, "gradmix.gram.seed: unknown key (value 1); allowed: sketch; remove it"),
+    ],
+)
+def test_a_mistaken_gram_is_told_once(gram: Any, line: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_block({"mixing": {"type": "GAF"}, "gram": gram})
+    assert str(caught.value).startswith(line) and "\n" not in str(caught.value)
+
+
+def test_a_sketch_beside_a_scaling_rule_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_block({"scaling": {"type": "VRGD"}, "gram": {"sketch": 64}})
+    assert 'gradmix.gram: {"sketch": 64} with gradmix.scaling VRGD' in str(caught.value)
+    assert 'allowed is "exact"' in str(caught.value)
+    assert parse_block({"scaling": {"type": "VRGD"}, "gram": "exact"}).sketch_size is None
+    assert parse_block({"mixing": {"type": "GAF"}, "gram": {"sketch": 64}}).sketch_size == 64
+
+
 def test_a_misspelt_key_of_a_rule_is_told_once() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_block({"extrapolation": {"type": "Noise", "params": {"sdt": 1.0}}})
