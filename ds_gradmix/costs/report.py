@@ -167,7 +167,8 @@ def scale_table(
     lines += _notes(config, block, plan, workload, cluster)
     if plan.transport == "exchange":
         by = model.by_node(cluster) if plan.by_node else cluster
-        columns = columns_per_tile(block, by.ranks, by.workers, 2 * workload.grad_bytes)
+        comm_bytes = 2 * workload.grad_bytes
+        columns = columns_per_tile(block, by.ranks, by.workers, comm_bytes, by_node=plan.by_node)
         lines += _message_note(columns, plan.tile_bytes, workload, cluster)
     return "\n".join(lines)
 

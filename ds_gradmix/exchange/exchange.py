@@ -51,14 +51,17 @@ from ds_gradmix.rules.decision import packed, unpacked
 _PLANS_KEPT = 1024  # compositions of buckets; they recur from step to step
 
 
-def columns_per_tile(config: GradmixConfig, num_ranks: int, num_workers: int, comm_bytes: int) -> int:
+def columns_per_tile(
+    config: GradmixConfig, num_ranks: int, num_workers: int, comm_bytes: int, *, by_node: bool = False
+) -> int:
     """Elements a rank combines at a time, such that 3 `tile_bytes` hold all that a tile needs.
 
     Per column: `comm_bytes` for every rank, an element sent and one received; 48 bytes of statistics, or
     more for a scaling rule with many; and for the work of each worker a float64 (Gram matrix, or gradients in
     float32), or half as much again where weights differ by parameter, or six times as much for Gram matrices
     by parameter (blocks that parameters share are copied for each). Where workers have several ranks, two
-    tiles are under way, and there is a float32 more for the sum of their parts.
+    tiles are under way, and there is a float32 more for the sum of their parts. With `by_node` workers are
+    nodes, inside of which each rank's part is work.
     """
     work = 12 if config.mixing.by_parameter else 8
     if config.mixing.needs_gram and config.scope == "parameter":
@@ -68,7 +71,7 @@ def columns_per_tile(config: GradmixConfig, num_ranks: int, num_workers: int, co
     statistics = 48
     if (rule := config.scaling) is not None:
         statistics = max(statistics, 24 + 8 * (rule.num_statistics + rule.num_layer_terms))
-    per_column = num_ranks * comm_bytes + num_workers * work + statistics
+    per_column = num_ranks * comm_bytes + (num_ranks if by_node else num_workers) * work + statistics
     return max(3 * config.tile_bytes // per_column, 1)
 
 
@@ -123,7 +126,8 @@ class Exchange:
             sizes = even_sizes(sum(span.length for span in spans), workers.num_ranks)
             group = 0 if self.momentum is None else self.momentum.group_of(spans, sizes[workers.rank])
             pieces = share_evenly([(span.start, span.length) for span in spans], workers.num_ranks, group)
-        columns = columns_per_tile(self.config, workers.num_ranks, workers.size, bucket.dtypes.num_bytes)
+        comm_bytes, by_node = bucket.dtypes.num_bytes, workers is not self.workers
+        columns = columns_per_tile(self.config, workers.num_ranks, workers.size, comm_bytes, by_node=by_node)
         tiles = plan_tiles(pieces, workers.order, workers.rank, columns)
         counted = [self.weighting.infos[span.param].counted for span in spans]
         device = bucket.tensors[0].device
@@ -233,13 +237,15 @@ class PendingExchange:
             for k, grads_WC in tiled.sweep(last=True):
                 tiled.write_result(k, mix(grads_WC, weights_WS, segments[k]))
         self._bucket.store(tiled.flat_N)
+        tiled.release()
 
     def _sum_by_node(self, nodes: WorkerGroup, weights_WS: Tensor) -> None:
         """Weighted sums inside of nodes, and sums of these, whatever a worker is."""
         weighting, workers = self._exchange.weighting, self._exchange.workers
         first = nodes.number * nodes.ranks_per_worker  # of the node's ranks, each a part of its worker
         numbers = [rank // workers.ranks_per_worker for rank in range(first, first + nodes.ranks_per_worker)]
-        weights_RS = weights_WS[numbers] * (weighting.weight_sum / workers.replicas_per_worker)
+        own_RS = torch.cat([weights_WS.narrow(0, number, 1) for number in numbers])  # a list would be copied
+        weights_RS = own_RS * (weighting.weight_sum / workers.replicas_per_worker)
         segments = self._plan.place_as_one if weights_WS.shape[1] == 1 else self._plan.place_by_param
         merges = [lambda rows_RC, own=own: mix(rows_RC, weights_RS, own) for own in segments]
         for k, rows_WC in self.tiled.sweep(last=True, merges=merges):

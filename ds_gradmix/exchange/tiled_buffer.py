@@ -66,7 +66,11 @@ class TiledBuffer:
         if self._tiles:
             self._suspended = self._received(self._final, self._box.inbox).clone()
             self._bucket.store(self.flat_N)
-            del self._boxes, self.flat_N
+            self.release()
+
+    def release(self) -> None:
+        """Let go of the staging buffers, and of the gradients where they were copied."""
+        del self._boxes, self._box, self.flat_N
 
     def resume(self) -> None:
         """Go on where `suspend` stopped, if it did."""

@@ -1,7 +1,8 @@
 """The Gram matrix of a few long rows, in float64.
 
 On a GPU rows of 16 bits are multiplied as they are: their products are exact in float32, in sums of 128, and
-these sums are added in float64. Rows of float32 are multiplied in float64, since TF32 would round them.
+these sums are added in float64. (What bfloat16 holds beyond 1e19 has squares beyond float32, and below 1e-19
+squares that are lost.) Rows of float32 are multiplied in float64, since TF32 would round them.
 
 On a CPU most of the time of `mm(x.double(), x.double().t())` goes into writing and reading a copy that no
 cache holds. So there the columns are taken 65,536 at a time; products are float32, in sums of 128, and these

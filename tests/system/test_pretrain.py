@@ -265,7 +265,7 @@ def test_killed_and_resumed_training_equals_uninterrupted_training(
 
 def test_the_sketch_of_the_ready_config(tmp_path: Path, inputs: dict[str, str]) -> None:
     """As it is, by the `deepspeed` command, at a learning rate for a dozen steps."""
-    mine = {"--deepspeed_config": str(ROOT / "configs" / "gaf_sketch_zero2.json"), "--out": str(tmp_path)}
+    mine = {"--deepspeed_config": str(ROOT / "configs" / "gaf_zero2.json"), "--out": str(tmp_path)}
     options = {**inputs, **mine, "--steps": "12", "--validate-every": "12", "--warmup-steps": "0"}
     status, output = train(LAUNCH / "pretrain.py", options)
     assert status == 0, output

@@ -6,8 +6,22 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
-from tests.support.solo import BLOCKS, OWNERS, NoSynchronisation, PeakMemory, reduce_bucket, share_bucket
+from ds_gradmix.exchange.exchange import GramShare
+from ds_gradmix.rules import RngKey
+from tests.support.solo import (
+    BLOCKS,
+    OWNERS,
+    NoSynchronisation,
+    PeakMemory,
+    SoloWorkers,
+    bucket_of,
+    reduce_bucket,
+    reducer_of,
+    share_bucket,
+    spans_of,
+)
 
 EVERY_RANK = "every rank"  # nobody owns the bucket, and all need the result
 
@@ -68,6 +82,25 @@ def test_memory_is_bounded(name: str, ranks: int, per_worker: int, dtype: torch.
     if "gradientmix" not in name or "vrgd" in name:
         least = TILE / 4 if "sketch" in name or "summed" in name else TILE / 2
         assert watch.peak_bytes > least  # it did see something
+
+
+def test_what_waits_for_a_decision_keeps_one_tile() -> None:
+    """And nothing is kept of what is combined."""
+    workers, flat = SoloWorkers(4), torch.randn(100_000)
+    reducer = reducer_of({**BLOCKS["gaf"], "tile_bytes": TILE}, workers, 1, 0)
+    exchange = reducer._exchanges[workers.ranks]
+    pending = exchange.send(bucket_of(flat, spans_of([len(flat)]), workers, None))
+    gram = GramShare(pending.gram())
+    pending.tiled.suspend()
+    assert held_bytes(pending.tiled) <= 1.5 * TILE
+    present_W = torch.ones(4, dtype=torch.bool)
+    pending.combine(exchange.decide(gram, present_W, RngKey(1, 0), workers))
+    assert held_bytes(pending.tiled) == 0
+
+
+def held_bytes(tiled: Any) -> int:
+    held = [value for value in vars(tiled).values() if value is not None]
+    return sum(tensor.nbytes for tensor in tree_leaves(held) if isinstance(tensor, torch.Tensor))
 
 
 def test_memory_is_noticed() -> None:

@@ -65,9 +65,9 @@ class Launches(TorchDispatchMode):
 def test_gaf_decides_with_few_launches(workers: int, merge: str) -> None:
     """No more than docs/scaling.md reckons with, of which two are a GPU's: the order, and the program."""
     gram = torch.eye(workers, dtype=torch.float64)[None]
-    rule = block("GAF", merge=merge)["mixing"]
+    rule, present = GAF(merge=merge), torch.ones(workers, dtype=torch.bool)
     with Launches() as launches:
-        GAF(**rule["params"]).decide(gram, torch.ones(workers, dtype=torch.bool), RngKey(1, 2))
+        rule.decide(gram, present, RngKey(1, 2))
     assert launches.count <= GAF().cost(workers).launches - 2
 
 
