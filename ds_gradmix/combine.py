@@ -49,7 +49,7 @@ def _combine(
     grads_WN: Tensor, config: GradmixConfig, present_W: Tensor, key: RngKey, lengths: list[int]
 ) -> tuple[Tensor, dict[str, Any]]:
     params = Segments(list(range(len(lengths))), lengths, max(len(lengths), 1), grads_WN.device)
-    by_param = config.mixing.by_parameter or (config.mixing.needs_gram and config.scope == "parameter")
+    by_param = config.weighs_by_parameter
     segments = params if by_param else Segments([0], [grads_WN.shape[1]], 1, grads_WN.device)
     mixing = config.mixing if len(grads_WN) > 1 else Mean()
     if isinstance(mixing, GramianMixing):

@@ -87,6 +87,11 @@ class GradmixConfig(BaseModel):
         """Whether one decision needs all gradients of the step."""
         return self.mixing.needs_gram and self.scope == "model"
 
+    @property
+    def weighs_by_parameter(self) -> bool:
+        """Whether every parameter has weights of its own."""
+        return self.mixing.by_parameter or (self.mixing.needs_gram and self.scope == "parameter")
+
     def describe(self) -> str:
         """One line: the rules with their params, and the other settings that change results."""
         parts = [f"{slot} {rule!r}" for slot in SLOTS if (rule := getattr(self, slot)) is not None]

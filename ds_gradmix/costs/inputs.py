@@ -118,8 +118,8 @@ class ReductionPlan:
 
     @property
     def decides_for_model(self) -> bool:
-        """Whether one decision needs the gradients of all buckets."""
-        return self.needs_gram and self.scope == "model"
+        """Whether one decision needs the gradients of all buckets, and not only sketches of them."""
+        return self.needs_gram and self.scope == "model" and not self.sketch_size
 
     def decisions(self, workload: Workload) -> int:
         """The number of decisions of a reduction, S."""

@@ -111,7 +111,7 @@ def gradient_collectives(plan: ReductionPlan, workload: Workload, cluster: Clust
     collectives = exchange_gradients(num_bytes, cluster)
     if workload.every_rank_needs_result:
         return collectives + gather_on_every_rank(num_bytes, cluster)
-    if plan.decides_for_model and not plan.sketch_size:
+    if plan.decides_for_model:
         collectives *= 2  # the first time for the decision alone
     if workload.owners == "one":
         collectives.append(send_to_owners((2 if plan.has_momentum else 1) * num_bytes, cluster))
@@ -156,7 +156,7 @@ def _memory_bytes(plan: ReductionPlan, workload: Workload, cluster: Cluster) -> 
     num_bytes += 3 * plan.tile_bytes
     if workload.owners == "ZeRO-0":
         num_bytes += copied * workload.stock_bytes
-    if workload.every_rank_needs_result and plan.decides_for_model and not plan.sketch_size:
+    if workload.every_rank_needs_result and plan.decides_for_model:
         num_bytes += 1.5 * plan.tile_bytes * workload.buckets  # that wait for the decision
     if plan.has_momentum:
         num_bytes += 8 * workload.parameters / cluster.ranks

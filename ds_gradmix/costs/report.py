@@ -26,14 +26,14 @@ def reduction_plan(config: Mapping[str, Any], block: GradmixConfig, num_workers:
     keeps_two = needs_gradient and accumulates and _stage(config) == 2
     transport = choose_transport(block, num_workers)
     exchanges, active = transport is Transport.EXCHANGE, transport is not Transport.STOCK
-    sketched = active and block.mixing.needs_gram and decides_before(block)
+    needs_gram = active and block.mixing.needs_gram
     return ReductionPlan(
         transport=transport.value,
         scope=block.scope,
-        needs_gram=active and block.mixing.needs_gram,
+        needs_gram=needs_gram,
         by_node=exchanges and decides_before(block),
-        sketch_size=(block.sketch_size or 0) if sketched else 0,
-        by_parameter=active and _weighs_by_parameter(block),
+        sketch_size=(block.sketch_size or 0) if needs_gram else 0,
+        by_parameter=active and block.weighs_by_parameter,
         mixing=block.mixing.cost(num_workers),
         scaling=scaling.cost(num_workers) if exchanges and scaling is not None else None,
         has_momentum=exchanges and scaling is not None and scaling.factor_momentum > 0,
@@ -41,10 +41,6 @@ def reduction_plan(config: Mapping[str, Any], block: GradmixConfig, num_workers:
         parameter_copies=0 if extrapolation is None else 1 + keeps_two,
         tile_bytes=block.tile_bytes,
     )
-
-
-def _weighs_by_parameter(block: GradmixConfig) -> bool:
-    return block.mixing.by_parameter or (block.mixing.needs_gram and block.scope == "parameter")
 
 
 def workload_of(config: Mapping[str, Any], parameters: float, tensors: int) -> Workload:
@@ -106,7 +102,7 @@ def _memory_lines(plan: ReductionPlan, workload: Workload) -> Iterator[str]:
     if plan.transport == "exchange":
         besides = " besides stock's" if workload.owners == "ZeRO-0" else ""
         yield f"{reducing} {3 * tile:g} MiB, 3 tiles{besides} ({stock})"
-        if workload.every_rank_needs_result and plan.decides_for_model and not plan.sketch_size:
+        if workload.every_rank_needs_result and plan.decides_for_model:
             yield "  and 1.5 tiles for every bucket that waits for the decision on the model"
     elif plan.transport == "stock":
         yield f"extra memory per rank: none, this is stock DeepSpeed ({stock})"
