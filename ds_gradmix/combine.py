@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ds_gradmix.config import GradmixConfig, parse_block
 from ds_gradmix.ops.segments import Segments
-from ds_gradmix.rules import GradientFreeMixing, GramianMixing, Mean, RngKey, apply
+from ds_gradmix.rules import GradientFreeMixing, GramianMixing, Mean, NormMixing, RngKey, apply
 
 
 def combine(
@@ -60,6 +60,10 @@ def _combine(
         else:
             gram_SWW = apply.sketched_gram(grads_WN, sizes, config.sketch_size, key)
         decision = apply.decide_from_gram(mixing, gram_SWW, present_W, key, state_KW).decision
+    elif isinstance(mixing, NormMixing):
+        state_KW = mixing.initial_state(len(grads_WN)).to(grads_WN.device)
+        norms_SW = torch.stack([segments.sum_of_squares(row_N.double()) for row_N in grads_WN], 1).sqrt()
+        decision = apply.decide_from_norms(mixing, norms_SW, present_W, state_KW)
     else:
         assert isinstance(mixing, GradientFreeMixing)
         drawn_SW = torch.from_numpy(mixing.weights(key, len(grads_WN), segments.num_segments))

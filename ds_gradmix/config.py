@@ -22,8 +22,10 @@ from ds_gradmix import config_messages as messages
 from ds_gradmix import rules
 from ds_gradmix.rules import Extrapolation, Mixing, Rule, Scaling
 from ds_gradmix.rules.lookup import NotARule, import_rule
+from ds_gradmix.telemetry.settings import TelemetrySettings
 
 KEY = "gradmix"
+OBSERVED_SKETCH = 1 << 16  # numbers: cosines with a standard error of 0.004
 Model = TypeVar("Model", bound=BaseModel)
 Values = Mapping[Any, object]  # of a JSON object, whose keys should be strings
 
@@ -57,7 +59,8 @@ class GradmixConfig(BaseModel):
     )
     gram: Literal["exact"] | GramSketch = Field(
         "exact",
-        description="Gram matrices from the gradients, or from random projections of them to so many float32",
+        description="Gram matrices from the gradients, or from random projections of them to so many float32 "
+        f"(default of what is only observed: {OBSERVED_SKETCH})",
     )
     transport: Literal["deepspeed", "exchange"] = Field(
         "deepspeed",
@@ -73,6 +76,9 @@ class GradmixConfig(BaseModel):
         "propagate",
         description="a worker with an Inf or NaN: as DeepSpeed does, or left out of the reduction",
     )
+    telemetry: TelemetrySettings | None = Field(
+        None, description="what is measured of the workers; true is {} with its defaults"
+    )
     tile_bytes: int = Field(
         32 * 2**20, ge=4096, le=2**40, description="the exchange takes at most 3 of these as extra memory"
     )
@@ -83,14 +89,24 @@ class GradmixConfig(BaseModel):
         return self.gram.sketch if isinstance(self.gram, GramSketch) else None
 
     @property
+    def uses_sketch(self) -> bool:
+        """Whether a sketch would be used: where the gradients themselves meet it saves nothing."""
+        return self.scaling is None or self.only_observes
+
+    @property
+    def only_observes(self) -> bool:
+        """Whether a Gram matrix is gathered that no decision waits for."""
+        return not self.mixing.needs_gram and (self.mixing.observes or self.telemetry is not None)
+
+    @property
     def decides_for_model(self) -> bool:
         """Whether one decision needs all gradients of the step."""
-        return self.mixing.needs_gram and self.scope == "model"
+        return self.mixing.depends_on_gradients and self.scope == "model"
 
     @property
     def weighs_by_parameter(self) -> bool:
         """Whether every parameter has weights of its own."""
-        return self.mixing.by_parameter or (self.mixing.needs_gram and self.scope == "parameter")
+        return self.mixing.by_parameter or (self.mixing.depends_on_gradients and self.scope == "parameter")
 
     def describe(self) -> str:
         """One line: the rules with their params, and the other settings that change results."""
@@ -98,6 +114,8 @@ class GradmixConfig(BaseModel):
         gram = "exact" if self.sketch_size is None else f"sketch {self.sketch_size}"
         parts += [f"scope {self.scope}", f"gram {gram}"]
         settings = ("transport", "worker", "seed", "nonfinite")
+        if self.telemetry is not None:
+            parts.append(f"telemetry every {self.telemetry.every}")
         return ", ".join(parts + [f"{name} {getattr(self, name)}" for name in settings])
 
 
@@ -141,8 +159,12 @@ def parse_block(block: object, path: str = KEY) -> GradmixConfig:
         allowed = f'"exact" or {{"sketch": {messages.allowed_text(GramSketch, "sketch")}}} (default "exact")'
         hint = messages.nearest(gram, ["exact"]) or "change it, or remove it for the default"
         mistakes.append(messages.wrong_value(f"{path}.gram", values.pop("gram"), allowed, hint))
+    _parse_telemetry(f"{path}.telemetry", values, mistakes)
     parsed = _validated(path, GradmixConfig, values, mistakes)
-    if parsed is not None and parsed.sketch_size is not None and parsed.scaling is not None:
+    if parsed is not None and parsed.only_observes and "gram" not in values:
+        parsed = parsed.model_copy(update={"gram": GramSketch(sketch=OBSERVED_SKETCH)})
+    if parsed is not None and parsed.sketch_size is not None and not parsed.uses_sketch:
+        assert parsed.scaling is not None
         mistakes.append(
             f'{path}.gram: {{"sketch": {parsed.sketch_size}}} with {path}.scaling '
             f"{parsed.scaling.type_name()}, for which the gradients themselves meet, so that a sketch would "
@@ -151,6 +173,19 @@ def parse_block(block: object, path: str = KEY) -> GradmixConfig:
     if parsed is None or mistakes:
         raise ConfigError("\n".join(mistakes))
     return parsed
+
+
+def _parse_telemetry(path: str, values: dict[Any, Any], mistakes: list[str]) -> None:
+    """Put the settings of telemetry, true or an object, in their place; mistakes are appended."""
+    given = values.get("telemetry")
+    if given is None or given is False:
+        values.pop("telemetry", None)
+    elif given is True or isinstance(given, Mapping):
+        values["telemetry"] = _validated(path, TelemetrySettings, {} if given is True else given, mistakes)
+    else:
+        allowed = f"true, false or an object with {', '.join(TelemetrySettings.model_fields)} (default false)"
+        hint = "true measures with the defaults"
+        mistakes.append(messages.wrong_value(path, values.pop("telemetry"), allowed, hint))
 
 
 def _parse_slot(path: str, value: object, slot: Slot, mistakes: list[str]) -> Rule | None:

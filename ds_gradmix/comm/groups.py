@@ -11,6 +11,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+class Traffic:
+    """Counts the bytes that this rank gives to collectives for other ranks."""
+
+    def __init__(self) -> None:
+        self._bytes = 0.0
+
+    def add(self, num_bytes: float) -> None:
+        """Note that so many are sent."""
+        self._bytes += num_bytes
+
+    def read(self) -> float:
+        """The bytes since the last reading."""
+        num_bytes, self._bytes = self._bytes, 0.0
+        return num_bytes
+
+
+TRAFFIC = Traffic()
+
+
 class RankGroup:
     """The ranks of a process group of the device's backend, None for the default group; the first decides.
 
@@ -32,14 +51,17 @@ class RankGroup:
 
     def reduce(self, values: Tensor) -> None:
         """Sum over the ranks, on the first only; elsewhere `values` is undefined afterwards."""
+        TRAFFIC.add(0 if self.is_first else values.nbytes)
         dist.reduce(values, self.ranks[0], group=self.group)
 
     def broadcast(self, values: Tensor) -> None:
         """The first rank's values, bit for bit, on every rank."""
+        TRAFFIC.add(values.nbytes if self.is_first else 0)
         dist.broadcast(values, self.ranks[0], group=self.group)
 
     def all_reduce(self, values: Tensor) -> None:
         """Sum over the ranks, in place."""
+        TRAFFIC.add(2 * (self.num_ranks - 1) / self.num_ranks * values.nbytes)
         dist.all_reduce(values, group=self.group)
 
     def all_reduce_batched(self, tensors: Sequence[Tensor], max_bytes: int) -> None:
@@ -74,6 +96,7 @@ class RankGroup:
         On gloo by messages, whose receivers are ready before anything is sent: in gloo's own all-to-all the
         word that they are waits behind the data of the other direction, which takes 1.4 times as long.
         """
+        TRAFFIC.add((sent.numel() - sent_sizes[self.rank]) * sent.itemsize)
         if not self._is_gloo or out.device.type != "cpu":
             work = dist.all_to_all_single(out, sent, out_sizes, sent_sizes, group=self.group, async_op=True)
             return work.wait  # type: ignore[no-any-return]
@@ -88,6 +111,7 @@ class RankGroup:
 
     def all_gather(self, out: Tensor, sent: Tensor) -> None:
         """Every rank's `sent`, one after the other, all of one size."""
+        TRAFFIC.add((self.num_ranks - 1) * sent.nbytes)
         dist.all_gather_into_tensor(out, sent, group=self.group)
 
 

@@ -10,7 +10,7 @@ from ds_gradmix.config import GradmixConfig, GramSketch
 from ds_gradmix.costs import model
 from ds_gradmix.costs.model import Cluster, ReductionPlan, Workload
 from ds_gradmix.engines.compatibility import lookup
-from ds_gradmix.exchange.exchange import columns_per_tile
+from ds_gradmix.exchange.plan import columns_per_tile
 from ds_gradmix.exchange.transport import Transport, choose_transport, decides_before
 
 _SMALL_MESSAGE = 64 * 2**10  # bytes; with smaller messages a network is far from its bandwidth

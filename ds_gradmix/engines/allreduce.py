@@ -214,8 +214,7 @@ class AllReduceAdapter:
                 if self._is_bf16:
                     self._optimizer.clear_hp_grads()
                 self._optimizer.zero_grad()
-            self.reducer.post_step(taken=not self._optimizer.overflow)
-            self._context.report(self.reducer.stats)
+            self._context.end_step(self.reducer, taken=not self._optimizer.overflow)
             return result
 
         step._gradmix_replaces = take_step  # type: ignore[attr-defined]

@@ -1,6 +1,6 @@
 """What an engine's adapter is given, and the reduction that it builds from it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from ds_gradmix.config import GradmixConfig
 from ds_gradmix.engines.parallel_groups import Named, params_of, shard_info
 from ds_gradmix.exchange.bucket import ParamTable
 from ds_gradmix.exchange.reducer import GradientReducer
+from ds_gradmix.exchange.watch import Told
 from ds_gradmix.rules import RngKey
 from ds_gradmix.weights.extrapolated import ExtrapolatedWeights
 from ds_gradmix.weights.gradient_window import ParamLayout
@@ -22,8 +23,14 @@ class EngineContext(NamedTuple):
     config: GradmixConfig
     parallel: ParallelGroups
     step: Callable[[], int]  # optimizer steps taken so far, skipped ones included
-    report: Callable[[Mapping[str, float]], None]  # is given the statistics of each step
+    batch: Callable[[], int]  # samples of an optimizer step, on all ranks
+    report: Callable[[GradientReducer, Told | None], None]  # is called after each step
     sums_gradients: bool  # gradient_allreduce_op "sum"
+
+    def end_step(self, reducer: GradientReducer, *, taken: bool) -> None:
+        """The optimizer has taken its step, or left it out."""
+        told = reducer.post_step(taken=taken, step=self.step(), batch=self.batch())
+        self.report(reducer, told)
 
     @property
     def key(self) -> RngKey:

@@ -31,6 +31,7 @@ from ds_gradmix.engines.optimizer_install import check_built_optimizer, check_op
 from ds_gradmix.engines.optimizer_layout import tell_layouts
 from ds_gradmix.engines.optimizer_section import OPTIMIZERS
 from ds_gradmix.engines.parallel_groups import find_parallel_groups
+from ds_gradmix.engines.telemetry import StepReporter
 from ds_gradmix.engines.weight_hooks import attach
 from ds_gradmix.engines.zero12 import GradmixZeroOptimizer
 from ds_gradmix.exchange.reducer import GradientReducer
@@ -118,13 +119,17 @@ def _build(engine: Any, build: Callable[[], None], given: Mapping[str, Any], blo
     everyone = ConsistencyCheck(group_of([range(dist.get_world_size())], "gloo"))
     _check_equal(given, block, everyone)
     configure = engine._configure_zero_optimizer
+    reporters = []
 
     def context() -> EngineContext:
+        parallel = find_parallel_groups(engine, everyone, block)
+        reporters.append(StepReporter(engine, block, parallel))
         return EngineContext(
             block,
-            find_parallel_groups(engine, everyone, block),
+            parallel,
             lambda: int(engine.global_steps),
-            functools.partial(reporting.report_step, engine),
+            lambda: int(engine.train_batch_size()),
+            reporters[0],
             sums_gradients=not engine.gradient_average,
         )
 
@@ -149,6 +154,10 @@ def _build(engine: Any, build: Callable[[], None], given: Mapping[str, Any], blo
         adapter.install()
     reducer: GradientReducer = engine.optimizer.gradmix
     reporting.announce_rules(engine, config, block, reducer.parallel)
+    reporters[0].attach()
+    if engine.wall_clock_breakdown():
+        reducer.clock.timer = engine.timers(KEY)
+        engine.engine_timers.global_timers.append(KEY)
     if isinstance(reducer.weights, ExtrapolatedWeights):
         _attach(engine, adapter, reducer, reducer.weights)
 

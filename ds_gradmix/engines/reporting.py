@@ -52,17 +52,18 @@ def announce_optimizer(engine: Any) -> None:
         logger.info(f"ds_gradmix: {name} takes trust ratios of whole parameters, ZeRO-{stage}")
 
 
-def report_step(engine: Any, stats: Mapping[str, float]) -> None:
-    """Report a step's decisions, before the engine counts it, where DeepSpeed reports its steps: in the log
-    at every multiple of `steps_per_print`, and to the writers of its monitor.
+def report_step(engine: Any, stats: Mapping[str, float], by_worker: bool) -> None:
+    """Report a step's numbers, before the engine counts it, where DeepSpeed reports its steps: in the log at
+    every multiple of `steps_per_print`, and to the writers of its monitor, also of each worker if wanted.
     """
     if not stats or engine.global_rank != 0:
         return
     step, every = engine.global_steps + 1, engine.steps_per_print()
     if every and step % every == 0:
-        text = ", ".join(f"{name} {value:.4g}" for name, value in stats.items())
+        text = ", ".join(f"{name} {value:.4g}" for name, value in stats.items() if "/" not in name)
         logger.info(f"ds_gradmix: step {step}: {text}")
     if engine.monitor.enabled:
         samples = engine.global_samples + engine.train_batch_size()
         events = [(f"Train/GradMix/{name}", value, samples) for name, value in stats.items()]
+        events = [event for event in events if by_worker or event[0].count("/") == 2]
         engine.monitor.write_events(events)

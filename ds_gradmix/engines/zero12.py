@@ -51,7 +51,7 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
         self._gradmix_recorded: RecordedBucket | None = None  # inside of average_tensor
         self._gradmix_skips = False  # inside of step
         transport = self.gradmix.transport
-        if transport is not Transport.STOCK:
+        if transport not in (Transport.STOCK, Transport.RESCALED):
             self.gradient_average = False  # weights say what gradients sum to
         if transport is Transport.EXCHANGE:
             self.use_multi_rank_bucket_allreduce = True  # one call with all of a group's slices
@@ -236,8 +236,7 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
         self._gradmix_skips = self.gradmix.pre_step(self.gradmix_context.step())
         with self._gradmix_discarding() if self._gradmix_skips else contextlib.nullcontext():
             super().step(closure)
-        self.gradmix.post_step(taken=not self.overflow)
-        self.gradmix_context.report(self.gradmix.stats)
+        self.gradmix_context.end_step(self.gradmix, taken=not self.overflow)
 
     @contextlib.contextmanager
     def _gradmix_discarding(self) -> Iterator[None]:

@@ -76,6 +76,18 @@ class Bucket:
             return self.tensors[0].reshape(-1)
         return torch.cat([tensor.reshape(-1) for tensor in self.tensors])
 
+    def views(self, spans: Sequence[ParamSpan]) -> list[Tensor]:
+        """The gradients of some of the spans as flat views, one after the other."""
+        runs, views, begin = runs_of(spans), [], 0
+        for tensor in self.tensors:
+            flat_N, end = tensor.reshape(-1), begin + tensor.numel()
+            for start, length, _ in runs:
+                first, last = max(start, begin), min(start + length, end)
+                if first < last:
+                    views.append(flat_N[first - begin : last - begin])
+            begin = end
+        return views
+
     def store(self, flat_N: Tensor) -> None:
         """Bring a flat tensor that `load` gave back to where the gradients are."""
         if flat_N.data_ptr() == self.tensors[0].data_ptr():

@@ -35,44 +35,28 @@ from torch import Tensor
 
 from ds_gradmix.comm.groups import RankGroup
 from ds_gradmix.comm.workers import WorkerGroup, sum_rows
-from ds_gradmix.config import GradmixConfig
 from ds_gradmix.exchange.bucket import Bucket, CommDtypes, ParamSpan
 from ds_gradmix.exchange.factor_momentum import FactorMomentum
 from ds_gradmix.exchange.mixing_state import MixingState
-from ds_gradmix.exchange.plan import ExchangePlan, even_sizes, plan_tiles, share_evenly
+from ds_gradmix.exchange.observer import Observer
+from ds_gradmix.exchange.participation import Participation
+from ds_gradmix.exchange.plan import ExchangePlan, columns_per_tile, even_sizes, plan_tiles, share_evenly
 from ds_gradmix.exchange.tiled_buffer import TiledBuffer
 from ds_gradmix.exchange.transport import decides_before
 from ds_gradmix.exchange.weighted import Weighting
 from ds_gradmix.ops.segments import Segments
-from ds_gradmix.rules import GramianMixing, MixingDecision, RngKey, Scaling
-from ds_gradmix.rules.apply import decide_from_gram, layer_sums, mix, scaling_factors, scaling_statistics
-from ds_gradmix.rules.decision import packed, unpacked
+from ds_gradmix.rules import GramianMixing, MixingDecision, NormMixing, RngKey, Scaling
+from ds_gradmix.rules.apply import (
+    decide_from_gram,
+    decide_from_norms,
+    layer_sums,
+    mix,
+    scaling_factors,
+    scaling_statistics,
+)
+from ds_gradmix.rules.decision import Considered, packed, unpacked
 
 _PLANS_KEPT = 1024  # compositions of buckets; they recur from step to step
-
-
-def columns_per_tile(
-    config: GradmixConfig, num_ranks: int, num_workers: int, comm_bytes: int, *, by_node: bool = False
-) -> int:
-    """Elements a rank combines at a time, such that 3 `tile_bytes` hold all that a tile needs.
-
-    Per column: `comm_bytes` for every rank, an element sent and one received; 48 bytes of statistics, or
-    more for a scaling rule with many; and for the work of each worker a float64 (Gram matrix, or gradients in
-    float32), or half as much again where weights differ by parameter, or six times as much for Gram matrices
-    by parameter (blocks that parameters share are copied for each). Where workers have several ranks, two
-    tiles are under way, and there is a float32 more for the sum of their parts. With `by_node` workers are
-    nodes, inside of which each rank's part is work.
-    """
-    work = 12 if config.mixing.by_parameter else 8
-    if config.mixing.needs_gram and config.scope == "parameter":
-        work = 48
-    if num_ranks > num_workers:
-        work, comm_bytes = work + 4, 2 * comm_bytes  # two tiles are under way
-    statistics = 48
-    if (rule := config.scaling) is not None:
-        statistics = max(statistics, 24 + 8 * (rule.num_statistics + rule.num_layer_terms))
-    per_column = num_ranks * comm_bytes + (num_ranks if by_node else num_workers) * work + statistics
-    return max(3 * config.tile_bytes // per_column, 1)
 
 
 class Decided(NamedTuple):
@@ -98,9 +82,10 @@ class Exchange:
         self.workers = weighting.workers
         self.weighting = weighting
         self.momentum = momentum  # of a scaling rule's factors, if it has any
-        rule, size = self.config.mixing, self.workers.size
-        initial_KW = rule.initial_state(size) if isinstance(rule, GramianMixing) else torch.zeros(0, size)
+        initial_KW = self.config.mixing.initial_state(self.workers.size)
         self.state = MixingState(initial_KW, weighting.stats.device)
+        self.observer: Observer | None = None  # of the model's Gram matrix
+        self.participation: Participation | None = None
         self._nodes = self.workers.by_node() if decides_before(self.config) else None
         self._plans: dict[tuple[CommDtypes, bool, tuple[ParamSpan, ...], bool], ExchangePlan] = {}
 
@@ -160,9 +145,22 @@ class Exchange:
         """The decision for a bucket alone, from what `gram` returns if the rule needs Gram matrices."""
         group = self.workers.decision_group
         present_W = self.weighting.present([span.of(flat_N) for span in spans], group)
+        if isinstance(self.config.mixing, NormMixing):
+            if self.workers.ranks_per_worker > 1:
+                return self.decide_by(gram(), present_W, key, group)
+            return self.decide_from_norms(self.weighting.squares(flat_N, spans), present_W, group)
         if self.config.mixing.needs_gram:
             return self.decide(gram(), present_W, key, group)
         return Decided(self.weighting.decide(spans, present_W, key), None, present_W)
+
+    def decide_by(self, gram: GramShare, present_W: Tensor, key: RngKey, group: RankGroup) -> Decided:
+        """Decide from Gram matrices, by their diagonals alone if the rule looks at lengths: those of a sum
+        over a worker's ranks are known from sketches.
+        """
+        if self.config.mixing.needs_gram:
+            return self.decide(gram, present_W, key, group)
+        squares_SW = gram.values_SWW.diagonal(dim1=1, dim2=2).contiguous()
+        return self.decide_from_norms(squares_SW, present_W, group)
 
     def decide(self, gram: GramShare, present_W: Tensor, key: RngKey, group: RankGroup) -> Decided:
         """Decide from Gram matrices of which every rank of a group has a share; the first of them decides."""
@@ -173,15 +171,32 @@ class Exchange:
         sent = gram_SWW.new_empty(len(gram_SWW), self.workers.size + 3 + state_KW.numel())
         if group.is_first:
             sent = packed(decide_from_gram(rule, gram_SWW, present_W, key, state_KW))
+            if self.observer is not None:
+                self.observer.add_gram(gram_SWW)
         group.broadcast(sent)
         decision, margin_S, next_state_SKW = unpacked(sent, self.workers.size)
         if errors_S is not None:
             self.weighting.stats.add_close_calls(margin_S < 3 * errors_S, group.num_ranks)
         return Decided(decision, next_state_SKW, present_W)
 
+    def decide_from_norms(self, squares_SW: Tensor, present_W: Tensor, group: RankGroup) -> Decided:
+        """The same from squared lengths of which every rank of a group has a share."""
+        rule = self.config.mixing
+        assert isinstance(rule, NormMixing)
+        group.reduce(squares_SW)
+        sent = squares_SW.new_empty(len(squares_SW), self.workers.size + 3)
+        if group.is_first:
+            norms_SW = squares_SW.clamp(min=0).sqrt()
+            decision = decide_from_norms(rule, norms_SW, present_W, self.state.values_KW)
+            sent = packed(Considered(decision, sent[:, 0], sent.new_empty(len(sent), 0, self.workers.size)))
+        group.broadcast(sent)
+        return Decided(unpacked(sent, self.workers.size).decision, None, present_W)
+
     def note(self, decided: Decided, elements_S: Tensor | float) -> None:
         """Take a decision on segments of so many elements into the statistics and the rule's state."""
         self.weighting.stats.add_decision(decided.decision, elements_S, decided.present_W)
+        if self.participation is not None:
+            self.participation.add(decided.decision.weights_SW, elements_S)
         if decided.next_state_SKW is not None:
             self.state.add(decided.next_state_SKW, elements_S)
 

@@ -21,6 +21,7 @@ class MixingState:
         self.values_KW = self._initial_KW
         # Of this step: the sum of next states times elements, and the elements.
         self._sums = torch.zeros(self.values_KW.numel() + 1, dtype=torch.float64, device=device)
+        self._observed_KW: Tensor | None = None  # the next state of a rule that observes
 
     def add(self, next_SKW: Tensor, elements_S: Tensor | float) -> None:
         """Note the next state after decisions on S segments of `elements_S` elements each."""
@@ -30,6 +31,10 @@ class MixingState:
         self._sums[:-1] += (next_SKW.flatten(1) * elements_S[:, None]).sum(0)
         self._sums[-1] += elements_S.sum()
 
+    def observe(self, next_KW: Tensor) -> None:
+        """Note the next state that a rule has after it saw the step, the same on every rank."""
+        self._observed_KW = next_KW
+
     def sum_over(self, group: RankGroup) -> None:
         """At the end of a step whose decisions are not all known to all ranks of the group."""
         if len(self.values_KW) > 0:
@@ -37,10 +42,13 @@ class MixingState:
 
     def end_step(self, *, taken: bool) -> None:
         """Move on if the step was taken."""
-        if taken:
+        if taken and self._observed_KW is not None:
+            self.values_KW = self._observed_KW
+        elif taken:
             next_KW = (self._sums[:-1] / self._sums[-1].clamp(min=1)).view_as(self.values_KW)
             self.values_KW = torch.where(self._sums[-1] > 0, next_KW, self.values_KW)
         self._sums.zero_()
+        self._observed_KW = None
 
     def load(self, saved_KW: Tensor | None) -> bool:
         """Take over a checkpoint's state, or start afresh; False if it is of other workers."""
@@ -49,6 +57,7 @@ class MixingState:
         if saved_KW is not None and fits:
             self.values_KW = saved_KW.to(self._initial_KW)
         self._sums.zero_()
+        self._observed_KW = None
         return fits
 
 

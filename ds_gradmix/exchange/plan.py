@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ds_gradmix.config import GradmixConfig
 from ds_gradmix.ops.segments import Segments, to_device
 
 _IMBALANCE = 1.25  # largest share of the busiest owner, in even shares, that goes to the owners directly
@@ -255,3 +256,27 @@ def _fill(pieces: Iterable[Piece], sizes: Sequence[int]) -> Iterator[tuple[Piece
 
 def _length(pieces: Iterable[Piece]) -> int:
     return sum(piece.length for piece in pieces)
+
+
+def columns_per_tile(
+    config: GradmixConfig, num_ranks: int, num_workers: int, comm_bytes: int, *, by_node: bool = False
+) -> int:
+    """Elements a rank combines at a time, such that 3 `tile_bytes` hold all that a tile needs.
+
+    Per column: `comm_bytes` for every rank, an element sent and one received; 48 bytes of statistics, or
+    more for a scaling rule with many; and for the work of each worker a float64 (Gram matrix, or gradients in
+    float32), or half as much again where weights differ by parameter, or six times as much for Gram matrices
+    by parameter (blocks that parameters share are copied for each). Where workers have several ranks, two
+    tiles are under way, and there is a float32 more for the sum of their parts. With `by_node` workers are
+    nodes, inside of which each rank's part is work.
+    """
+    work = 12 if config.mixing.by_parameter else 8
+    if config.mixing.needs_gram and config.scope == "parameter":
+        work = 48
+    if num_ranks > num_workers:
+        work, comm_bytes = work + 4, 2 * comm_bytes  # two tiles are under way
+    statistics = 48
+    if (rule := config.scaling) is not None:
+        statistics = max(statistics, 24 + 8 * (rule.num_statistics + rule.num_layer_terms))
+    per_column = num_ranks * comm_bytes + (num_ranks if by_node else num_workers) * work + statistics
+    return max(3 * config.tile_bytes // per_column, 1)

@@ -1,28 +1,28 @@
 """The reduction of one engine's gradients, whatever the optimizer: a step from its first bucket to its end.
 
 Each bucket goes downwards: check that all ranks are at the same bucket, sum over sequence-parallel ranks,
-keep the worker's own gradient for extrapolation, leave out what is not finite, and then by one of three
-ways (transport.py): left to DeepSpeed, weighted and left to DeepSpeed, or exchanged.
+keep the worker's own gradient for extrapolation, leave out what is not finite, and then by one of the ways
+of transport.py: left to DeepSpeed, weighted and left to DeepSpeed, or exchanged.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
-
-from torch import Tensor
 
 from ds_gradmix.comm.groups import ranks_of
 from ds_gradmix.comm.workers import ParallelGroups, WorkerGroup
 from ds_gradmix.config import GradmixConfig
 from ds_gradmix.exchange.bucket import Bucket, CommDtypes, ParamSpan, ParamTable, runs_of
-from ds_gradmix.exchange.exchange import Decided, Exchange, GramShare, PendingExchange
+from ds_gradmix.exchange.exchange import PendingExchange
 from ds_gradmix.exchange.factor_momentum import FactorMomentum
-from ds_gradmix.exchange.sketched import Segment, SketchedGrams
+from ds_gradmix.exchange.group_reduction import Backward, Grads, GroupReduction
 from ds_gradmix.exchange.state import RuleState, WorkerWeights
 from ds_gradmix.exchange.step_stats import StepStats
 from ds_gradmix.exchange.transport import Transport, choose_transport
+from ds_gradmix.exchange.watch import Told, Units
 from ds_gradmix.exchange.weighted import Weighting
 from ds_gradmix.log import logger
+from ds_gradmix.ops.stopwatch import Stopwatch
 from ds_gradmix.rules import RngKey
 
 _ADVICE = (
@@ -34,16 +34,14 @@ _UNEVEN = (
     "zero_optimization.reduce_bucket_size"
 )
 
-Grads = Sequence[tuple[int, Tensor]]  # position and gradient of parameters
-
 
 @dataclass
-class Backward:
-    """What lasts from the first reduction of a backward pass to its end."""
+class _Step:
+    """What lasts from a step's first reduction to its end."""
 
-    decided: Decided | None = None  # for the whole model
-    combined: set[int] = field(default_factory=set)  # tied parameters whose gradient is combined already
-    sequence_summed: bool = False  # all gradients are summed over sequence-parallel ranks
+    reductions: int = 0
+    gradient_scale: float = 1.0
+    is_read: bool = True  # whether the host reads the numbers of this step
 
 
 class GradientReducer:
@@ -71,27 +69,29 @@ class GradientReducer:
         self._params = params
         self._tied = {} if self.transport is Transport.STOCK else dict(params.tied)  # combined by `prepare`
         self._sequence = parallel.sequence if parallel.sum_sequence_ranks else None  # to be summed over
+        self.clock = Stopwatch(params.device)  # of what is done here, without DeepSpeed's own reduction
         self._sums = StepStats(params.device)
-        self._exchanges: dict[tuple[int, ...], Exchange] = {}
-        self._sketches: dict[tuple[int, ...], SketchedGrams] = {}
+        self._groups: dict[tuple[int, ...], GroupReduction] = {}
         # Experts are spread over several data-parallel ranks: their gradient is the sum over a smaller group
         # of workers, divided by the number of all.
         for workers in (*parallel.experts.values(), parallel.workers):
             share = weight_sum * workers.size / parallel.workers.size
-            self._add_workers(Weighting(config, workers, params.infos, self._sums, share))
+            weighting = Weighting(config, workers, params.infos, self._sums, share)
+            group = GroupReduction(weighting, self.transport, parallel, self.momentum, self.clock)
+            self._groups[workers.ranks] = group
         self._backward = Backward()
-        mixing = [exchange.state for exchange in self._exchanges.values()]
-        self.state = RuleState(config, mixing, self.momentum, weights, params.layout)
-
-    def _add_workers(self, weighting: Weighting) -> None:
-        config, workers = weighting.config, weighting.workers
-        exchange = self._exchanges[workers.ranks] = Exchange(weighting, self.momentum)
-        if config.mixing.needs_gram and config.sketch_size is not None:
-            self._sketches[workers.ranks] = SketchedGrams(exchange, config.sketch_size)
+        self._step = _Step()
+        mixing = [group.exchange.state for group in self._groups.values()]
+        self.watch = self._groups[parallel.workers.ranks].watch
+        self.state = RuleState(config, mixing, self.momentum, weights, params.layout, self.watch)
+        # Whether a step may be skipped for what the rules decide, so that each has to be read.
+        self._may_skip = self.transport is not Transport.STOCK and (
+            config.mixing.needs_gram or config.nonfinite == "drop"
+        )
 
     def workers_of(self, group: Any) -> WorkerGroup:
         """The workers of a process group: the data-parallel one, or one of experts."""
-        return self._exchanges[ranks_of(group)].workers
+        return self._groups[ranks_of(group)].exchange.workers
 
     def check(self, spans: tuple[ParamSpan, ...], occasion: str) -> None:
         """Raise `MismatchError` on every rank unless all are about to reduce these gradients."""
@@ -109,22 +109,24 @@ class GradientReducer:
         """Reduce one bucket, in one tensor; others of the step may not be known yet. `key` is that of the
         step's random draws, and `last` says that these parameters are not reduced again in the step.
         """
-        flat_N = bucket.load()
-        if self._sequence is not None and not self._backward.sequence_summed:
-            for start, length, _ in runs_of(bucket.spans):
-                self._sequence.all_reduce(flat_N.narrow(0, start, length))
-        combined = self._backward.combined
-        self._keep([(s.param, s.of(flat_N)) for s in bucket.spans if s.param not in combined], last=last)
-        self._combine(bucket, key)
+        with self.clock:
+            flat_N = bucket.load()
+            if self._sequence is not None and not self._backward.sequence_summed:
+                for start, length, _ in runs_of(bucket.spans):
+                    self._sequence.all_reduce(flat_N.narrow(0, start, length))
+            combined = self._backward.combined
+            self._keep([(s.param, s.of(flat_N)) for s in bucket.spans if s.param not in combined], last=last)
+            self._combine(bucket, key)
 
     def reduce_all(self, grads: Grads, buckets: Sequence[Bucket], dtypes: CommDtypes, key: RngKey) -> None:
         """Reduce all buckets of a step, whose gradients are `grads`."""
-        self.check(tuple(ParamSpan(i, 0, grad.numel()) for i, grad in grads), "gradient reduction")
-        self._sum_sequence_ranks(grads)
-        self._keep([(i, grad.reshape(-1)) for i, grad in grads if i not in self._tied], last=True)
-        pending: Sequence[PendingExchange | None] = self.prepare(grads, dtypes, key, buckets)
-        for bucket, sent in zip(buckets, pending or [None] * len(buckets), strict=True):
-            self._combine(bucket, key, sent)
+        with self.clock:
+            self.check(tuple(ParamSpan(i, 0, grad.numel()) for i, grad in grads), "gradient reduction")
+            self._sum_sequence_ranks(grads)
+            self._keep([(i, grad.reshape(-1)) for i, grad in grads if i not in self._tied], last=True)
+            pending: Sequence[PendingExchange | None] = self.prepare(grads, dtypes, key, buckets)
+            for bucket, sent in zip(buckets, pending or [None] * len(buckets), strict=True):
+                self._combine(bucket, key, sent)
 
     def prepare(
         self, grads: Grads, dtypes: CommDtypes, key: RngKey, buckets: Sequence[Bucket] = ()
@@ -136,6 +138,12 @@ class GradientReducer:
         their combination, taken on the first of these stages and copied to the others: what stages have in
         common must stay equal, but each reduces buckets of its own, with other parameters in them.
         """
+        with self.clock:
+            return self._prepare(grads, dtypes, key, buckets)
+
+    def _prepare(
+        self, grads: Grads, dtypes: CommDtypes, key: RngKey, buckets: Sequence[Bucket]
+    ) -> list[PendingExchange]:
         pending = self._decide_for_model(grads, dtypes, key, buckets) if self.decides_for_model else []
         found = dict(grads)
         for index, tied in self._tied.items():
@@ -159,23 +167,12 @@ class GradientReducer:
         """Send all gradients, and decide; those that are in no bucket are sent once more to be combined."""
         if not buckets:
             self._sum_sequence_ranks(grads)
-        exchange = self._exchanges[self.parallel.workers.ranks]
-        present_W = exchange.weighting.present([grad.detach() for _, grad in grads], self.parallel.model)
-        if self._sketches:
-            counted = [(i, grad.detach().reshape(-1)) for i, grad in grads if self._params.infos[i].counted]
-            segments = [Segment(counted[0][0], [grad for _, grad in counted])] if counted else []
-            gram = self._sketches[exchange.workers.ranks].of(segments, key)
-            self._backward.decided = exchange.decide(gram, present_W, key, self.parallel.model)
-            return []
-        alone = [(i, grad.detach()) for i, grad in grads if not buckets or i in self._tied]
-        gram_SWW = exchange.gram([grad for i, grad in alone if self._params.infos[i].counted], dtypes)
-        pending = []
-        for bucket in buckets:
-            spans = tuple(span for span in bucket.spans if span.param not in self._tied)
-            pending.append(exchange.send(replace(bucket, spans=spans)))
-            gram_SWW += pending[-1].gram()
-            pending[-1].tiled.suspend()
-        self._backward.decided = exchange.decide(GramShare(gram_SWW), present_W, key, self.parallel.model)
+        left = [
+            replace(bucket, spans=tuple(span for span in bucket.spans if span.param not in self._tied))
+            for bucket in buckets
+        ]
+        group, model = self._groups[self.parallel.workers.ranks], self.parallel.model
+        self._backward.decided, pending = group.decide_for_model(grads, dtypes, key, model, left)
         return pending
 
     def _sum_sequence_ranks(self, grads: Grads) -> None:
@@ -193,67 +190,34 @@ class GradientReducer:
             self.weights.keep_gradients([i for i, _ in grads], parts, last=last)
 
     def _combine(self, bucket: Bucket, key: RngKey, pending: PendingExchange | None = None) -> None:
-        """The three ways of a bucket, which may be sent already."""
-        if self.transport is Transport.STOCK:
-            bucket.replay()
-            return
-        exchange, combined = self._exchanges[bucket.workers.ranks], self._backward.combined
-        spans = tuple(span for span in bucket.spans if span.param not in combined)
-        done = [span for span in bucket.spans if span.param in combined]
-        if self.transport is Transport.EXCHANGE:
-            for start, output in bucket.outputs:
-                if any(span.start <= start < span.start + span.length for span in done):
-                    output.add_(bucket.load().narrow(0, start, output.numel()).to(output.dtype))
-            pending = pending or exchange.send(replace(bucket, spans=spans), by_node=True)
-            decided = self._backward.decided
-            pending.combine(decided or self._decide(exchange, pending.tiled.flat_N, spans, key, pending))
-            return
-        flat_N = bucket.load()
-        if spans:
-            exchange.weigh(
-                flat_N, spans, self._backward.decided or self._decide(exchange, flat_N, spans, key)
-            )
-        for span in done if bucket.workers.rank != 0 else ():
-            span.of(flat_N).zero_()  # it is there already, and survives the sum
-        bucket.sum(flat_N)
-        bucket.store(flat_N)
-
-    def _decide(
-        self,
-        exchange: Exchange,
-        flat_N: Tensor,
-        spans: tuple[ParamSpan, ...],
-        key: RngKey,
-        pending: PendingExchange | None = None,
-    ) -> Decided:
-        """The decision for a bucket alone: from Gram matrices of sketches, or of what is exchanged."""
-
-        def gram() -> GramShare:
-            if self._sketches:
-                return self._sketches[exchange.workers.ranks].of_bucket(flat_N, spans, key)
-            assert pending is not None
-            return GramShare(pending.gram())
-
-        return exchange.decide_on(flat_N, spans, key, gram)
+        self._groups[bucket.workers.ranks].reduce(bucket, key, self._backward, pending)
 
     def end_backward(self, *, last: bool, gradient_scale: float) -> None:
         """All gradients of a backward pass are reduced; all ranks must have come to it."""
         self.check((), "end of the backward pass")
         self._backward = Backward()
+        self._step.reductions += 1
+        self._step.gradient_scale = gradient_scale
         if self.weights is not None:
             self.weights.end_backward(last=last, gradient_scale=gradient_scale)
 
     # --- one step ---
 
     def pre_step(self, step: int) -> bool:
-        """The optimizer is about to step: whether it has to skip, because no worker agreed."""
+        """The optimizer is about to step: whether it has to skip, because no worker agreed. `step` counts the
+        steps before.
+        """
         self.check((), "optimizer step")
-        if self.transport is Transport.STOCK:
+        telemetry = self.config.telemetry
+        self._step.is_read = telemetry is None or (step + 1) % telemetry.every == 0
+        if self.transport is Transport.STOCK or not (self._step.is_read or self._may_skip):
             return False
-        scaled, sketched = self.config.scaling is not None, bool(self._sketches)
+        scaled = self.config.scaling is not None
+        sketched = self.config.mixing.needs_gram and self.config.sketch_size is not None
         self.stats = self._sums.read(self.parallel, scaled=scaled, sketched=sketched)
-        if not self.parallel.decisions_are_global:  # experts have a state of their own, for theirs
-            self._exchanges[self.parallel.workers.ranks].state.sum_over(self.parallel.model)
+        if not self.parallel.decisions_are_global and not self.config.mixing.observes:
+            # Experts have a state of their own, for theirs.
+            self.watch.exchange.state.sum_over(self.parallel.model)
         drops = self.stats.get("dropped_workers", 0.0)
         if drops > 0 and self.parallel.model.is_first:
             logger.warning(
@@ -262,12 +226,24 @@ class GradientReducer:
             )
         return self.stats.get("skipped", 0.0) > 0
 
-    def post_step(self, *, taken: bool) -> None:
-        """The optimizer has taken the step, or left it out."""
+    def post_step(self, *, taken: bool, step: int, batch: int) -> Told | None:
+        """The optimizer has taken the step, or left it out; what is to be told of it, if it is read.
+
+        `step` counts the steps before this one, and `batch` is the step's samples.
+        """
+        with self.clock:
+            self._end_step(taken=taken, step=step, batch=batch)
+        is_read, self._step = self._step.is_read, _Step()
+        return self.watch.read() if is_read else None
+
+    def _end_step(self, *, taken: bool, step: int, batch: int) -> None:
+        units = Units(self._step.gradient_scale, max(self._step.reductions, 1), batch)
+        for group in self._groups.values():
+            group.watch.end_step(units, step + 1)
         if self.momentum is not None:
             (self.momentum.commit if taken else self.momentum.discard)()
-        for exchange in self._exchanges.values():
-            exchange.state.end_step(taken=taken)
+        for group in self._groups.values():
+            group.exchange.state.end_step(taken=taken)
         if self.stats:
             self.stats = {**self.stats, "skipped": float(not taken)}
         if self.weights is not None:

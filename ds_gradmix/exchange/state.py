@@ -36,6 +36,16 @@ class WorkerWeights(Protocol):
         """Take over a checkpoint's state, if it fits."""
 
 
+class Measured(Protocol):
+    """What telemetry keeps over the steps (watch.py)."""
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """This rank's part of a checkpoint."""
+
+    def load_state_dict(self, saved: dict[str, Any] | None) -> None:
+        """Take over a checkpoint's, if it fits."""
+
+
 @dataclass
 class RuleState:
     """The rules' state on this rank. Random draws need none: they are keyed by DeepSpeed's own step count."""
@@ -45,6 +55,7 @@ class RuleState:
     momentum: FactorMomentum | None
     weights: WorkerWeights | None
     layout: int  # a fingerprint of where parameters lie in the partitions, which all state depends on
+    telemetry: Measured | None = None  # whose running means are kept, too
     loads: int = 0  # checkpoints loaded with optimizer states
 
     def state_dict(self) -> dict[str, Any]:
@@ -57,6 +68,7 @@ class RuleState:
             "layout": self.layout,
             "momentum": self.momentum.state_dict() if self.momentum else None,
             "weights": self.weights.state_dict() if self.weights else None,
+            "telemetry": self.telemetry.state_dict() if self.telemetry else None,
         }
 
     def load(self, saved: dict[str, Any] | None, why: str) -> str | None:
@@ -75,6 +87,8 @@ class RuleState:
 
     def _load(self, saved: dict[str, Any]) -> Iterator[str]:
         """Take over what fits; the reasons why the rest does not."""
+        if self.telemetry is not None:
+            self.telemetry.load_state_dict(saved.get("telemetry"))
         mixing, states = _name(self.config.mixing), saved["mixing_states"]
         if any(map(len, states)) and saved["mixing"] != mixing:
             yield f"it has state of mixing {saved['mixing']}, which is {mixing} now"

@@ -3,13 +3,15 @@
 import enum
 
 from ds_gradmix.config import GradmixConfig
-from ds_gradmix.rules import Mean
+from ds_gradmix.rules import Mean, NormMixing
 
 
 class Transport(enum.Enum):
-    """The three ways of a bucket."""
+    """The ways of a bucket."""
 
     STOCK = "stock"  # DeepSpeed's own averaging is all there is to do
+    # Each worker multiplies by W times its weight, 1 where that is the mean's, and DeepSpeed averages.
+    RESCALED = "rescaled"
     WEIGHTED = "weighted"  # weights are decided beforehand: each worker multiplies, and DeepSpeed sums
     EXCHANGE = "exchange"  # the workers' gradients themselves meet
 
@@ -29,4 +31,6 @@ def choose_transport(config: GradmixConfig, num_workers: int, sum_sequence_ranks
     is_mean = isinstance(config.mixing, Mean) and config.nonfinite == "propagate"
     if not sum_sequence_ranks and (num_workers == 1 or (is_mean and by_deepspeed)):
         return Transport.STOCK
+    if by_deepspeed and isinstance(config.mixing, NormMixing) and not sum_sequence_ranks:
+        return Transport.RESCALED
     return Transport.WEIGHTED if by_deepspeed else Transport.EXCHANGE

@@ -13,6 +13,7 @@ from ds_gradmix.comm.workers import WorkerGroup
 from ds_gradmix.config import GradmixConfig
 from ds_gradmix.exchange.bucket import ParamInfo, ParamSpan, runs_of
 from ds_gradmix.exchange.step_stats import StepStats
+from ds_gradmix.ops.multi_tensor import norms
 from ds_gradmix.ops.segments import Segments, to_device
 from ds_gradmix.rules import GradientFreeMixing, MixingDecision, RngKey
 from ds_gradmix.rules.apply import decide_without_gradients
@@ -27,6 +28,7 @@ class Weighting:
     infos: Sequence[ParamInfo]  # of the optimizer's parameters, by position
     stats: StepStats
     weight_sum: float  # of the workers
+    averaged: bool = False  # by DeepSpeed afterwards
     _drawn: tuple[RngKey, npt.NDArray[np.float64]] | None = None
 
     def present(self, grads: Sequence[Tensor], group: RankGroup) -> Tensor:
@@ -69,10 +71,33 @@ class Weighting:
             return float(sum(lengths))
         return to_device(torch.tensor(lengths).double(), self.stats.device)
 
+    def squares(self, flat_N: Tensor, spans: Sequence[ParamSpan]) -> Tensor:
+        """This rank's share of the squared lengths `[S, W]`, float64, of what is decided on at once."""
+        if self.config.scope == "parameter":
+            return self.squares_of(
+                [[span.of(flat_N)] if self.infos[span.param].counted else [] for span in spans]
+            )
+        counted = [span for span in spans if self.infos[span.param].counted]
+        return self.squares_of([[flat_N.narrow(0, start, n) for start, n, _ in runs_of(counted)]])
+
+    def squares_of(self, segments: Sequence[Sequence[Tensor]]) -> Tensor:
+        """The same of segments that are given by their parts."""
+        size, device = (len(segments), self.workers.size), self.stats.device
+        found_SW = torch.zeros(size, dtype=torch.float64, device=device)
+        rows = torch.tensor([row for row, parts in enumerate(segments) for _ in parts])
+        if len(rows) > 0:
+            squares_P = norms([part for parts in segments for part in parts]).double().square()
+            found_SW[:, self.workers.number].index_add_(0, to_device(rows, device), squares_P)
+        return found_SW
+
     def weigh(self, flat_N: Tensor, spans: Sequence[ParamSpan], decision: MixingDecision) -> None:
-        """Multiply gradients by their worker's weights, in one pass."""
+        """Multiply gradients by their worker's weights, in one pass; by W times these with `averaged`, which
+        is exactly 1 for a weight of 1/W.
+        """
         share = self.weight_sum / self.workers.replicas_per_worker  # of a rank's gradient in its worker's
-        weights_S = decision.weights_SW[:, self.workers.number].float() * share
+        if self.averaged:
+            share = self.workers.size
+        weights_S = (decision.weights_SW[:, self.workers.number] * share).float()
         _multiply(flat_N, spans, weights_S, self.config.tile_bytes)
 
 

@@ -7,6 +7,7 @@ from ds_gradmix.rules.base import Extrapolation as Extrapolation
 from ds_gradmix.rules.base import GradientFreeMixing as GradientFreeMixing
 from ds_gradmix.rules.base import GramianMixing as GramianMixing
 from ds_gradmix.rules.base import Mixing as Mixing
+from ds_gradmix.rules.base import NormMixing as NormMixing
 from ds_gradmix.rules.base import RngKey as RngKey
 from ds_gradmix.rules.base import Rule as Rule
 from ds_gradmix.rules.base import Scaling as Scaling
@@ -16,10 +17,12 @@ from ds_gradmix.rules.extrapolation.noise import Noise as Noise
 from ds_gradmix.rules.extrapolation.pastgradient import PastGradient as PastGradient
 from ds_gradmix.rules.mixing.gaf import GAF as GAF
 from ds_gradmix.rules.mixing.gradientmix import GradientMix as GradientMix
+from ds_gradmix.rules.mixing.guard import Guard as Guard
 from ds_gradmix.rules.mixing.mean import Mean as Mean
+from ds_gradmix.rules.mixing.normclip import NormClip as NormClip
 from ds_gradmix.rules.scaling.andmask import AndMask as AndMask
 from ds_gradmix.rules.scaling.vrgd import VRGD as VRGD
 
-MIXING: tuple[type[Mixing], ...] = (GAF, GradientMix, Mean)
+MIXING: tuple[type[Mixing], ...] = (GAF, GradientMix, Guard, Mean, NormClip)
 SCALING: tuple[type[Scaling], ...] = (AndMask, VRGD)
 EXTRAPOLATION: tuple[type[Extrapolation], ...] = (Noise, PastGradient)

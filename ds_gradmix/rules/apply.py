@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ds_gradmix.ops import kernels
+from ds_gradmix.ops.cosines import mean_cosine
 from ds_gradmix.ops.gram import CACHED_COLUMNS, gram
 from ds_gradmix.ops.segments import Segments, to_device, weighted_sum
 from ds_gradmix.ops.sketch import SketchMaps
-from ds_gradmix.rules.base import GramianMixing, RngKey, Scaling
+from ds_gradmix.rules.base import GramianMixing, NormMixing, RngKey, Scaling
 from ds_gradmix.rules.decision import Considered, MixingDecision
 
 
@@ -58,14 +59,22 @@ def decide_from_gram(
     return Considered(decision, margin_S, next_SKW)
 
 
-def mean_cosine(gram_SWW: Tensor) -> Tensor:
-    """Mean over pairs of different workers of `cos(g_i, g_j)`, `[S]`; 0 with a zero gradient."""
-    num_workers = gram_SWW.shape[1]
-    norms_SW = gram_SWW.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
-    scale_SWW = norms_SW[:, :, None] * norms_SW[:, None, :]
-    cosines_SWW = torch.where(scale_SWW > 0, gram_SWW / scale_SWW, 0.0)
-    pairs_S = cosines_SWW.sum((1, 2)) - cosines_SWW.diagonal(dim1=1, dim2=2).sum(1)
-    return pairs_S / max(num_workers * (num_workers - 1), 1)
+def decide_from_norms(
+    rule: NormMixing, norms_SW: Tensor, present_W: Tensor, state_KW: Tensor
+) -> MixingDecision:
+    """Weights from the lengths of gradients; NaN where one is not finite, as in `decide_from_gram`."""
+    decision = rule.decide_from_norms(norms_SW, present_W, state_KW)
+    finite_S = norms_SW.isfinite().all(1)
+    weights_SW = torch.where(finite_S[:, None], decision.weights_SW, float("nan"))
+    unknown_S = torch.full_like(weights_SW[:, 0], float("nan"))
+    return MixingDecision(weights_SW, decision.agreed_S | ~finite_S, unknown_S)
+
+
+def observe(rule: NormMixing, gram_WW: Tensor, state_KW: Tensor) -> Tensor:
+    """A rule's next state after it saw the model's Gram matrix; as it was if that is not finite."""
+    finite = gram_WW.isfinite().all()
+    seen_WW = torch.where(finite, gram_WW, 0.0)
+    return torch.where(finite, rule.observe(seen_WW, state_KW), state_KW)
 
 
 def mix(grads_WC: Tensor, weights_WS: Tensor, segments: Segments) -> Tensor:

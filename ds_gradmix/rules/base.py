@@ -58,11 +58,18 @@ class Rule(BaseModel):
 class Mixing(Rule):
     """Base of the rules that give workers weights.
 
-    A rule is one of two kinds: `GradientFreeMixing` knows its weights before any gradient exists, and
-    `GramianMixing` derives them from the inner products of the workers' gradients.
+    A rule is one of three kinds: `GradientFreeMixing` knows its weights before any gradient exists,
+    `NormMixing` derives them from the lengths of the workers' gradients and what it saw in the steps before,
+    and `GramianMixing` from the inner products of the workers' gradients.
     """
 
+    depends_on_gradients: ClassVar[bool] = True
     needs_gram: ClassVar[bool]
+    observes: ClassVar[bool] = False  # whether it is shown the whole model's Gram matrix after each step
+
+    def initial_state(self, num_workers: int) -> Tensor:
+        """What the rule keeps of each worker before the first step: `[K, W]`, float64. K is 0 by default."""
+        return torch.zeros(0, num_workers, dtype=torch.float64)
 
     @property
     def by_parameter(self) -> bool:
@@ -73,11 +80,38 @@ class Mixing(Rule):
 class GradientFreeMixing(Mixing):
     """A rule whose weights do not depend on the gradients, so that it costs no communication."""
 
+    depends_on_gradients: ClassVar[bool] = False
     needs_gram: ClassVar[bool] = False
 
     @abstractmethod
     def weights(self, key: RngKey, num_workers: int, num_parameters: int) -> npt.NDArray[np.float64]:
         """Weights `[1, W]`, or `[P, W]` if `by_parameter`; rows sum to 1."""
+
+
+class NormMixing(Mixing):
+    """A rule that looks at the lengths of the workers' gradients, and back at the steps before.
+
+    Its decision takes W numbers of each bucket, and never waits for a Gram matrix. A rule that `observes` is
+    shown that of the whole model's gradients once a step, after the step, and may keep K numbers of each
+    worker by it: `initial_state` gives them before the first step, `observe` moves them on. Where its weights
+    are all exactly `1/W` the result is bit for bit that of `Mean`.
+    """
+
+    needs_gram: ClassVar[bool] = False
+
+    @abstractmethod
+    def decide_from_norms(self, norms_SW: Tensor, present_W: Tensor, state_KW: Tensor) -> MixingDecision:
+        """Decide for S segments from 2-norms `[S, W]`, float64, and the state that the step before left;
+        workers whose gradient is not finite are left out where `present_W`, bool, is False, and have norm 0.
+        """
+
+    def observe(self, gram_WW: Tensor, state_KW: Tensor) -> Tensor:
+        """The next state `[K, W]`, from the Gram matrix `[W, W]`, float64, of the whole model's gradients.
+
+        Of gradients that come in several reductions a step it is the sum of their Gram matrices. It is
+        finite; a step without finite gradients, or one that is skipped, leaves the state as it was.
+        """
+        return state_KW
 
 
 class GramianMixing(Mixing):
@@ -96,10 +130,6 @@ class GramianMixing(Mixing):
         """
         state_KW = self.initial_state(gram_SWW.shape[1]).to(gram_SWW.device)
         return self.decide_with_state(gram_SWW, present_W, key, state_KW)[0]
-
-    def initial_state(self, num_workers: int) -> Tensor:
-        """What the rule keeps of each worker before the first step: `[K, W]`, float64. K is 0 by default."""
-        return torch.zeros(0, num_workers, dtype=torch.float64)
 
     def decide_with_state(
         self, gram_SWW: Tensor, present_W: Tensor, key: RngKey, state_KW: Tensor

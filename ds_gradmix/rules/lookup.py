@@ -16,7 +16,15 @@ from importlib.machinery import ModuleSpec
 from importlib.util import resolve_name
 from types import ModuleType
 
-from ds_gradmix.rules.base import Extrapolation, GradientFreeMixing, GramianMixing, Mixing, Rule, Scaling
+from ds_gradmix.rules.base import (
+    Extrapolation,
+    GradientFreeMixing,
+    GramianMixing,
+    Mixing,
+    NormMixing,
+    Rule,
+    Scaling,
+)
 
 _REQUIRED = {Scaling: ("num_statistics", int), Extrapolation: ("needs_gradient", bool)}
 
@@ -63,12 +71,14 @@ def check_class(found: object, base: type[Rule]) -> type[Rule]:
     """The class, if it is one of the rules of a slot and lacks nothing; else NotARule is raised."""
     if not isinstance(found, type) or not issubclass(found, base):
         raise NotARule(f"it is no class derived from {base.__name__} of ds_gradmix.rules")
-    if base is Mixing and not issubclass(found, (GradientFreeMixing, GramianMixing)):
-        raise NotARule("derive it from GradientFreeMixing or GramianMixing")
+    if base is Mixing and not issubclass(found, (GradientFreeMixing, NormMixing, GramianMixing)):
+        raise NotARule("derive it from GradientFreeMixing, NormMixing or GramianMixing")
     missing = sorted(found.__abstractmethods__) if inspect.isabstract(found) else []
     if issubclass(found, GramianMixing):
         both = ("decide", "decide_with_state")
         missing += ["decide"] * all(getattr(found, name) is getattr(GramianMixing, name) for name in both)
+    if issubclass(found, NormMixing) and found.observes and found.observe is NormMixing.observe:
+        missing.append("observe")
     name, kind = _REQUIRED.get(base, ("model_config", dict))
     missing += [name] * (not isinstance(getattr(found, name, None), kind))
     if missing:

@@ -6,11 +6,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_gradmix.combine import combine
 from ds_gradmix.config import SLOTS, GradmixConfig
-from ds_gradmix.rules import Extrapolation, GradientFreeMixing, GramianMixing, RngKey, Rule, Scaling
+from ds_gradmix.rules import (
+    Extrapolation,
+    GradientFreeMixing,
+    GramianMixing,
+    NormMixing,
+    RngKey,
+    Rule,
+    Scaling,
+)
 from ds_gradmix.rules.lookup import NotARule, check_class
 from ds_gradmix.testing.extrapolation import check_extrapolation
 from ds_gradmix.testing.gradients import DTYPES, SIZES, in_dtype, require, stacks
 from ds_gradmix.testing.mixing import check_decisions, check_state, check_weights
+from ds_gradmix.testing.norms import check_norms
 from ds_gradmix.testing.scaling import check_scaling
 
 
@@ -43,6 +52,8 @@ def check_rule(rule: Rule) -> None:
         elif isinstance(rule, GramianMixing):
             check_decisions(rule, resumed)
             check_state(rule, resumed)
+        elif isinstance(rule, NormMixing):
+            check_norms(rule, resumed)
         elif isinstance(rule, Scaling):
             check_scaling(rule, resumed)
         elif isinstance(rule, Extrapolation):
@@ -75,6 +86,10 @@ def _waiting_operations(rule: Rule) -> set[str]:
         if isinstance(rule, GramianMixing):
             gram_SWW, present_W = torch.eye(3, dtype=torch.float64)[None], torch.ones(3, dtype=torch.bool)
             rule.decide(gram_SWW, present_W, RngKey(1, 2))
+        elif isinstance(rule, NormMixing):
+            gram_WW, present_W = torch.eye(3, dtype=torch.float64), torch.ones(3, dtype=torch.bool)
+            state_KW = rule.observe(gram_WW, rule.initial_state(3))
+            rule.decide_from_norms(gram_WW[:1] + 1, present_W, state_KW)
         elif isinstance(rule, Scaling):
             mean_C = torch.ones(2)
             statistics_KC = rule.statistics(torch.ones(3, 2), torch.full((3, 1), 1 / 3), mean_C)

@@ -34,6 +34,7 @@ RULES: dict[str, dict[str, Any]] = {
     "beta": block("GradientMix", distribution="beta", granularity="parameter"),
     "gaf": block("GAF"),
     "gaf midpoint": block("GAF", threshold=0.97, merge="midpoint", scope="parameter"),
+    "guard": block("Guard"),
     "vrgd": block(scaling={}),
     "gaf vrgd": block("GAF", {"momentum": 0.9}, threshold=0.97),
 }

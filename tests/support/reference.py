@@ -131,3 +131,47 @@ def spread(grads: list[Array], weights: Array, sizes: list[int]) -> tuple[Array,
             factors[begin : begin + size] = 1 / (1 + noise / size_of_mean)
         begin += size
     return mean, factors
+
+
+def guard_decision(
+    norms: list[float], present: NDArray[np.bool_], e: Array, count: int, params: dict[str, float]
+) -> Array:
+    """RULES.md's Guard: weights from lengths, and from the running sums of agreement of `count` steps."""
+    ratio, share = params.get("max_norm_ratio", 2.0), params.get("agreement", 0.5)
+    keep = [bool(p) for p in present]
+    if count >= 5:
+        means = [float(value) / (1 - params.get("smoothing", 0.9) ** count) for value in e]
+        middle = float(np.median(means))
+        out = [middle > 0 and mean < share * middle for mean in means]
+        if 2 * sum(out) <= len(out) and any(k and not o for k, o in zip(keep, out, strict=True)):
+            keep = [k and not o for k, o in zip(keep, out, strict=True)]
+    limit = ratio * float(np.median([n for n, p in zip(norms, present, strict=True) if p] or [0.0]))
+    weights = np.zeros(len(norms))
+    for i, norm in enumerate(norms):
+        if keep[i]:
+            weights[i] = (limit / norm if 0 < limit < norm else 1.0) / sum(keep)
+    return weights
+
+
+def agreements(gram: Array) -> Array:
+    """The cosine of each gradient with the sum of the others, each cut to the median length; by loops over
+    the eigenvectors' coordinates, which are gradients with this Gram matrix.
+    """
+    values, vectors = np.linalg.eigh(gram)
+    rows = vectors * np.sqrt(np.clip(values, 0, None))
+    norms = [math.sqrt(float(row @ row)) for row in rows]
+    middle = float(np.median(norms))
+    cut = [row * min(1.0, middle / norm) if norm > 0 else row for row, norm in zip(rows, norms, strict=True)]
+    found = np.zeros(len(rows))
+    for i, row in enumerate(rows):
+        others = sum((c for j, c in enumerate(cut) if j != i), np.zeros_like(row))
+        scale = norms[i] * math.sqrt(float(others @ others))
+        found[i] = float(row @ others) / scale if scale > 1e-300 else 0.0
+    return found
+
+
+def guard_observation(gram: Array, e: Array, count: int, smoothing: float) -> tuple[Array, int]:
+    """The running sums after a step with this Gram matrix."""
+    if not np.isfinite(gram).all():
+        return e, count
+    return smoothing * e + (1 - smoothing) * agreements(gram), count + 1

@@ -26,6 +26,7 @@ LAYERS = {
     "config_messages": 0,
     "optim": 1,
     "rules": 1,
+    "telemetry": 1,
     "config": 2,
     "combine": 3,
     "exchange": 3,
@@ -51,6 +52,8 @@ MAX_LINES_OF_NEW = {
     ("optim", "engines.optimizer_install", "engines.optimizer_layout", "engines.optimizer_section"): 950,
     ("ops.gram",): 70,
     ("ops.sketch", "ops.agreement", "ops.kernels", "exchange.sketched"): 500,
+    ("exchange.observer", "exchange.participation", "exchange.watch", "ops.cosines", "ops.stopwatch"): 500,
+    ("telemetry", "engines.telemetry", "engines.places"): 800,
 }
 MAX_LINES_OF_FILE = 300
 MAX_LINES_OF_FUNCTION = 40

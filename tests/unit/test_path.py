@@ -88,7 +88,7 @@ def test_what_waits_for_a_decision_keeps_one_tile() -> None:
     """And nothing is kept of what is combined."""
     workers, flat = SoloWorkers(4), torch.randn(100_000)
     reducer = reducer_of({**BLOCKS["gaf"], "tile_bytes": TILE}, workers, 1, 0)
-    exchange = reducer._exchanges[workers.ranks]
+    exchange = reducer.watch.exchange
     pending = exchange.send(bucket_of(flat, spans_of([len(flat)]), workers, None))
     gram = GramShare(pending.gram())
     pending.tiled.suspend()

@@ -1,0 +1,148 @@
+"""What is known of one group's workers beside the reduction of their gradients: what a rule observes, what
+telemetry measures, and who is left out.
+
+Once a step, after the optimizer's, the first rank has the model's Gram matrix (observer.py). From it come the
+rule's next state, which it sends to all, and the measures of telemetry, which it sends when they are read.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ds_gradmix.comm.workers import ParallelGroups
+from ds_gradmix.exchange.bucket import CommDtypes
+from ds_gradmix.exchange.exchange import Exchange
+from ds_gradmix.exchange.observer import Observation, Observer
+from ds_gradmix.exchange.participation import Change, Participation
+from ds_gradmix.exchange.transport import Transport
+from ds_gradmix.rules import NormMixing, RngKey
+from ds_gradmix.rules.apply import observe
+from ds_gradmix.telemetry.measures import Reading, WorkerMeasures, packed_size, unpack
+
+
+@dataclass(frozen=True)
+class Units:
+    """How the gradients of a step's reductions are related to those of a worker's mean loss."""
+
+    gradient_scale: float  # they are so many times as long, by loss scaling or an average taken before
+    reductions: int  # which a step has; each is of its part of the loss
+    batch: int  # samples of a step, on all workers
+
+    def samples(self, num_workers: int) -> float:
+        """Of a worker and reduction."""
+        return self.batch / num_workers / self.reductions
+
+    @property
+    def square_factor(self) -> float:
+        """From sums of squares over a step's reductions to their mean, of gradients of a mean loss."""
+        return self.reductions / self.gradient_scale**2
+
+
+class Told(NamedTuple):
+    """What a reading has."""
+
+    reading: Reading | None  # None without telemetry
+    kept: list[float]  # how often each worker was kept
+    changes: list[Change]  # who was left out, or is back
+    batch: int  # samples of a step
+
+
+def watch_over(exchange: Exchange, transport: Transport, parallel: ParallelGroups) -> "WorkerWatch":
+    """The watch over a group of workers, as far as its config and rule ask for one."""
+    config, workers, device = exchange.config, exchange.workers, exchange.weighting.stats.device
+    dense = workers is parallel.workers
+    telemetry = config.telemetry if dense else None  # experts have other workers than the rest
+    if workers.size == 1 or (telemetry is None and not config.mixing.observes):
+        return WorkerWatch(exchange, None)
+    group = parallel.model if dense else workers.decision_group
+    exchange.observer = observer = Observer(workers, group, exchange.gram, device)
+    if config.mixing.observes or (telemetry is not None and transport is not Transport.STOCK):
+        exchange.participation = Participation(workers.size, device)
+    measures = None
+    if telemetry is not None and group.is_first:
+        measures = WorkerMeasures(workers.size, telemetry, device)
+    return WorkerWatch(exchange, observer, measures, telemetry is not None)
+
+
+@dataclass
+class WorkerWatch:
+    """The watch over one group of workers."""
+
+    exchange: Exchange
+    observer: Observer | None
+    measures: WorkerMeasures | None = None  # on the first rank of the observer's, if there is telemetry
+    has_telemetry: bool = False
+    _units: Units = field(default=Units(1.0, 1, 1))
+
+    def before(self, parts: Sequence[Tensor]) -> None:
+        """Gradients, flat views, are about to be decided on."""
+        if self.observer is not None and self.has_telemetry:
+            self.observer.add_length(parts)
+
+    def after(self, parts: Sequence[Tensor], dtypes: CommDtypes, key: RngKey) -> None:
+        """They have been decided on, and are about to be reduced."""
+        config = self.exchange.config
+        if self.observer is None or config.mixing.needs_gram:
+            return
+        if config.sketch_size is None:
+            self.observer.add_exact(parts, dtypes)
+        else:
+            self.observer.add_sketch(parts, config.sketch_size, key, config.tile_bytes)
+
+    def end_step(self, units: Units, step: int) -> None:
+        """The optimizer has taken its step, counted from 1, or left it out."""
+        self._units = units
+        if (participation := self.exchange.participation) is not None:
+            participation.end_step(step)
+        if self.observer is None:
+            return
+        observation = self.observer.collect()
+        rule, state = self.exchange.config.mixing, self.exchange.state
+        if isinstance(rule, NormMixing) and rule.observes:
+            next_KW = torch.empty_like(state.values_KW)
+            if observation is not None:
+                next_KW = observe(rule, observation.gram_WW, state.values_KW).contiguous()
+            if self.observer.group.num_ranks > 1:
+                self.observer.group.broadcast(next_KW)
+            state.observe(next_KW)
+        if self.measures is not None and observation is not None:
+            self._measure(self.measures, observation, units, step)
+
+    def _measure(self, measures: WorkerMeasures, observed: Observation, units: Units, step: int) -> None:
+        gram_WW, squares_W = (values * units.square_factor for values in observed)
+        if self.exchange.workers.ranks_per_worker == 1:  # then lengths are known exactly
+            gram_WW = gram_WW.diagonal_scatter(torch.where(squares_W.isfinite(), squares_W, 0.0))
+            finite_W = observed.gram_WW.diagonal().isfinite()
+            gram_WW = torch.where(finite_W[:, None] & finite_W, gram_WW, float("nan"))
+        measures.add(gram_WW, squares_W, units.samples(len(squares_W)), step)
+
+    def read(self) -> Told:
+        """The numbers since the last reading; here the host waits for the device."""
+        size = self.exchange.workers.size
+        kept = [1.0] * size
+        changes: list[Change] = []
+        if self.exchange.participation is not None:
+            kept, changes = self.exchange.participation.read()
+        reading = None
+        if self.has_telemetry and self.observer is not None:
+            group, device = self.observer.group, self.exchange.weighting.stats.device
+            values = torch.empty(packed_size(size), dtype=torch.float64, device=device)
+            if self.measures is not None:
+                values = self.measures.packed()
+                self.measures.begin_period()
+            if group.num_ranks > 1:
+                group.broadcast(values)
+            reading = unpack(values.tolist(), size)
+        return Told(reading, kept, changes, self._units.batch)
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """What a checkpoint holds of telemetry, on the rank that measures."""
+        return None if self.measures is None else self.measures.state_dict()
+
+    def load_state_dict(self, saved: dict[str, Any] | None) -> None:
+        """Take over a checkpoint's; what is of other workers starts afresh."""
+        if self.measures is not None and saved:
+            self.measures.load_state_dict(saved)
