@@ -62,7 +62,8 @@ def build_reducer(
     places = zip(named, memory.places, strict=True)
     words = [f"{name} {place}" for (name, _), place in places]
     layout = fingerprint_of([f"{parallel.workers.num_ranks} ranks", *words])
-    params = ParamTable(params_of(parallel, named), device, layout, partition_sizes, tied)
+    infos, names = params_of(parallel, named)
+    params = ParamTable(infos, device, layout, names, partition_sizes, tied)
     weights = None
     if config.extrapolation is not None:
         weights = ExtrapolatedWeights(
@@ -73,5 +74,6 @@ def build_reducer(
             shards=shard_info(parallel, named),
             levels=parallel.workers.levels,
         )
+        weights.measure_every = 0 if config.telemetry is None else config.telemetry.every
     weight_sum = float(parallel.workers.num_replicas) if context.sums_gradients else 1.0
     return GradientReducer(config, parallel, params, weight_sum, weights), weights

@@ -30,8 +30,8 @@ def is_partitioned(p: Any) -> bool:
     return bool(is_model_parallel_parameter(p)) or is_moe_param(p)
 
 
-def params_of(parallel: ParallelGroups, named: Named) -> list[ParamInfo]:
-    """What the rules need to know of an optimizer's parameters."""
+def params_of(parallel: ParallelGroups, named: Named) -> tuple[list[ParamInfo], list[str]]:
+    """What the rules need to know of an optimizer's parameters, and the names of all of the model's."""
     names = {name for name, _ in named}
     if parallel.is_pipeline:  # stages hold different ones
         names = set().union(*gather_objects(names))
@@ -50,7 +50,7 @@ def params_of(parallel: ParallelGroups, named: Named) -> list[ParamInfo]:
         partitioned = parallel.tensor is not None and is_partitioned(p)
         weight_sum = workers.size / parallel.workers.size
         infos.append(ParamInfo(name, draws[name], counted, partitioned, weight_sum))
-    return infos
+    return infos, sorted(names)
 
 
 def shard_info(parallel: ParallelGroups, named: Named) -> ShardInfo | None:

@@ -73,11 +73,13 @@ class StepReporter:
             lists = numbers.by_worker(told.reading, told.kept)
             events += [self._change(change) for change in told.changes]
         if self._settings is not None:
+            offset = None if reducer.weights is None else reducer.weights.read_offset_ratio()
             effort = {"seconds": reducer.clock.read(), "bytes_sent": TRAFFIC.read()}
             reducer.stats = {
                 **reducer.stats,
                 **({} if told.reading is None else numbers.scalars(told.reading, self._tokens)),
                 **{name: value / self._num_steps for name, value in effort.items()},
+                **({} if offset is None else {"offset_ratio": offset}),
                 **numbers.flattened(lists),
             }
         if self._alarms is not None and told.reading is not None:
@@ -85,7 +87,7 @@ class StepReporter:
         self._num_steps = 0
         report_step(self._engine, reducer.stats, self._size <= _WORKERS_IN_MONITORS)
         if self._file is not None:
-            self._write(self._file, reducer.stats, lists, events, told.batch)
+            self._write(self._file, reducer.stats, lists, events, told)
 
     @property
     def _step(self) -> int:
@@ -120,9 +122,9 @@ class StepReporter:
         stats: Mapping[str, float],
         lists: Mapping[str, list[float]],
         events: list[dict[str, Any]],
-        batch: int,
+        told: Told,
     ) -> None:
-        lines = [*events]
+        lines, batch = [*events], int(self._engine.train_batch_size())
         if self._header:
             workers = [{"worker": i, "ranks": p.ranks, "hosts": p.hosts} for i, p in enumerate(self._places)]
             samples = {"samples_per_worker": batch / self._size, "tokens_per_sample": self._tokens}
@@ -131,7 +133,11 @@ class StepReporter:
         scalars = {name: value for name, value in stats.items() if "/" not in name}
         rates = [float(group["lr"]) for group in self._engine.optimizer.param_groups]
         about = {"step": self._step, "samples": int(self._engine.global_samples) + batch, "lr": rates[0]}
-        lines.append({"kind": "step", **about, **scalars, **lists})
+        keys = ("norm", "agreement", "noise_scale")
+        layers = {name: dict(zip(keys, row, strict=True)) for name, row in told.parameters.items()}
+        lines.append(
+            {"kind": "step", **about, **scalars, **lists, **({"parameters": layers} if layers else {})}
+        )
         file.write("".join(json.dumps(numbers.finite(line), allow_nan=False) + "\n" for line in lines))
 
     # --- what is attached to the engine ---

@@ -40,6 +40,7 @@ class ParamTable(NamedTuple):
     infos: Sequence[ParamInfo]
     device: torch.device
     layout: int  # a fingerprint of where parameters lie, which all saved state depends on
+    names: Sequence[str] = ()  # of all of the model's, wherever in it; `ParamInfo.draw` is a place among them
     partition_sizes: Sequence[int] = ()  # elements this rank owns in each of the optimizer's groups
     tied: Sequence[tuple[int, TiedParameter]] = ()  # that several pipeline stages keep
 

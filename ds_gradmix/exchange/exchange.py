@@ -196,7 +196,7 @@ class Exchange:
         """Take a decision on segments of so many elements into the statistics and the rule's state."""
         self.weighting.stats.add_decision(decided.decision, elements_S, decided.present_W)
         if self.participation is not None:
-            self.participation.add(decided.decision.weights_SW, elements_S)
+            self.participation.add(decided.decision.weights_SW, elements_S, decided.present_W)
         if decided.next_state_SKW is not None:
             self.state.add(decided.next_state_SKW, elements_S)
 
@@ -291,5 +291,5 @@ class PendingExchange:
         for k, mean_C, statistics_KC in stashed if stashes else statistics(last=True):
             factors_C = scaling_factors(rule, mean_C, statistics_KC, sums_LP, plan.by_param[k])
             counted_C = None if counted_P is None else plan.by_param[k].expand(counted_P[None])[0]
-            exchange.weighting.stats.add_factors(factors_C, counted_C)
+            exchange.weighting.stats.add_factors(factors_C, rule.least_factor, counted_C)
             tiled.write_result(k, mean_C * exchange.weighting.weight_sum, factors_C)

@@ -3,18 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from ds_gradmix.comm.groups import RankGroup
-from ds_gradmix.comm.workers import ParallelGroups
 from ds_gradmix.config import OBSERVED_SKETCH
 from ds_gradmix.exchange.bucket import Bucket, CommDtypes, ParamSpan, runs_of
 from ds_gradmix.exchange.exchange import Decided, Exchange, GramShare, PendingExchange
-from ds_gradmix.exchange.factor_momentum import FactorMomentum
 from ds_gradmix.exchange.sketched import Segment, SketchedGrams
 from ds_gradmix.exchange.transport import Transport
-from ds_gradmix.exchange.watch import watch_over
-from ds_gradmix.exchange.weighted import Weighting
+from ds_gradmix.exchange.watch import WorkerWatch
 from ds_gradmix.ops.stopwatch import Stopwatch
 from ds_gradmix.rules import NormMixing, RngKey
 
@@ -34,24 +32,18 @@ class GroupReduction:
     """The rules at work in one group of workers; `clock` measures how long they take."""
 
     def __init__(
-        self,
-        weighting: Weighting,
-        transport: Transport,
-        parallel: ParallelGroups,
-        momentum: FactorMomentum | None,
-        clock: Stopwatch,
+        self, exchange: Exchange, transport: Transport, watch: WorkerWatch, clock: Stopwatch
     ) -> None:
-        config, workers = weighting.config, weighting.workers
-        weighting.averaged = transport is Transport.RESCALED
-        self.exchange = Exchange(weighting, momentum)
+        config, weighting = exchange.config, exchange.weighting
+        self.exchange = exchange
         self.transport = transport
+        self.watch = watch
         self._infos = weighting.infos
         self._clock = clock
         size = config.sketch_size if config.mixing.needs_gram else None
-        if isinstance(config.mixing, NormMixing) and workers.ranks_per_worker > 1:
+        if isinstance(config.mixing, NormMixing) and exchange.workers.ranks_per_worker > 1:
             size = config.sketch_size or OBSERVED_SKETCH  # lengths of sums over ranks
-        self.sketches = None if size is None else SketchedGrams(self.exchange, size)
-        self.watch = watch_over(self.exchange, transport, parallel)
+        self.sketches = None if size is None else SketchedGrams(exchange, size)
 
     def decide_for_model(
         self, grads: Grads, dtypes: CommDtypes, key: RngKey, model: RankGroup, buckets: Sequence[Bucket]
@@ -89,6 +81,9 @@ class GroupReduction:
         done = [span for span in bucket.spans if span.param in combined]
         if backward.decided is None:
             self.watch.before(self._watched(bucket, spans))
+        if (observer := self.watch.parameters) is not None and observer.is_due(key):
+            counted = [span for span in spans if self._infos[span.param].counted]
+            observer.add([(span.param, torch.cat(bucket.views([span]))) for span in counted], key)
         if self.transport is Transport.STOCK:
             self.watch.after(self._watched(bucket, spans), bucket.dtypes, key)
             self._clock.pause(bucket.replay)

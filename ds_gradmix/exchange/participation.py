@@ -27,13 +27,15 @@ class Participation:
         self._times_told = [0] * num_workers
         self._is_told = [False] * num_workers
 
-    def add(self, weights_SW: Tensor, elements_S: Tensor | float) -> None:
-        """Note the weights of decisions on S segments of `elements_S` elements each."""
+    def add(self, weights_SW: Tensor, elements_S: Tensor | float, present_W: Tensor) -> None:
+        """Note the weights of decisions on S segments of `elements_S` elements each; workers that are not
+        present have no finite gradient, which is told elsewhere.
+        """
         kept_SW = weights_SW != 0
         elements_S = torch.ones_like(weights_SW[:, 0]) * elements_S
         self._kept_W = self._kept_W + (kept_SW * elements_S[:, None]).sum(0)
         self._elements = self._elements + elements_S.sum()
-        self._in_step_W = self._in_step_W | kept_SW.any(0)
+        self._in_step_W = self._in_step_W | kept_SW.any(0) | ~present_W
         self._decided = True
 
     def end_step(self, step: int) -> None:
@@ -48,6 +50,17 @@ class Participation:
         self._left_out_RW = torch.stack([now_W, times_W + began_W, since_W, back_W])
         self._in_step_W = torch.zeros_like(self._in_step_W)
         self._decided = False
+
+    def state(self) -> Tensor:
+        """What a checkpoint holds."""
+        return self._left_out_RW
+
+    def load(self, saved_RW: Tensor) -> None:
+        """Take over a checkpoint's; what happened until then has been told."""
+        if saved_RW.shape == self._left_out_RW.shape:
+            self._left_out_RW = saved_RW.to(self._left_out_RW)
+            out, times, *_ = saved_RW.tolist()
+            self._is_told, self._times_told = list(map(bool, out)), list(map(int, times))
 
     def read(self) -> tuple[list[float], list[Change]]:
         """How often each worker was kept since the last reading, by elements, and who was left out or is back

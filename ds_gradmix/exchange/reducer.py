@@ -13,13 +13,13 @@ from ds_gradmix.comm.groups import ranks_of
 from ds_gradmix.comm.workers import ParallelGroups, WorkerGroup
 from ds_gradmix.config import GradmixConfig
 from ds_gradmix.exchange.bucket import Bucket, CommDtypes, ParamSpan, ParamTable, runs_of
-from ds_gradmix.exchange.exchange import PendingExchange
+from ds_gradmix.exchange.exchange import Exchange, PendingExchange
 from ds_gradmix.exchange.factor_momentum import FactorMomentum
 from ds_gradmix.exchange.group_reduction import Backward, Grads, GroupReduction
 from ds_gradmix.exchange.state import RuleState, WorkerWeights
 from ds_gradmix.exchange.step_stats import StepStats
 from ds_gradmix.exchange.transport import Transport, choose_transport
-from ds_gradmix.exchange.watch import Told, Units
+from ds_gradmix.exchange.watch import Told, Units, watch_over
 from ds_gradmix.exchange.weighted import Weighting
 from ds_gradmix.log import logger
 from ds_gradmix.ops.stopwatch import Stopwatch
@@ -77,7 +77,10 @@ class GradientReducer:
         for workers in (*parallel.experts.values(), parallel.workers):
             share = weight_sum * workers.size / parallel.workers.size
             weighting = Weighting(config, workers, params.infos, self._sums, share)
-            group = GroupReduction(weighting, self.transport, parallel, self.momentum, self.clock)
+            weighting.averaged = self.transport is Transport.RESCALED
+            exchange = Exchange(weighting, self.momentum)
+            watch = watch_over(exchange, self.transport, parallel, params.names)
+            group = GroupReduction(exchange, self.transport, watch, self.clock)
             self._groups[workers.ranks] = group
         self._backward = Backward()
         self._step = _Step()
@@ -244,7 +247,7 @@ class GradientReducer:
             (self.momentum.commit if taken else self.momentum.discard)()
         for group in self._groups.values():
             group.exchange.state.end_step(taken=taken)
-        if self.stats:
+        if self.stats or self.config.telemetry is not None:
             self.stats = {**self.stats, "skipped": float(not taken)}
         if self.weights is not None:
             self.weights.post_step(keep=taken and self.stats.get("dropped_workers", 0.0) == 0)

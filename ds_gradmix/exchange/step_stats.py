@@ -9,7 +9,7 @@ from ds_gradmix.comm.workers import ParallelGroups
 from ds_gradmix.rules import MixingDecision
 
 _DECISION_SUMS = ["elements", "kept", "effective", "cosine", "agreed", "decisions", "empty", "dropped"]
-_SUMS = [*_DECISION_SUMS, "close", "factor", "scaled"]
+_SUMS = [*_DECISION_SUMS, "close", "factor", "floor", "scaled"]
 _CLOSE = _SUMS.index("close")
 
 
@@ -43,9 +43,14 @@ class StepStats:
         """Note which of S decisions the error of a sketch might have turned, on each of so many ranks."""
         self._sums[_CLOSE] += close_S.sum() / num_ranks
 
-    def add_factors(self, factors_C: Tensor, counted_C: Tensor | None = None) -> None:
-        """Note factors of C coordinates, on the rank that combined them; those with a 0 do not count."""
-        self._sums[-2] += (factors_C if counted_C is None else factors_C * counted_C).sum(dtype=torch.float64)
+    def add_factors(self, factors_C: Tensor, least: float | None, counted_C: Tensor | None = None) -> None:
+        """Note factors of C coordinates, on the rank that combined them; those with a 0 do not count, and
+        `least` is the smallest that there can be.
+        """
+        self._sums[-3] += (factors_C if counted_C is None else factors_C * counted_C).sum(dtype=torch.float64)
+        if least is not None:
+            floor_C = factors_C <= least * (1 + 1e-6)
+            self._sums[-2] += (floor_C if counted_C is None else floor_C * counted_C).sum()
         # One parameter's segments are not expanded.
         self._sums[-1] += factors_C.numel() if counted_C is None else counted_C.expand_as(factors_C).sum()
 
@@ -56,7 +61,7 @@ class StepStats:
         elif not self._used:
             return {}
         elif scaled:
-            parallel.workers.all_reduce(self._sums[-2:])
+            parallel.workers.all_reduce(self._sums[-3:])
         sums = dict(zip(_SUMS, self._sums.tolist(), strict=True))
         self._sums.zero_()
         self._used = False
@@ -68,6 +73,7 @@ class StepStats:
             "kept_fraction": sums["kept"] / elements,
             "effective_workers": sums["effective"] / elements,
             "agreed_fraction": sums["agreed"] / sums["decisions"],
+            "skipped_buckets": (sums["decisions"] - sums["agreed"]) / counted,
             "dropped_workers": sums["dropped"] / counted,
             "skipped": float(sums["agreed"] == 0 or sums["empty"] > 0),
         }
@@ -79,4 +85,5 @@ class StepStats:
             stats["close_calls"] = float(round(sums["close"] * known))
         if scaled and math.isfinite(sums["factor"]):
             stats["mean_factor"] = sums["factor"] / max(sums["scaled"], 1.0)
+            stats["floor_fraction"] = sums["floor"] / max(sums["scaled"], 1.0)
         return stats

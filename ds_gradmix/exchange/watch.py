@@ -16,11 +16,13 @@ from ds_gradmix.comm.workers import ParallelGroups
 from ds_gradmix.exchange.bucket import CommDtypes
 from ds_gradmix.exchange.exchange import Exchange
 from ds_gradmix.exchange.observer import Observation, Observer
+from ds_gradmix.exchange.parameter_observer import ParameterObserver
 from ds_gradmix.exchange.participation import Change, Participation
 from ds_gradmix.exchange.transport import Transport
 from ds_gradmix.rules import NormMixing, RngKey
 from ds_gradmix.rules.apply import observe
 from ds_gradmix.telemetry.measures import Reading, WorkerMeasures, packed_size, unpack
+from ds_gradmix.telemetry.noise_scale import NoiseScale, estimates
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,15 @@ class Told(NamedTuple):
     reading: Reading | None  # None without telemetry
     kept: list[float]  # how often each worker was kept
     changes: list[Change]  # who was left out, or is back
-    batch: int  # samples of a step
+    parameters: dict[str, tuple[float, float, float]]  # length, agreement and noise scale, on the first rank
 
 
-def watch_over(exchange: Exchange, transport: Transport, parallel: ParallelGroups) -> "WorkerWatch":
-    """The watch over a group of workers, as far as its config and rule ask for one."""
+def watch_over(
+    exchange: Exchange, transport: Transport, parallel: ParallelGroups, names: Sequence[str]
+) -> "WorkerWatch":
+    """The watch over a group of workers, as far as its config and rule ask for one; `names` are those of all
+    of the model's parameters.
+    """
     config, workers, device = exchange.config, exchange.workers, exchange.weighting.stats.device
     dense = workers is parallel.workers
     telemetry = config.telemetry if dense else None  # experts have other workers than the rest
@@ -61,10 +67,14 @@ def watch_over(exchange: Exchange, transport: Transport, parallel: ParallelGroup
     exchange.observer = observer = Observer(workers, group, exchange.gram, device)
     if config.mixing.observes or (telemetry is not None and transport is not Transport.STOCK):
         exchange.participation = Participation(workers.size, device)
-    measures = None
+    watch = WorkerWatch(exchange, observer, has_telemetry=telemetry is not None)
     if telemetry is not None and group.is_first:
-        measures = WorkerMeasures(workers.size, telemetry, device)
-    return WorkerWatch(exchange, observer, measures, telemetry is not None)
+        watch.measures = WorkerMeasures(workers.size, telemetry, device)
+    if telemetry is not None and telemetry.per_parameter:
+        infos = exchange.weighting.infos
+        watch.parameters = ParameterObserver(workers, group, infos, names, telemetry.every)
+        watch.parameter_noise = NoiseScale((len(names),), device)
+    return watch
 
 
 @dataclass
@@ -75,6 +85,8 @@ class WorkerWatch:
     observer: Observer | None
     measures: WorkerMeasures | None = None  # on the first rank of the observer's, if there is telemetry
     has_telemetry: bool = False
+    parameters: ParameterObserver | None = None
+    parameter_noise: NoiseScale | None = None
     _units: Units = field(default=Units(1.0, 1, 1))
 
     def before(self, parts: Sequence[Tensor]) -> None:
@@ -83,7 +95,7 @@ class WorkerWatch:
             self.observer.add_length(parts)
 
     def after(self, parts: Sequence[Tensor], dtypes: CommDtypes, key: RngKey) -> None:
-        """They have been decided on, and are about to be reduced."""
+        """They have been decided on, and are about to be reduced; exchanged by the rule, if it needs it."""
         config = self.exchange.config
         if self.observer is None or config.mixing.needs_gram:
             return
@@ -111,6 +123,20 @@ class WorkerWatch:
         if self.measures is not None and observation is not None:
             self._measure(self.measures, observation, units, step)
 
+    def read_parameters(self) -> dict[str, tuple[float, float, float]]:
+        """Length, agreement and noise scale of every parameter, on the first rank; the host waits here."""
+        if self.parameters is None or self.parameter_noise is None:
+            return {}
+        sums_2P = self.parameters.collect(self.exchange.weighting.stats.device)
+        if sums_2P is None:
+            return {}
+        size, units = self.exchange.workers.size, self._units
+        squares_P, of_sum_P = sums_2P * units.square_factor
+        self.parameter_noise.add(estimates(squares_P, of_sum_P, size, units.samples(size)))
+        agreement_P = (of_sum_P - squares_P) / ((size - 1) * squares_P)
+        table_3P = torch.stack([(squares_P / size).sqrt(), agreement_P, self.parameter_noise.value])
+        return dict(zip(self.parameters.names, map(tuple, table_3P.t().tolist()), strict=True))
+
     def _measure(self, measures: WorkerMeasures, observed: Observation, units: Units, step: int) -> None:
         gram_WW, squares_W = (values * units.square_factor for values in observed)
         if self.exchange.workers.ranks_per_worker == 1:  # then lengths are known exactly
@@ -136,13 +162,20 @@ class WorkerWatch:
             if group.num_ranks > 1:
                 group.broadcast(values)
             reading = unpack(values.tolist(), size)
-        return Told(reading, kept, changes, self._units.batch)
+        return Told(reading, kept, changes, self.read_parameters())
 
     def state_dict(self) -> dict[str, Any] | None:
-        """What a checkpoint holds of telemetry, on the rank that measures."""
-        return None if self.measures is None else self.measures.state_dict()
+        """What a checkpoint holds: measures on the rank that has them."""
+        participation = self.exchange.participation
+        return {
+            "measures": None if self.measures is None else self.measures.state_dict(),
+            "participation": None if participation is None else participation.state(),
+        }
 
     def load_state_dict(self, saved: dict[str, Any] | None) -> None:
         """Take over a checkpoint's; what is of other workers starts afresh."""
-        if self.measures is not None and saved:
-            self.measures.load_state_dict(saved)
+        saved = saved or {}
+        if self.measures is not None and (measures := saved.get("measures")) is not None:
+            self.measures.load_state_dict(measures)
+        if self.exchange.participation is not None and (found := saved.get("participation")) is not None:
+            self.exchange.participation.load(found)

@@ -171,6 +171,11 @@ class Scaling(Rule):
         return 0.0
 
     @property
+    def least_factor(self) -> float | None:
+        """The smallest factor that a coordinate can have, if the rule has one."""
+        return None
+
+    @property
     def idle_factor(self) -> float:
         """Factor of a coordinate that was not reduced in a step, in the running mean."""
         return 1.0

@@ -2,16 +2,9 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from ds_gradmix.telemetry.measures import Reading
-
-
-class Effort(NamedTuple):
-    """What our own part of a step took on this rank, as a mean over the steps since the last reading."""
-
-    seconds: float
-    bytes_sent: float
 
 
 def scalars(reading: Reading, tokens_per_sample: int | None) -> dict[str, float]:

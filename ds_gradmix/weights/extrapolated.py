@@ -75,6 +75,8 @@ class ExtrapolatedWeights:
     ) -> None:
         self.rule = rule
         self.phase = Phase.NO_GRADIENT
+        self.measure_every = 0  # steps between those whose offset is measured; 0 is never
+        self._offset_ratio: Tensor | None = None
         self._layout = layout
         self._key = key
         self._shards = shards
@@ -96,6 +98,8 @@ class ExtrapolatedWeights:
         elif self.phase is Phase.READY or (self.phase is Phase.NO_GRADIENT and self._window is None):
             self._add_offset(step, learning_rates)
             self.phase = Phase.EXTRAPOLATED
+            if self.measure_every and (step + 1) % self.measure_every == 0:
+                self._measure_offset()
 
     def set_aside(self) -> None:
         """Something other than training is about to see the parameters."""
@@ -204,6 +208,21 @@ class ExtrapolatedWeights:
                     random.manual_seed(self._seed(step, self._shards.labels[i]))
                 _, begin, size = self._layout.places[i]
                 self._add_to(flat.narrow(0, begin, size), kept.narrow(0, begin, size), part, random)
+
+    @torch.no_grad()
+    def _measure_offset(self) -> None:
+        """The length of the offset by that of the weights, of what this rank has."""
+        squares_2 = torch.zeros(2, dtype=torch.float64, device=self._layout.flats[0].device)
+        for flat, kept in zip(self._layout.flats, self._buffer, strict=True):
+            for ours, theirs in zip(flat.split(self._chunk), kept.split(self._chunk), strict=True):
+                parts = (ours.float() - theirs.float(), theirs)
+                squares_2 += torch.stack([torch.linalg.vector_norm(part).double() for part in parts]).square()
+        self._offset_ratio = (squares_2[0] / squares_2[1]).sqrt()
+
+    def read_offset_ratio(self) -> float | None:
+        """The last that was measured since the last reading; the host waits for the device here."""
+        found, self._offset_ratio = self._offset_ratio, None
+        return None if found is None else float(found)
 
     def _add_to(self, weights: Tensor, past: Tensor, scale: float | Tensor, random: torch.Generator) -> None:
         """Move a stretch of memory with one scale, by its past gradients, which the weights replace."""

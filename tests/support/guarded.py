@@ -1,7 +1,7 @@
 """Training with workers whose gradients are wrong from a step on, under DeepSpeed and replayed in float64.
 
-A fault is a loss of its own, so that DeepSpeed and the replay take it by the same way: the negative loss, 1000
-times the loss, or the inner product of the parameters with a vector, whose gradient is that vector.
+A fault is a loss of its own, so that DeepSpeed and the replay take it by the same way: the negative loss,
+1000 times the loss, or the inner product of the parameters with a vector, whose gradient is that vector.
 """
 
 from __future__ import annotations
@@ -145,7 +145,9 @@ def replay(run: Run, num_workers: int) -> Replayed:
     e, count, kept, grams = np.zeros(num_workers), 0, [], []
     drops = run.keys.get("nonfinite") == "drop"
     for step in range(run.steps):
-        reductions = [[m] for m in range(run.accumulation)] if run.stage == 2 else [[*range(run.accumulation)]]
+        reductions = (
+            [[m] for m in range(run.accumulation)] if run.stage == 2 else [[*range(run.accumulation)]]
+        )
         total = {name: np.zeros(p.numel()) for name, p in named.items()}
         gram, keeps = np.zeros((num_workers, num_workers)), np.ones(num_workers, dtype=bool)
         for micros in reductions:

@@ -105,7 +105,7 @@ def reducer_of(
     """The reduction of gradients over workers that are all there is; this rank owns `partition` elements."""
     infos = [ParamInfo(f"p{i}", i) for i in range(num_params)]
     parallel = ParallelGroups(workers, model or workers, NoCheck(), None, None, False, {}, (), False)  # type: ignore[arg-type]
-    params = ParamTable(infos, torch.device("cpu"), 0, [partition])
+    params = ParamTable(infos, torch.device("cpu"), 0, partition_sizes=[partition])
     return GradientReducer(parse_block(block), parallel, params)
 
 

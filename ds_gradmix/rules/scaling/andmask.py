@@ -27,6 +27,10 @@ class AndMask(Scaling):
     def examples(cls) -> tuple[Self, ...]:
         return cls(), cls(threshold=1.0)
 
+    @property
+    def least_factor(self) -> float:
+        return 0.0
+
     def statistics(self, grads_WC: Tensor, weights_WC: Tensor, mean_C: Tensor) -> Tensor:
         """The agreement `|sum_i sign g_i| / W`."""
         counted_WC = (weights_WC != 0).to(mean_C.dtype)

@@ -44,6 +44,10 @@ class VRGD(Scaling):
         return self.momentum
 
     @property
+    def least_factor(self) -> float:
+        return self.gamma
+
+    @property
     def idle_factor(self) -> float:
         return self.gamma
 
