@@ -239,15 +239,15 @@ def with_faults(windows: TrainingWindows, faults: Sequence[Fault], vocab_size: i
 
 
 class Drill:
-    """The faults that this rank is named in: says when they begin and end, and replaces its gradients.
+    """Says on rank 0 when faults begin and end, and on the rank of each, replaces its gradients.
 
-    Several of them act in the order given.
+    Several faults of a rank act in the order given.
     """
 
     def __init__(self, faults: Sequence[Fault], rank: int) -> None:
         self._faults = [fault for fault in faults if fault.rank == rank]
+        self._told = dict.fromkeys(faults, False) if rank == 0 else {}  # and whether it has begun
         self._gradients: list[GradientFault] = []
-        self._active = [False] * len(self._faults)
 
     def attach(self, module: torch.nn.Module, seed: int, accumulation_steps: int) -> None:
         """Call it when DeepSpeed's engine is built, since tensor parallelism makes new parameters."""
@@ -258,10 +258,10 @@ class Drill:
 
     def begin(self, step: int) -> None:
         """Called before every step, counted from 1."""
-        for index, fault in enumerate(self._faults):
-            if fault.active(step) != self._active[index]:
-                self._active[index] = not self._active[index]
-                happens = "begins" if self._active[index] else "has ended"
-                tqdm.write(f"step {step}: rank {fault.rank}: fault {fault.text} {happens}", file=sys.stderr)
+        for fault, begun in self._told.items():
+            if fault.active(step) != begun:
+                self._told[fault] = not begun
+                happens = "has ended" if begun else "begins"
+                tqdm.write(f"step {step}: fault {fault.text} {happens}", file=sys.stderr)
         for gradients in self._gradients:
             gradients.begin(step)
