@@ -147,6 +147,7 @@ def as_arguments(options: dict[str, str]) -> list[str]:
         ("--deepspeed_config", "{}", 'no "optimizer"'),
         ("--data", "nowhere", "no folder made by prepare.py"),
         ("--steps", "0", "--steps 0 is less than 1"),
+        ("--fault", "negative:rank=0:from=13", "from=13: from is a whole number, one of 1 to 12"),
         ("--sequence-length", "17", "17 is longer than the model's max_position_embeddings 16"),
     ],
 )
