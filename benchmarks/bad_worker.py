@@ -118,14 +118,12 @@ def train(run: Run, options: argparse.Namespace, data: Path) -> dict[str, Any]:
 def break_gradients(model: Any, run: Run) -> None:
     """From now on this worker's gradients have the fault of the run."""
     import torch
+    from gradmix_pretrain.faults import noise
 
     random = torch.Generator().manual_seed(run.seed)
 
     def broken(grad: torch.Tensor) -> torch.Tensor:
-        if run.fault != "noise":
-            return -grad
-        noise = torch.randn(grad.shape, generator=random)
-        return noise * (NOISE * grad.norm() / noise.norm())
+        return noise(grad, NOISE, random) if run.fault == "noise" else -grad
 
     for parameter in model.parameters() if run.fault in ("noise", "negative") else ():
         parameter.register_hook(broken)

@@ -6,7 +6,7 @@
 It also runs under torchrun and srun, or as one process. The same command resumes an interrupted run: the data
 that a rank reads at a step depends on the seed alone, so the resumed run continues as if it had not been
 interrupted. SIGINT and SIGTERM end a run after the current step, with a checkpoint. --tensor-parallel and
---pipeline-stages divide each replica of the model over several ranks.
+--pipeline-stages divide each replica of the model over several ranks. --fault is for drills.
 """
 
 import os
@@ -29,6 +29,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from gradmix_pretrain import checkpoint, pipeline
+from gradmix_pretrain.faults import Drill, with_faults
 from gradmix_pretrain.metrics import MetricsFile, draw_summary, read_lines, report
 from gradmix_pretrain.schedule import cosine_with_warmup
 from gradmix_pretrain.settings import Inputs, check, load_json, parse_args, set_process_environment
@@ -95,9 +96,12 @@ def train(args: argparse.Namespace, inputs: Inputs, model: torch.nn.Module | pip
         checkpoint.write_text(args.out / "run.json", json.dumps(identity(args, inputs), indent=2))
         metrics = MetricsFile(args.out / "metrics.jsonl", last_step=first)
     windows, held_out = build_data(args, inputs, engine)
+    drill = Drill(inputs.faults, rank)
+    drill.attach(engine.module, args.seed, windows.accumulation_steps)
     stop = StopRequest()
     bar = progress_bar(first, args.steps, rank)
     for step in range(first + 1, args.steps + 1):
+        drill.begin(step)
         line, stopping = train_step(engine, windows, step, stop)
         if step == 1 or step == args.steps or step % args.validate_every == 0:
             line["val_loss"] = validate(engine, held_out)
@@ -171,8 +175,11 @@ def build_data(
         engine.train_micro_batch_size_per_gpu(),
         engine.gradient_accumulation_steps(),
     )
+    windows = TrainingWindows(
+        tokens.train_N, length, batch_size, accumulation_steps, rank, world_size, args.seed
+    )
     return (
-        TrainingWindows(tokens.train_N, length, batch_size, accumulation_steps, rank, world_size, args.seed),
+        with_faults(windows, inputs.faults, tokens.vocab_size),
         validation_batches(
             tokens.validation_N, length, batch_size, args.validation_windows, rank, world_size
         ),

@@ -7,11 +7,13 @@
 : "${RUN:=runs/cluster}"
 : "${STEPS:=300}"
 : "${CHECKPOINT_EVERY:=60}"
+: "${FAULTS:=}"    # of a drill, with spaces between them
 : "${GRACE_S:=30}" # seconds from the request to stop until ranks are killed
 TRAINING=(
     launch/pretrain.py --deepspeed_config "$CONFIG" --model "$MODEL" --data "$DATA" --out "$RUN"
     --steps "$STEPS" --checkpoint-every "$CHECKPOINT_EVERY"
 )
+for fault in $FAULTS; do TRAINING+=(--fault "$fault"); done
 
 export DS_ENV_FILE=${DS_ENV_FILE:-$PWD/launch/cluster/.deepspeed_env}
 # Without this, ssh would wait hours for a host that has lost power.

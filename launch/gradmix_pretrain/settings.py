@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from gradmix_pretrain import pipeline
+from gradmix_pretrain.faults import Fault, Training, parse_fault
 from gradmix_pretrain.tokens import Tokens, open_tokens
 
 try:
@@ -30,6 +31,7 @@ class Inputs:
     sequence_length: int
     tensor_parallel: int
     pipeline_stages: int
+    faults: list[Fault]
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -65,6 +67,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--pipeline-stages", type=int, default=1, help="stages of a pipeline, each on a rank of its own")
     add("--seed", type=int, default=1234)
+    add(
+        "--fault",
+        action="append",
+        default=[],
+        metavar="KIND:rank=R:from=STEP[:until=STEP]",
+        help="for drills: train one replica on something wrong (docs/cluster.md); may be repeated",
+    )
     add("--local_rank", type=int, help="set by the deepspeed launcher")
     return parser.parse_args(argv)
 
@@ -100,7 +109,15 @@ def check(args: argparse.Namespace) -> Inputs:
             raise ValueError(
                 f"--data {args.data} has {len(tokens_N)} {name} tokens, fewer than one sequence of {length}"
             )
-    return Inputs(model_config, ds_config, tokens, length, tensor_parallel, pipeline_stages)
+    training = Training(
+        args.steps,
+        int(os.environ.get("WORLD_SIZE", "1")),
+        tensor_parallel,
+        pipeline_stages,
+        bool(ds_config.get("fp16", {}).get("enabled")),
+    )
+    faults = [parse_fault(text, training) for text in args.fault]
+    return Inputs(model_config, ds_config, tokens, length, tensor_parallel, pipeline_stages, faults)
 
 
 def check_parallelism(

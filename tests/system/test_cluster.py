@@ -25,6 +25,8 @@ from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 from deepspeed.launcher import runner
 from gradmix_pretrain import checkpoint, metrics
+from gradmix_pretrain.faults import DEFAULT_SCALES, KINDS, Training, parse_fault
+from gradmix_pretrain.settings import parse_args
 
 from tests.support.cluster import ROOT, Node, cluster, why_no_cluster
 from tests.support.pretraining import undisturbed
@@ -41,8 +43,8 @@ def commands() -> list[str]:
     return "".join(re.findall(r"```bash\n(.*?)```", DOCUMENT, flags=re.DOTALL)).splitlines()
 
 
-def command(part: str) -> str:
-    (found,) = [line for line in commands() if part in line + "\n"]
+def command(begin: str) -> str:
+    (found,) = [line for line in commands() if line.startswith(begin)]
     return found
 
 
@@ -214,7 +216,9 @@ def test_stop_asks_the_ranks_of_its_run_and_then_kills_them(nodes: list[Node], t
     try:
         while any(node.run("pgrep", "-f", "sleep|local_rank").returncode for node in nodes):
             time.sleep(0.05)
-        stopped = nodes[0].run(*command("stop.sh").split(), env=on_nodes(nodes, tmp_path, RUN="runs/a"))
+        stopped = nodes[0].run(
+            *command("launch/cluster/stop.sh").split(), env=on_nodes(nodes, tmp_path, RUN="runs/a")
+        )
         assert stopped.returncode == 0, stopped.stderr
         # nsenter ends as what it has started.
         assert (polite.wait(timeout=10), deaf.wait(timeout=10)) == (-signal.SIGTERM, -signal.SIGKILL)
@@ -277,8 +281,15 @@ def test_batch_script_trains(inputs: dict[str, str], tmp_path: Path) -> None:
     config["gradmix"]["worker"] = "rank"
     (tmp_path / "ds_config.json").write_text(json.dumps(config))
     settings = {**inputs, "CONFIG": f"{tmp_path}/ds_config.json", "STEPS": "3", "RUN": f"{tmp_path}/run"}
+    settings["FAULTS"] = "tokens:rank=0:from=2:until=2 nan:rank=1:from=3"
     done = batch_job(tmp_path / "slurm", SRUN, free_job(), **settings)
     assert done.returncode == 0, done.stderr
+    begins_and_ends = ["2: fault tokens:rank=0:from=2:until=2 begins"]
+    begins_and_ends += [
+        "3: fault tokens:rank=0:from=2:until=2 has ended",
+        "3: fault nan:rank=1:from=3 begins",
+    ]
+    assert re.findall("step (.*: fault .*)", done.stderr) == begins_and_ends
     assert "active over 2 workers" in done.stderr and "run: complete: 3 steps" in done.stdout
     assert checkpoint.latest_step(tmp_path / "run" / "checkpoint") == 3
     (started,) = (tmp_path / "slurm" / "srun.log").read_text().splitlines()
@@ -313,7 +324,7 @@ def test_start_script_hands_options_to_the_launcher(tmp_path: Path) -> None:
     for option, hosts in zip(
         options, (all_hosts[:-1], all_hosts[:6] + all_hosts[7:], all_hosts), strict=True
     ):
-        start = [*command("/deepspeed.sh\n").split(), *option.split()]
+        start = [*command("launch/cluster/deepspeed.sh").split(), *option.split()]
         done = subprocess.run(start, cwd=ROOT, env=settings, capture_output=True, timeout=30)
         assert done.returncode == 3
         told = (tmp_path / "told").read_text().splitlines()
@@ -322,6 +333,28 @@ def test_start_script_hands_options_to_the_launcher(tmp_path: Path) -> None:
         pool = runner.fetch_hostfile(args.hostfile)
         active = runner.parse_inclusion_exclusion(pool, args.include, args.exclude)
         assert list(runner.apply_num_nodes_and_gpus(active, args.num_nodes, args.num_gpus)) == hosts
+
+
+def test_the_drill_of_the_document(tmp_path: Path) -> None:
+    """On the ranks of the example hostfile, for the steps of settings.sh."""
+    stub = tmp_path / "deepspeed"
+    stub.write_text(f"#!/bin/sh\nprintf '%s\\n' \"$@\" >{tmp_path}/told\n")
+    stub.chmod(0o755)
+    subprocess.run(["bash", "-c", command("FAULTS=")], cwd=ROOT, env=environment(tmp_path), check=True)
+    told = runner.parse_args((tmp_path / "told").read_text().splitlines())
+    args = parse_args(told.user_args[1:])
+    assert args.out == Path("runs/drill")
+    num_ranks = sum(runner.fetch_hostfile(str(ROOT / told.hostfile)).values())
+    (fault,) = (parse_fault(text, Training(args.steps, num_ranks)) for text in args.fault)
+    assert (fault.kind, fault.rank, fault.first, fault.last) == ("noise", 3, 100, 200)
+
+
+def test_the_document_has_every_kind_of_fault_and_its_default() -> None:
+    rows = DOCUMENT.split("| kind |", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
+    kinds = [kind for row in rows for kind in re.findall(r"`(\w+)`", row.split("|")[1])]
+    assert sorted(kinds) == sorted(KINDS)
+    (scaled,) = (row for row in rows if "`scale`" in row)
+    assert re.findall(r"`scale=(\w+)`", scaled) == [DEFAULT_SCALES[kind] for kind in ("scale", "noise")]
 
 
 WAITING = """#!/usr/bin/env bash
@@ -345,7 +378,7 @@ def test_start_script_stops_all_hosts(tmp_path: Path, cause: str) -> None:
         (tmp_path / name).write_text(script)
         (tmp_path / name).chmod(0o755)
     start = subprocess.Popen(
-        command("/deepspeed.sh\n"),
+        command("launch/cluster/deepspeed.sh"),
         cwd=ROOT,
         env=environment(tmp_path),
         stdout=subprocess.PIPE,
@@ -369,7 +402,7 @@ def test_start_script_stops_all_hosts(tmp_path: Path, cause: str) -> None:
 
 def test_document_is_true() -> None:
     ran = {"launch/cluster/deepspeed.sh", "launch/cluster/stop.sh", "sbatch launch/cluster/pretrain.sbatch"}
-    assert {line for line in commands() if not line.startswith("until ")} == ran
+    assert {line for line in commands() if not line.startswith(("until ", "FAULTS="))} == ran
     assert (CUDA_Accelerator().export_envs(), CPU_Accelerator().export_envs()) == (["NCCL"], [])
     passed_on = re.findall(r"`(\w+)`", DOCUMENT.split("those that begin with", 1)[1])
     assert set(passed_on[: len(runner.EXPORT_ENVS)]) == set(runner.EXPORT_ENVS)

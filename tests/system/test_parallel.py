@@ -225,9 +225,10 @@ def arguments(inputs: dict[str, str]) -> list[str]:
 def by_data_parallelism(
     arguments: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, Any]]:
-    """What two replicas, a rank each, come to."""
+    """What two replicas, a rank each, come to; from step 3 on the second reads the data of the first."""
     run = tmp_path_factory.mktemp("run")
-    assert run_ranks(2, pretrain, [*arguments, "--out", str(run)]) == [0, 0]
+    drill = ["--fault", "duplicate:rank=1:from=3"]
+    assert run_ranks(2, pretrain, [*arguments, *drill, "--out", str(run)]) == [0, 0]
     return steps_of(run)
 
 
@@ -235,7 +236,8 @@ def by_data_parallelism(
 def test_two_replicas_of_two_ranks_train_as_two_of_one(
     tmp_path: Path, arguments: list[str], by_data_parallelism: list[dict[str, Any]], kind: str
 ) -> None:
-    parallel = [*arguments, *PARALLEL[kind]]
+    rank = {"tensor": 2, "pipeline": 1}[kind]  # of the second replica
+    parallel = [*arguments, *PARALLEL[kind], "--fault", f"duplicate:rank={rank}:from=3"]
     undisturbed, stopped = tmp_path / "undisturbed", tmp_path / "stopped"
     assert run_ranks(4, pretrain, [*parallel, "--out", str(undisturbed)]) == [0] * 4
     lines = steps_of(undisturbed)

@@ -147,6 +147,7 @@ def as_arguments(options: dict[str, str]) -> list[str]:
         ("--deepspeed_config", "{}", 'no "optimizer"'),
         ("--data", "nowhere", "no folder made by prepare.py"),
         ("--steps", "0", "--steps 0 is less than 1"),
+        ("--fault", "negative:rank=0:from=13", "from=13: from is a whole number, one of 1 to 12"),
         ("--sequence-length", "17", "17 is longer than the model's max_position_embeddings 16"),
     ],
 )
@@ -202,10 +203,11 @@ runpy.run_path(launch + "/pretrain.py", run_name="__main__")
 """
 
 
-def train(script: Path, options: dict[str, str]) -> tuple[int, str]:
+def train(script: Path, options: dict[str, str], *more: str) -> tuple[int, str]:
     """Two ranks through the `deepspeed` command; its exit status and what it printed."""
     launcher = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port())]
-    return run([*launcher, "--module", "ds_gradmix", str(script), *as_arguments(options)], environment())
+    command = [*launcher, "--module", "ds_gradmix", str(script), *as_arguments(options), *more]
+    return run(command, environment())
 
 
 def run(command: list[str], variables: dict[str, str]) -> tuple[int, str]:
@@ -232,9 +234,13 @@ def steps_of(run: Path) -> list[dict[str, Any]]:
 def test_killed_and_resumed_training_equals_uninterrupted_training(
     tmp_path: Path, inputs: dict[str, str]
 ) -> None:
+    """With a drill in between, which a resumed run goes on with."""
     options = {**inputs, "--checkpoint-every": "4", "--validate-every": "5", "--validation-windows": "8"}
-    plain, broken = tmp_path / "plain", tmp_path / "broken"
-    run_ranks(2, undisturbed, as_arguments({**options, "--out": str(plain)}))
+    plain, broken, honest = (tmp_path / name for name in ("plain", "broken", "honest"))
+    drill = ["--fault", "negative:rank=1:from=5:until=6", "--fault", "noise:rank=1:from=7:until=7"]
+    run_ranks(2, undisturbed, [*as_arguments({**options, "--out": str(plain)}), *drill])
+    run_ranks(2, undisturbed, as_arguments({**options, "--out": str(honest)}))
+    check_drill(steps_of(plain), steps_of(honest))
     assert [path.name for path in sorted((plain / "checkpoint").glob("global_step*"))] == [
         "global_step12",
         "global_step8",
@@ -243,14 +249,19 @@ def test_killed_and_resumed_training_equals_uninterrupted_training(
     for deed, latest, last_line in (("kill", 4, 8), ("terminate", 6, 6)):
         script = tmp_path / f"{deed}.py"
         script.write_text(SABOTEUR.format(launch=str(LAUNCH), deed=deed))
-        status, output = train(script, {**options, "--out": str(broken)})
+        status, output = train(script, {**options, "--out": str(broken)}, *drill)
         assert status != 0, output
         assert checkpoint.latest_step(broken / "checkpoint") == latest, output
         assert steps_of(broken)[-1]["step"] == last_line
     assert "stopped; the same command resumes" in output
+    assert "step 5: fault negative:rank=1:from=5:until=6 begins\n" in output
 
-    status, output = train(LAUNCH / "pretrain.py", {**options, "--out": str(broken)})
+    status, output = train(LAUNCH / "pretrain.py", {**options, "--out": str(broken)}, *drill)
     assert status == 0, output
+    assert [line for line in output.splitlines() if ": fault " in line] == [
+        "step 7: fault noise:rank=1:from=7:until=7 begins",
+        "step 8: fault noise:rank=1:from=7:until=7 has ended",
+    ]
     lines = steps_of(broken)
     assert [line["step"] for line in lines] == list(range(1, 13))
     assert [line["step"] for line in lines if "val_loss" in line] == [1, 5, 10, 12]
@@ -261,6 +272,16 @@ def test_killed_and_resumed_training_equals_uninterrupted_training(
     assert (broken / "summary.png").exists()
     first, last = lines[0]["val_loss"], lines[-1]["val_loss"]
     assert f"first {first:.4f} (step 1), last {last:.4f} (step 12)" in output
+
+
+def check_drill(faulty: list[dict[str, Any]], honest: list[dict[str, Any]]) -> None:
+    """From step 5 on rank 1 has gradients of the wrong sign, and nothing else is wrong before step 6."""
+    assert faulty[:4] == honest[:4]
+    first, expected = faulty[4], honest[4]
+    assert first["loss"] == expected["loss"], "computed before that step changes the weights"
+    assert first["mean_cosine"] == pytest.approx(-expected["mean_cosine"], rel=1e-6) and first["mean_cosine"]
+    assert first["grad_norm"] != expected["grad_norm"]
+    assert all(one["loss"] != other["loss"] for one, other in zip(faulty[5:], honest[5:], strict=True))
 
 
 def test_the_sketch_of_the_ready_config(tmp_path: Path, inputs: dict[str, str]) -> None:
