@@ -128,7 +128,7 @@ def _build(engine: Any, build: Callable[[], None], given: Mapping[str, Any], blo
             block,
             parallel,
             lambda: int(engine.global_steps),
-            lambda: int(engine.train_batch_size()),
+            lambda: _samples_of_replica(engine) * parallel.workers.num_replicas,
             reporters[0],
             sums_gradients=not engine.gradient_average,
         )
@@ -160,6 +160,11 @@ def _build(engine: Any, build: Callable[[], None], given: Mapping[str, Any], blo
         engine.engine_timers.global_timers.append(KEY)
     if isinstance(reducer.weights, ExtrapolatedWeights):
         _attach(engine, adapter, reducer, reducer.weights)
+
+
+def _samples_of_replica(engine: Any) -> int:
+    """Of a step; DeepSpeed's `train_batch_size` may count ranks that share a replica."""
+    return int(engine.train_micro_batch_size_per_gpu()) * int(engine.gradient_accumulation_steps())
 
 
 def _attach(engine: Any, adapter: Any, reducer: GradientReducer, weights: ExtrapolatedWeights) -> None:

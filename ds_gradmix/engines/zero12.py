@@ -33,6 +33,7 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
     """
 
     check_grad_overflow: bool
+    reduce_scatter: bool
     overflow: bool
 
     def __init__(self, *args: Any, gradmix_context: EngineContext, **kwargs: Any) -> None:
@@ -53,6 +54,8 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
         transport = self.gradmix.transport
         if transport not in (Transport.STOCK, Transport.RESCALED):
             self.gradient_average = False  # weights say what gradients sum to
+        if self.gradient_average and self.reduce_scatter:  # before we see the gradient
+            self.gradmix.divisor = self.gradmix.parallel.workers.num_replicas
         if transport is Transport.EXCHANGE:
             self.use_multi_rank_bucket_allreduce = True  # one call with all of a group's slices
             self.reduce_scatter = True  # only owners need the result, however DeepSpeed would reduce
@@ -219,12 +222,9 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
     def independent_gradient_partition_epilogue(self) -> None:
         """The end of a backward's reductions."""
         super().independent_gradient_partition_epilogue()
-        # Where DeepSpeed averages, it has divided by the number of replicas before we see the gradient.
-        divided = self.gradient_average and self.reduce_scatter
-        replicas = self.gradmix.parallel.workers.num_replicas if divided else 1
         self.gradmix.end_backward(
             last=bool(self.is_gradient_accumulation_boundary()),
-            gradient_scale=float(self.loss_scale) / replicas,
+            gradient_scale=float(self.loss_scale) / self.gradmix.divisor,
         )
 
     # --- one step ---

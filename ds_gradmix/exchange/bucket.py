@@ -70,6 +70,7 @@ class Bucket:
     # Which rank owns which part of some of the spans; None where every rank needs all of the result.
     pieces: Callable[[Sequence[ParamSpan]], Sequence[Piece]] | None = None
     outputs: Sequence[tuple[int, Tensor]] = ()  # what owned pieces are also added to, by start in the bucket
+    observed_scale: float = 1.0  # by which observed gradients are multiplied, to be as those of other buckets
 
     def load(self) -> Tensor:
         """The gradients as one flat tensor: a view where they are one, a copy where they are several."""

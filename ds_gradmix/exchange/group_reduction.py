@@ -57,7 +57,8 @@ class GroupReduction:
         present_W = exchange.weighting.present([grad for _, grad in alone], model)
         counted = [(i, grad) for i, grad in alone if self._infos[i].counted]
         parts = [grad for _, grad in counted]
-        self.watch.before(parts)
+        if exchange.config.mixing.needs_gram:  # for other rules their buckets are watched
+            self.watch.before(parts)
         if self.sketches is not None:
             gram = self.sketches.of([Segment(counted[0][0], parts)] if counted else [], key)
             return exchange.decide_by(gram, present_W, key, model), []
@@ -79,13 +80,13 @@ class GroupReduction:
         combined = backward.combined
         spans = tuple(span for span in bucket.spans if span.param not in combined)
         done = [span for span in bucket.spans if span.param in combined]
-        if backward.decided is None:
-            self.watch.before(self._watched(bucket, spans))
+        if backward.decided is None or not self.exchange.config.mixing.needs_gram:
+            self.watch.before(self._watched(bucket, spans), bucket.observed_scale)
         if (observer := self.watch.parameters) is not None and observer.is_due(key):
             counted = [span for span in spans if self._infos[span.param].counted]
-            observer.add([(span.param, torch.cat(bucket.views([span]))) for span in counted], key)
+            observer.add([(span.param, torch.cat(bucket.views([span]))) for span in counted], bucket, key)
         if self.transport is Transport.STOCK:
-            self.watch.after(self._watched(bucket, spans), bucket.dtypes, key)
+            self._observe(bucket, spans, None, key)
             self._clock.pause(bucket.replay)
         elif self.transport is Transport.EXCHANGE:
             for start, output in bucket.outputs:
@@ -94,7 +95,7 @@ class GroupReduction:
             pending = pending or self.exchange.send(replace(bucket, spans=spans), by_node=True)
             flat_N = pending.tiled.flat_N
             decided = backward.decided or self._decide(flat_N, spans, key, pending)
-            self.watch.after(self._watched(bucket, spans, flat_N), bucket.dtypes, key)
+            self._observe(bucket, spans, flat_N, key)
             pending.combine(decided)
         else:
             self._weigh(bucket, spans, done, key, backward.decided)
@@ -110,7 +111,7 @@ class GroupReduction:
         """Multiply each worker's gradient, and have DeepSpeed sum or average."""
         flat_N = bucket.load()
         decided = decided or (self._decide(flat_N, spans, key) if spans else None)
-        self.watch.after(self._watched(bucket, spans, flat_N), bucket.dtypes, key)
+        self._observe(bucket, spans, flat_N, key)
         if spans and decided is not None:
             self.exchange.weigh(flat_N, spans, decided)
         if self.transport is Transport.RESCALED:
@@ -121,6 +122,13 @@ class GroupReduction:
             span.of(flat_N).zero_()  # it is there already, and survives the sum
         self._clock.pause(lambda: bucket.sum(flat_N))
         bucket.store(flat_N)
+
+    def _observe(
+        self, bucket: Bucket, spans: Sequence[ParamSpan], flat_N: Tensor | None, key: RngKey
+    ) -> None:
+        """A bucket is about to be reduced, from `flat_N` if that is not None."""
+        parts = self._watched(bucket, spans, flat_N)
+        self.watch.after(parts, bucket.observed_scale, bucket.dtypes, key)
 
     def _watched(
         self, bucket: Bucket, spans: Sequence[ParamSpan], flat_N: Tensor | None = None

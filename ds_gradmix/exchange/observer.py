@@ -22,7 +22,6 @@ from ds_gradmix.comm.workers import WorkerGroup
 from ds_gradmix.exchange.bucket import CommDtypes
 from ds_gradmix.ops.multi_tensor import norms
 from ds_gradmix.ops.sketch import SketchMaps
-from ds_gradmix.rules import RngKey
 
 _FLOAT32 = CommDtypes(torch.float32, torch.float32)
 
@@ -57,31 +56,28 @@ class Observer:
         self._total_WW = torch.zeros(workers.size, workers.size, dtype=torch.float64, device=device)
         self._squares = torch.zeros((), dtype=torch.float64, device=device)
         self._sketches: list[Tensor] = []
-        self._maps: tuple[RngKey, SketchMaps] | None = None  # of the latest step
 
-    def add_length(self, parts: Sequence[Tensor]) -> None:
-        """Take the length of what is about to be reduced: flat views."""
+    def add_length(self, parts: Sequence[Tensor], scale: float) -> None:
+        """Take the length of what is about to be reduced: flat views, to be multiplied by a scale."""
         if parts:
-            self._squares += norms(parts).double().square().sum()
+            self._squares += norms(parts).double().square().sum() * scale**2
 
     def add_gram(self, gram_SWW: Tensor) -> None:
         """Take over the Gram matrices of a decision, on the rank that decides."""
         self._total_WW += gram_SWW.sum(0)
 
-    def add_exact(self, parts: Sequence[Tensor], dtypes: CommDtypes) -> None:
-        """Take the Gram matrix of gradients, flat views, by exchanging them."""
-        self._total_WW += self._gram(parts, dtypes)[0]
+    def add_exact(self, parts: Sequence[Tensor], scale: float, dtypes: CommDtypes) -> None:
+        """Take the Gram matrix of gradients by exchanging them."""
+        self._total_WW += self._gram(parts, dtypes)[0] * scale**2
 
-    def add_sketch(self, parts: Sequence[Tensor], size: int, key: RngKey, held_bytes: int) -> None:
-        """Project gradients, flat views, to be exchanged later."""
+    def add_sketch(self, parts: Sequence[Tensor], scale: float, maps: SketchMaps, held_bytes: int) -> None:
+        """Project gradients, to be exchanged later."""
         if not parts:
             return
-        if self._maps is None or self._maps[0] != key:
-            self._maps = (key, SketchMaps(size, key.generator, parts[0].device))
-        sketch = self._maps[1].of_length(sum(part.numel() for part in parts))
+        sketch = maps.of_length(sum(part.numel() for part in parts))
         sketch_M = parts[0].new_empty(sketch.size, dtype=torch.float32)
         sketch.of(parts, sketch_M)
-        self._sketches.append(sketch_M)
+        self._sketches.append(sketch_M if scale == 1.0 else sketch_M.mul_(scale))
         if sum(held.nbytes for held in self._sketches) >= held_bytes:
             self.exchange_sketches()
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ds_gradmix.comm.groups import RankGroup
 from ds_gradmix.comm.workers import WorkerGroup
-from ds_gradmix.exchange.bucket import ParamInfo
+from ds_gradmix.exchange.bucket import Bucket, ParamInfo
 from ds_gradmix.exchange.plan import even_sizes
 from ds_gradmix.ops.segments import Segments, to_device
 from ds_gradmix.ops.sketch import SketchMaps
@@ -45,8 +45,8 @@ class ParameterObserver:
         """Whether the step is one that is read."""
         return (key.step + 1) % self._every == 0
 
-    def add(self, grads: Sequence[tuple[int, Tensor]], key: RngKey) -> None:
-        """Project gradients, flat views, by the position of their parameters."""
+    def add(self, grads: Sequence[tuple[int, Tensor]], bucket: Bucket, key: RngKey) -> None:
+        """Project gradients of a bucket, flat views, by the position of their parameters."""
         if not grads:
             return
         maps = SketchMaps(_SIZE, key.generator, grads[0][1].device)
@@ -54,7 +54,7 @@ class ParameterObserver:
             sketch = maps.of_length(grad.numel())
             sketch_M = grad.new_empty(sketch.size, dtype=torch.float32)
             sketch.of([grad], sketch_M)
-            self._held.append((self._infos[param].draw, sketch_M))
+            self._held.append((self._infos[param].draw, sketch_M.mul_(bucket.observed_scale)))
         if sum(sketch_M.numel() for _, sketch_M in self._held) >= _HELD:
             self._exchange()
 

@@ -66,6 +66,8 @@ class GradientReducer:
             sizes = params.partition_sizes
             self.momentum = FactorMomentum(rule.factor_momentum, rule.idle_factor, sizes, params.device)
         self.weights = weights
+        # What gradients of buckets have been divided by, when they come, and those of `prepare` have not.
+        self.divisor = 1
         self._params = params
         self._tied = {} if self.transport is Transport.STOCK else dict(params.tied)  # combined by `prepare`
         self._sequence = parallel.sequence if parallel.sum_sequence_ranks else None  # to be summed over
@@ -153,7 +155,15 @@ class GradientReducer:
             if index in found:
                 grad, workers = found[index].detach(), self.parallel.workers
                 span = ParamSpan(index, 0, grad.numel())
-                bucket = Bucket([grad], (span,), workers, dtypes, lambda: None, workers.all_reduce)
+                bucket = Bucket(
+                    [grad],
+                    (span,),
+                    workers,
+                    dtypes,
+                    lambda: None,
+                    workers.all_reduce,
+                    observed_scale=1 / self.divisor,
+                )
                 flat_N = bucket.load()
                 self._keep([(index, flat_N)], last=True)
                 if tied.is_source:

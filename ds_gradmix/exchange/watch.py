@@ -19,6 +19,7 @@ from ds_gradmix.exchange.observer import Observation, Observer
 from ds_gradmix.exchange.parameter_observer import ParameterObserver
 from ds_gradmix.exchange.participation import Change, Participation
 from ds_gradmix.exchange.transport import Transport
+from ds_gradmix.ops.sketch import SketchMaps
 from ds_gradmix.rules import NormMixing, RngKey
 from ds_gradmix.rules.apply import observe
 from ds_gradmix.telemetry.measures import Reading, WorkerMeasures, packed_size, unpack
@@ -87,22 +88,29 @@ class WorkerWatch:
     has_telemetry: bool = False
     parameters: ParameterObserver | None = None
     parameter_noise: NoiseScale | None = None
+    _maps: tuple[RngKey, SketchMaps] | None = None  # of the latest step
     _units: Units = field(default=Units(1.0, 1, 1))
 
-    def before(self, parts: Sequence[Tensor]) -> None:
-        """Gradients, flat views, are about to be decided on."""
+    def before(self, parts: Sequence[Tensor], scale: float = 1.0) -> None:
+        """Gradients, flat views, are about to be decided on; observed as multiplied by a scale."""
         if self.observer is not None and self.has_telemetry:
-            self.observer.add_length(parts)
+            self.observer.add_length(parts, scale)
 
-    def after(self, parts: Sequence[Tensor], dtypes: CommDtypes, key: RngKey) -> None:
+    def after(self, parts: Sequence[Tensor], scale: float, dtypes: CommDtypes, key: RngKey) -> None:
         """They have been decided on, and are about to be reduced; exchanged by the rule, if it needs it."""
         config = self.exchange.config
         if self.observer is None or config.mixing.needs_gram:
             return
         if config.sketch_size is None:
-            self.observer.add_exact(parts, dtypes)
+            self.observer.add_exact(parts, scale, dtypes)
         else:
-            self.observer.add_sketch(parts, config.sketch_size, key, config.tile_bytes)
+            self.observer.add_sketch(parts, scale, self._maps_of(key, config.sketch_size), config.tile_bytes)
+
+    def _maps_of(self, key: RngKey, size: int) -> SketchMaps:
+        if self._maps is None or self._maps[0] != key:
+            device = self.exchange.weighting.stats.device
+            self._maps = (key, SketchMaps(size, key.generator, device))
+        return self._maps[1]
 
     def end_step(self, units: Units, step: int) -> None:
         """The optimizer has taken its step, counted from 1, or left it out."""

@@ -145,9 +145,8 @@ def replay(run: Run, num_workers: int) -> Replayed:
     e, count, kept, grams = np.zeros(num_workers), 0, [], []
     drops = run.keys.get("nonfinite") == "drop"
     for step in range(run.steps):
-        reductions = (
-            [[m] for m in range(run.accumulation)] if run.stage == 2 else [[*range(run.accumulation)]]
-        )
+        every = range(run.accumulation)
+        reductions = [[micro] for micro in every] if run.stage == 2 else [[*every]]
         total = {name: np.zeros(p.numel()) for name, p in named.items()}
         gram, keeps = np.zeros((num_workers, num_workers)), np.ones(num_workers, dtype=bool)
         for micros in reductions:

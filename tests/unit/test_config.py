@@ -12,14 +12,13 @@ import ds_gradmix
 from ds_gradmix.cli import main
 from ds_gradmix.config import ConfigError, misspelt_key, parse_block
 from ds_gradmix.engines.compatibility import REFUSALS, refused_settings
+from ds_gradmix.rules import MIXING
 
+TYPES = ", ".join(f'"{rule.__name__}"' for rule in MIXING)
 MISTAKES: list[tuple[Any, list[str]]] = [
     (5, ["gradmix: is 5", "an object"]),
     ({"mixing": "GAF"}, ["gradmix.mixing: is", '"GAF"', '{"type"']),
-    (
-        {"mixing": {}},
-        ["gradmix.mixing.type: is missing", '"GAF", "GradientMix", "Guard", "Mean", "NormClip"'],
-    ),
+    ({"mixing": {}}, ["gradmix.mixing.type: is missing", TYPES]),
     ({"mixing": {"type": "GAFF"}}, ["gradmix.mixing.type", '"GAFF"', 'did you mean "GAF"?']),
     ({"mixing": {"type": 3}}, ["gradmix.mixing.type: is 3"]),
     ({"mixing": {"type": "GAF", "threshold": 1}}, ["gradmix.mixing.threshold", "gradmix.mixing.params"]),

@@ -12,7 +12,7 @@ import pytest
 
 from ds_gradmix import combine
 from ds_gradmix.config import ConfigError, GradmixConfig, parse_block
-from ds_gradmix.rules import GAF, Mean
+from ds_gradmix.rules import GAF, MIXING, Mean
 from tests.support import outside_rules
 from tests.support.gradients import gaussian
 from tests.support.outside_rules import MODULE, Spread, Trust
@@ -188,10 +188,8 @@ def test_what_is_no_rule_of_the_slot_is_refused(kind: str) -> None:
     before = set(sys.modules)
     line = message({"mixing": {"type": kind}})
     assert line.startswith("gradmix.mixing.type: is ") and len(line.splitlines()) == 1
-    assert (
-        '"GAF", "GradientMix", "Guard", "Mean", "NormClip", or a rule of your own as "package.module:Class"'
-        in line
-    )
+    names = ", ".join(f'"{rule.__name__}"' for rule in MIXING)
+    assert f'{names}, or a rule of your own as "package.module:Class"' in line
     assert set(sys.modules) == before
 
 
