@@ -16,7 +16,7 @@ from ds_gradmix.engines.compatibility import REFUSALS, refused_settings
 MISTAKES: list[tuple[Any, list[str]]] = [
     (5, ["gradmix: is 5", "an object"]),
     ({"mixing": "GAF"}, ["gradmix.mixing: is", '"GAF"', '{"type"']),
-    ({"mixing": {}}, ["gradmix.mixing.type: is missing", '"GAF", "GradientMix", "Mean"']),
+    ({"mixing": {}}, ["gradmix.mixing.type: is missing", '"AdaCons", "Adasum", "GAF", ']),
     ({"mixing": {"type": "GAFF"}}, ["gradmix.mixing.type", '"GAFF"', 'did you mean "GAF"?']),
     ({"mixing": {"type": 3}}, ["gradmix.mixing.type: is 3"]),
     ({"mixing": {"type": "GAF", "threshold": 1}}, ["gradmix.mixing.threshold", "gradmix.mixing.params"]),

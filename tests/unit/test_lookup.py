@@ -188,7 +188,10 @@ def test_what_is_no_rule_of_the_slot_is_refused(kind: str) -> None:
     before = set(sys.modules)
     line = message({"mixing": {"type": kind}})
     assert line.startswith("gradmix.mixing.type: is ") and len(line.splitlines()) == 1
-    assert '"GAF", "GradientMix", "Mean", or a rule of your own as "package.module:Class"' in line
+    assert (
+        'allowed: "AdaCons", "Adasum", "GAF", ' in line
+        and ', or a rule of your own as "package.module:Class"' in line
+    )
     assert set(sys.modules) == before
 
 
