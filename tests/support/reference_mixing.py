@@ -37,20 +37,27 @@ def adacons(steps: list[list[Array]], momentum: float, restored: bool = True) ->
     average: list[float] | None = None
     combined = []
     for grads in steps:
-        lengths = [math.sqrt(float(g @ g)) for g in grads]
-        unit = sum(lengths) / len(lengths) if restored else 1.0
-        mean = sum(grads, np.zeros_like(grads[0])) / len(grads)
-        coefficients = [float(mean @ g) / length / unit for g, length in zip(grads, lengths, strict=True)]
-        order = sorted(range(len(grads)), key=lambda i: coefficients[i])
-        ranked = [coefficients[i] for i in order]
-        if average is not None:
-            ranked = [momentum * old + (1 - momentum) * new for old, new in zip(average, ranked, strict=True)]
-        average = ranked
-        for place, i in enumerate(order):
-            coefficients[i] = ranked[place] / sum(ranked)
-        parts = [c * g / n * unit for c, g, n in zip(coefficients, grads, lengths, strict=True)]
-        combined.append(sum(parts, np.zeros_like(grads[0])))
+        of_step, average = adacons_step(grads, average, momentum, restored)
+        combined.append(of_step)
     return combined
+
+
+def adacons_step(
+    grads: list[Array], average: list[float] | None, momentum: float, restored: bool = True
+) -> tuple[Array, list[float]]:
+    """The combined gradient, and the next average of sorted coefficients; None before the first step."""
+    lengths = [math.sqrt(float(g @ g)) for g in grads]
+    unit = sum(lengths) / len(lengths) if restored else 1.0
+    mean = sum(grads, np.zeros_like(grads[0])) / len(grads)
+    coefficients = [float(mean @ g) / length / unit for g, length in zip(grads, lengths, strict=True)]
+    order = sorted(range(len(grads)), key=lambda i: coefficients[i])
+    ranked = [coefficients[i] for i in order]
+    if average is not None:
+        ranked = [momentum * old + (1 - momentum) * new for old, new in zip(average, ranked, strict=True)]
+    for place, i in enumerate(order):
+        coefficients[i] = ranked[place] / sum(ranked)
+    parts = [c * g / n * unit for c, g, n in zip(coefficients, grads, lengths, strict=True)]
+    return sum(parts, np.zeros_like(grads[0])), ranked
 
 
 def krum_order(grads: list[Array], num_byzantine: int) -> list[int]:

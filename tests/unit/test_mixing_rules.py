@@ -19,11 +19,21 @@ from torch import Tensor
 from ds_gradmix import combine
 from ds_gradmix.cli import main
 from ds_gradmix.config import ConfigError, check_workers, parse_block
+from ds_gradmix.exchange.step_stats import StepStats
 from ds_gradmix.log import logger
-from ds_gradmix.rules import AdaCons, Adasum, GeometricMedian, Krum, MultiKrum, RngKey, TorchJD
+from ds_gradmix.rules import (
+    AdaCons,
+    Adasum,
+    GeometricMedian,
+    Krum,
+    MixingDecision,
+    MultiKrum,
+    RngKey,
+    TorchJD,
+)
 from ds_gradmix.rules.apply import decide_from_gram
 from tests.support.gradients import NASTY, SIZES, block, gaussian, rows
-from tests.support.reference import Array
+from tests.support.reference import Array, vrgd
 from tests.support.reference_mixing import (
     adacons,
     adasum,
@@ -428,6 +438,30 @@ def test_the_host_waits_for_nothing(rule: Any) -> None:
     gram, present = torch.eye(6, dtype=torch.float64).expand(3, 6, 6), torch.ones(6, dtype=torch.bool)
     with NoSynchronisation():
         rule.decide_with_state(gram, present, KEY, rule.initial_state(6))
+
+
+def test_vrgd_under_weights_that_do_not_sum_to_1() -> None:
+    """Its factors are those of weights that do, since a factor is a ratio of gradients' squares."""
+    for name in ("Adasum", "AdaCons", "GeometricMedian"):
+        for scope in ("bucket", "parameter"):
+            grads = gaussian(8, seed=1)
+            plain = block(name, scope=scope)
+            combined, info = combine(grads, plain, sizes=SIZES)
+            scaled, scaled_info = combine(grads, plain | block(scaling={"gamma": 0.1}), sizes=SIZES)
+            parts, found = grads.split(SIZES, dim=1), scaled_info["factors"].split(SIZES)
+            weights = info["weights"].expand(len(SIZES), 8)
+            for part, weights_W, factors in zip(parts, weights.numpy(), found, strict=True):
+                _, expected = vrgd(rows(part), weights_W / weights_W.sum(), [part.shape[1]], 0.1)
+                np.testing.assert_allclose(factors.numpy(), expected, rtol=1e-9)
+            near(scaled, (scaled_info["factors"] * combined).numpy())
+
+
+def test_effective_workers_are_counted_whatever_weights_sum_to() -> None:
+    stats, everyone = StepStats(torch.device("cpu")), torch.ones(4, dtype=torch.bool)
+    for weights in ([0.25] * 4, [1.0] * 4, [0.5, 0.5, 0.0, 0.0], [0.0] * 4):
+        row = torch.tensor([weights], dtype=torch.float64)
+        stats.add_decision(MixingDecision(row, row.any(1), torch.zeros(1).double()), 1.0, everyone)
+    assert float(stats._sums[2]) == 4 + 4 + 2 + 0
 
 
 def test_weights_that_do_not_sum_to_1() -> None:

@@ -1,7 +1,6 @@
 import torch
 from pydantic import Field
 from torch import Tensor
-from typing_extensions import Self
 
 from ds_gradmix.costs.model import RuleCost
 from ds_gradmix.rules.base import GramianMixing, RngKey
@@ -33,10 +32,6 @@ class AdaCons(GramianMixing):
     momentum: float = Field(
         0.99, ge=0, lt=1, allow_inf_nan=False, description="of the sorted coefficients over steps; 0 is off"
     )
-
-    @classmethod
-    def examples(cls) -> tuple[Self, ...]:
-        return cls(), cls(momentum=0.0)
 
     def cost(self, num_workers: int) -> RuleCost:
         """A few small operations, and the state."""

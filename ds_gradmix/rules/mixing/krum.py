@@ -3,7 +3,6 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 from torch import Tensor
-from typing_extensions import Self
 
 from ds_gradmix.costs.model import RuleCost
 from ds_gradmix.rules.base import GramianMixing, RngKey, WrongParam
@@ -28,10 +27,6 @@ class Krum(GramianMixing):
     depends_on_order: ClassVar[bool] = True  # equal scores
 
     num_byzantine: int = Field(1, ge=0, description="workers f that may send anything; needs f + 3 workers")
-
-    @classmethod
-    def examples(cls) -> tuple[Self, ...]:
-        return cls(), cls(num_byzantine=0)
 
     def cost(self, num_workers: int) -> RuleCost:
         """A few small operations, two of which sort."""

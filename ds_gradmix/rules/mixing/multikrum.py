@@ -1,6 +1,5 @@
 from pydantic import Field
 from torch import Tensor
-from typing_extensions import Self
 
 from ds_gradmix.rules.base import RngKey, WrongParam
 from ds_gradmix.rules.decision import MixingDecision
@@ -19,10 +18,6 @@ class MultiKrum(Krum):
     num_selected: int | None = Field(
         None, ge=1, description="workers whose mean is taken; W - num_byzantine - 2 by default"
     )
-
-    @classmethod
-    def examples(cls) -> tuple[Self, ...]:
-        return cls(), cls(num_byzantine=0, num_selected=2)
 
     def refused(self, num_workers: int) -> WrongParam | None:
         """More than there are."""
