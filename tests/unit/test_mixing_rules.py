@@ -94,8 +94,8 @@ def test_adasum_leaves_others_as_they_are_beside_a_zero_gradient_or_an_absent_wo
 def test_adasum_of_workers_that_cancel_does_not_depend_on_rounding() -> None:
     """The node of two opposed workers is zero, and must not be divided by what rounding leaves of it."""
     for seed in range(20):
-        first, second, third = gaussian(3, seed=seed).float()
-        grads = torch.stack([first, -first, second, third])
+        first, second, third, noise = gaussian(4, seed=seed).float()
+        grads = torch.stack([first, 1e-6 * noise - first, second, third])
         expected = adasum([np.zeros(len(first)), adasum(rows(torch.stack([second, third])))])
         combined, info = combine(grads, block("Adasum"))
         near(combined.double(), expected, 1e-5)
@@ -179,11 +179,12 @@ def test_krum_and_multikrum(workers: int) -> None:
 
 def test_krum_takes_the_first_of_equal_workers() -> None:
     """Equal up to the rounding of Gram matrices, so that the cut into tiles does not choose."""
-    same = gaussian(1, seed=1).expand(5, -1).clone() * (1 + 1e-9 * gaussian(5, 1, seed=2))
-    assert combine(same, block("Krum"))[1]["weights"].tolist() == [1.0, 0, 0, 0, 0]
-    params = {"num_byzantine": 1, "num_selected": 2}
-    weights = combine(same, {"mixing": {"type": "MultiKrum", "params": params}})[1]["weights"]
-    assert weights.tolist() == [0.5, 0.5, 0, 0, 0]
+    for seed in range(5):
+        same = gaussian(1, seed=1) * (1 + 1e-5 * gaussian(5, 1, seed=seed))
+        assert combine(same, block("Krum"))[1]["weights"].tolist() == [1.0, 0, 0, 0, 0]
+        params = {"num_byzantine": 1, "num_selected": 2}
+        weights = combine(same, {"mixing": {"type": "MultiKrum", "params": params}})[1]["weights"]
+        assert weights.tolist() == [0.5, 0.5, 0, 0, 0]
 
 
 @pytest.mark.parametrize("bad", [0, 3, 6])
@@ -249,6 +250,13 @@ def test_geometric_median(workers: int, outliers: int, columns: int) -> None:
         for step in (1e-1, 1.0):
             aside = random.standard_normal(columns) * step * least / workers / math.sqrt(columns)
             assert found <= sum_of_distances(rows(grads), combined.numpy() + aside)
+
+
+def test_geometric_median_of_equal_workers_does_not_depend_on_rounding() -> None:
+    for seed in range(5):
+        same = gaussian(1, seed=1) + 1e-7 * gaussian(5, seed=seed) * torch.arange(1, 6)[:, None]
+        weights = combine(same.float(), block("GeometricMedian"))[1]["weights"]
+        np.testing.assert_allclose(weights.numpy(), 0.2, rtol=1e-6)
 
 
 def test_geometric_median_holds_against_nearly_half() -> None:
