@@ -39,7 +39,7 @@ _VRGD_MOMENTUM = {"scaling": {"type": "VRGD", "params": {"gamma": 0.1, "momentum
 
 def usual_blocks(*slots: str) -> dict[str, dict[str, Any]]:
     """A block for each of our rules of some slots, with the params of its first example."""
-    rules = [(slot, rule.examples()[0]) for slot in slots for rule in SLOTS[slot].known]
+    rules = [(slot, usual) for slot in slots for rule in SLOTS[slot].known for usual in rule.examples()[:1]]
     return {
         rule.type_name(): {slot: {"type": rule.type_name(), "params": rule.model_dump(exclude_none=True)}}
         for slot, rule in rules

@@ -13,7 +13,7 @@ from typing import Any
 import hjson  # what DeepSpeed reads configurations with
 import torch
 
-from ds_gradmix.config import KEY, SLOTS, ConfigError, GradmixConfig, misspelt_key, parse_block
+from ds_gradmix.config import KEY, SLOTS, ConfigError, GradmixConfig, check_workers, misspelt_key, parse_block
 from ds_gradmix.config_messages import key_text
 from ds_gradmix.costs.model import Cluster, Workload
 from ds_gradmix.costs.report import cost_table, scale_table
@@ -58,6 +58,8 @@ def _check(options: argparse.Namespace) -> int:
         block = _block_of(config)
         optimizer_of(config)
         clusters = _clusters(options, block)
+        for cluster in clusters if options.dp else ():
+            check_workers(block, cluster.workers)
         tables = [cost_table(config, block, clusters)]
         for cluster in clusters if options.params else ():
             tables.append(scale_table(config, block, options.params, cluster, options.tensors))

@@ -4,7 +4,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_gradmix.config import GradmixConfig, parse_block
+from ds_gradmix.config import GradmixConfig, check_workers, parse_block
 from ds_gradmix.ops.segments import Segments
 from ds_gradmix.rules import GradientFreeMixing, GramianMixing, Mean, NormMixing, RngKey, apply
 
@@ -33,10 +33,12 @@ def combine(
         whether the optimizer step would be skipped, since no worker agreed with another or was finite.
 
     Raises:
-        ValueError: for a mistake in the block, in the tensor's shape or dtype, or in `sizes`.
+        ValueError: for a mistake in the block (a param may not fit so many workers), in the tensor's shape
+            or dtype, or in `sizes`.
     """
     config = block if isinstance(block, GradmixConfig) else parse_block(block)
     lengths = _check(grads_WN, sizes)
+    check_workers(config, len(grads_WN))
     present_W = torch.ones(len(grads_WN), dtype=torch.bool, device=grads_WN.device)
     if config.nonfinite == "drop":
         present_W = grads_WN.isfinite().all(1)

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ds_gradmix import config_messages as messages
 from ds_gradmix import rules
-from ds_gradmix.rules import Extrapolation, Mixing, Rule, Scaling
+from ds_gradmix.rules import Extrapolation, Mixing, Rule, Scaling, WrongParam
 from ds_gradmix.rules.lookup import NotARule, import_rule
 from ds_gradmix.telemetry.settings import TelemetrySettings
 
@@ -198,11 +198,27 @@ def _parse_slot(path: str, value: object, slot: Slot, mistakes: list[str]) -> Ru
     values = _known(path, value, ["type", "params"], numbers, mistakes)
     rule, params = _rule_class(f"{path}.type", values, slot, mistakes), values.get("params")
     if rule is not None and (params is None or isinstance(params, Mapping)):
-        return _validated(f"{path}.params", rule, params or {}, mistakes)
+        try:
+            return _validated(f"{path}.params", rule.params_class(params or {}), params or {}, mistakes)
+        except WrongParam as wrong:
+            mistakes.append(_wrong_param(f"{path}.params", wrong, params or {}))
+            return None
     if rule is not None:
         hint = "remove it for the defaults"
         mistakes.append(messages.wrong_value(f"{path}.params", params, "an object", hint))
     return None
+
+
+def check_workers(config: GradmixConfig, num_workers: int, path: str = KEY) -> None:
+    """Raise ConfigError if a rule's params do not fit the number of workers, as it is now known."""
+    wrong = config.mixing.refused(num_workers) if num_workers > 1 else None
+    if wrong is not None:
+        raise ConfigError(_wrong_param(f"{path}.mixing.params", wrong, config.mixing.model_dump()))
+
+
+def _wrong_param(path: str, wrong: WrongParam, params: Values) -> str:
+    value, is_missing = params.get(wrong.name), wrong.name not in params
+    return messages.wrong_value(f"{path}.{wrong.name}", value, wrong.allowed, wrong.advice, is_missing)
 
 
 def _types(slot: Slot) -> str:

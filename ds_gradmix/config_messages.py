@@ -39,9 +39,12 @@ def validation_mistakes(
         allowed = " or ".join(map(_option_text, options)) if schema else printable(item["msg"])
         allowed += f" (default {value_text(schema['default'])})" if "default" in schema else ""
         choices = [str(choice) for option in options for choice in option.get("enum", ())]
-        hint = nearest(value, choices) or "change it, or remove it for the default"
+        usual = "add it" if item["type"] == "missing" else "change it, or remove it for the default"
+        hint = nearest(value, choices) or usual
         if is_oversized(value) and any(option.get("type") in ("integer", "number") for option in options):
             hint = "an integer must fit into 64 bits"
+        if item["type"] == "value_error":  # from a validator of this field
+            hint = printable(item["msg"].removeprefix("Value error, "))
         yield wrong_value(f"{path}.{name}", value, allowed, hint, item["type"] == "missing")
 
 
@@ -68,6 +71,8 @@ def _option_text(schema: Mapping[str, Any]) -> str:
     """What a field may be, from its JSON schema: `number, >= 0, <= 2`."""
     if "enum" in schema:
         return " or ".join(value_text(value) for value in schema["enum"])
+    if schema.get("type") == "array" and "items" in schema:
+        return f"list of {_option_text(schema['items'])}"
     bounds = [(sign, schema[key]) for key, sign in _BOUNDS.items() if key in schema]
     words = [f"{sign} {bound:g}" if isinstance(bound, float) else f"{sign} {bound}" for sign, bound in bounds]
     return ", ".join([schema.get("type", "null"), *words])

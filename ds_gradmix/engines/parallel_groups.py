@@ -16,7 +16,7 @@ from deepspeed.utils.bwc import bwc_tensor_model_parallel_group, bwc_tensor_mode
 from ds_gradmix.comm.consistency import ConsistencyCheck
 from ds_gradmix.comm.groups import RankGroup, TiedParameter, gather_objects, group_of, ranks_of
 from ds_gradmix.comm.workers import ParallelGroups, WorkerGroup, WorkerLevels
-from ds_gradmix.config import ConfigError, GradmixConfig
+from ds_gradmix.config import ConfigError, GradmixConfig, check_workers
 from ds_gradmix.engines.compatibility import refused_sequence_group
 from ds_gradmix.engines.worker_size import find_levels
 from ds_gradmix.exchange.bucket import ParamInfo
@@ -68,7 +68,8 @@ def find_parallel_groups(engine: Any, everyone: ConsistencyCheck, config: Gradmi
     """The groups of this rank in an engine; all ranks must call this, once the engine has its process groups.
 
     Raises:
-        ConfigError: on all ranks, if the groups are not made of workers as the block's `worker` says.
+        ConfigError: on all ranks, if the groups are not made of workers as the block's `worker` says, or
+            their number does not fit the mixing rule.
     """
     data = engine.seq_data_parallel_group
     sequence_size = int(engine.sequence_parallel_size)
@@ -88,6 +89,9 @@ def find_parallel_groups(engine: Any, everyone: ConsistencyCheck, config: Gradmi
     decision_group = None if stage == sorted(ranks_of(data)) else RankGroup(group_of(stage_sets))
     levels = find_levels(data, config.worker, 1 if sum_sequence_ranks else sequence_size)
     workers = WorkerGroup(data, levels, decision_group, _node_levels(data, config))
+    experts = _experts(engine, config)
+    for group in (workers, *experts.values()):
+        check_workers(config, group.size)
     model = workers.decision_group if model_ranks == stage else RankGroup(group_of(model_sets))
     return ParallelGroups(
         workers,
@@ -96,7 +100,7 @@ def find_parallel_groups(engine: Any, everyone: ConsistencyCheck, config: Gradmi
         None if tensor is None else RankGroup(tensor),
         sequence,
         sum_sequence_ranks,
-        _experts(engine, config),
+        experts,
         tied_parameters(engine.module) if is_pipeline else [],
         is_pipeline,
     )

@@ -31,7 +31,7 @@ class StepStats:
         # NaN stands for gradients that are not finite, which all workers take part in.
         weights_SW = decision.weights_SW.nan_to_num(nan=1.0 / len(present_W))
         kept_S = (weights_SW != 0).double().mean(1)
-        effective_S = 1.0 / weights_SW.square().sum(1).clamp(min=1e-12) * (weights_SW != 0).any(1)
+        effective_S = weights_SW.sum(1).square() / weights_SW.square().sum(1).clamp(min=1e-12)
         ones_S = torch.ones_like(kept_S)
         assert decision.mean_cosine_S is not None
         weighted = [(v * elements_S).sum() for v in (ones_S, kept_S, effective_S, decision.mean_cosine_S)]

@@ -5,7 +5,8 @@ without a cluster. Its fields are its `params` in ds_config.json.
 """
 
 from abc import abstractmethod
-from typing import ClassVar, NamedTuple
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +32,14 @@ class RngKey(NamedTuple):
         return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
+class WrongParam(ValueError):
+    """A value of a rule's `params` that is not allowed: its name, what is allowed, and what to do."""
+
+    def __init__(self, name: str, allowed: str, advice: str) -> None:
+        super().__init__(f"{name}: allowed: {allowed}; {advice}")
+        self.name, self.allowed, self.advice = name, allowed, advice
+
+
 class Rule(BaseModel):
     """Base of the rules of all slots."""
 
@@ -46,8 +55,19 @@ class Rule(BaseModel):
         return self.type_name()
 
     @classmethod
+    def params_class(cls, params: Mapping[Any, object]) -> type[Self]:
+        """The class whose fields `params` are: this one, unless the fields depend on what is given.
+
+        Raises:
+            WrongParam: if no class has such fields.
+        """
+        return cls
+
+    @classmethod
     def examples(cls) -> tuple[Self, ...]:
-        """Instances that tests, documents and the benchmark use; the first is the usual one."""
+        """Instances that tests, documents and the benchmark use; the first is the usual one. None if the
+        rule needs a package that is not installed.
+        """
         return (cls(),)
 
     def cost(self, num_workers: int) -> RuleCost:
@@ -70,6 +90,10 @@ class Mixing(Rule):
     def initial_state(self, num_workers: int) -> Tensor:
         """What the rule keeps of each worker before the first step: `[K, W]`, float64. K is 0 by default."""
         return torch.zeros(0, num_workers, dtype=torch.float64)
+
+    def refused(self, num_workers: int) -> WrongParam | None:
+        """Which param does not fit so many workers, of which there are 2 or more; None if all do."""
+        return None
 
     @property
     def by_parameter(self) -> bool:

@@ -7,9 +7,9 @@ from torch import Tensor
 class MixingDecision(NamedTuple):
     """Weights of W workers for each of S segments, which are the bucket, or every parameter in it.
 
-    Rows of weights, float64, sum to 1, or to 0 where no worker agreed with another. `mean_cosine_S`, float64,
-    is the mean cosine between different workers' gradients, NaN where no Gram matrix was needed; training
-    fills it in.
+    Rows of weights, float64, sum to 1 unless the rule says otherwise, and to 0 where no worker agreed with
+    another. `mean_cosine_S`, float64, is the mean cosine between different workers' gradients, NaN where no
+    Gram matrix was needed; training fills it in.
     """
 
     weights_SW: Tensor

@@ -18,7 +18,7 @@ from ds_gradmix.rules import (
 from ds_gradmix.rules.lookup import NotARule, check_class
 from ds_gradmix.testing.extrapolation import check_extrapolation
 from ds_gradmix.testing.gradients import DTYPES, SIZES, in_dtype, require, stacks
-from ds_gradmix.testing.mixing import check_decisions, check_state, check_weights
+from ds_gradmix.testing.mixing import check_decisions, check_state, check_weights, refuses
 from ds_gradmix.testing.norms import check_norms
 from ds_gradmix.testing.scaling import check_scaling
 
@@ -30,7 +30,8 @@ def check_rule(rule: Rule) -> None:
     positive number, or if workers are numbered otherwise (except for a `GramianMixing` that says
     `depends_on_order`). What comes of finite gradients is finite, however nasty they are, in every dtype. It
     does not matter how coordinates are cut into tiles. After a resume the rule, with the state it had, does
-    the same. Arguments are not changed. What makes the host wait for a GPU is warned of.
+    the same. Arguments are not changed. Numbers of workers that a mixing rule refuses are left out. What
+    makes the host wait for a GPU is warned of.
 
     Args:
         rule: an instance of a rule of any slot.
@@ -69,6 +70,8 @@ def check_rule(rule: Rule) -> None:
 def _check_combination(config: GradmixConfig) -> None:
     """The whole block by the functions of training, in every dtype."""
     for name, grads_WN in stacks().items():
+        if refuses(config.mixing, len(grads_WN)):
+            continue
         for dtype in DTYPES:
             what = f"{name}, {str(dtype).removeprefix('torch.')}: combine"
             combined_N, _ = combine(in_dtype(grads_WN, dtype), config, sizes=SIZES)

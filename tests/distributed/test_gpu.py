@@ -19,7 +19,7 @@ from ds_gradmix.optim import Lamb, Lars
 from ds_gradmix.rules import GAF, RngKey
 from ds_gradmix.rules.apply import mix
 from tests.support.engines import build_with
-from tests.support.gradients import NASTY, RULES, SIZES, gaussian
+from tests.support.gradients import MIN_WORKERS, NASTY, RULES, SIZES, gaussian
 from tests.support.ranks import run_ranks
 from tests.support.solo import BLOCKS, OWNERS, reduce_bucket
 from tests.support.training import weights_of
@@ -34,7 +34,8 @@ def test_combine_on_cuda_equals_cpu(name: str, dtype: torch.dtype) -> None:
     combined, info = combine(grads, RULES[name], sizes=SIZES)
     on_gpu, gpu_info = combine(grads.cuda(), RULES[name], sizes=SIZES)
     assert on_gpu.is_cuda and on_gpu.dtype == dtype
-    torch.testing.assert_close(gpu_info["weights"].cpu(), info["weights"])
+    # Gram matrices of both are off by up to 2e-7
+    torch.testing.assert_close(gpu_info["weights"].cpu(), info["weights"], rtol=1e-5, atol=1e-6)
     # the order of float32 sums over 8 workers, then one rounding to dtype
     tolerance = {torch.float32: 1e-4, torch.bfloat16: 2**-7, torch.float16: 2**-9}[dtype]
     torch.testing.assert_close(on_gpu.cpu(), combined, rtol=tolerance, atol=1e-6)
@@ -42,8 +43,10 @@ def test_combine_on_cuda_equals_cpu(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", NASTY)
 def test_nasty_inputs_on_cuda(name: str) -> None:
-    for rule in RULES.values():
-        combined, _ = combine(NASTY[name].cuda(), rule)
+    for rule, config in RULES.items():
+        if 1 < len(NASTY[name]) < MIN_WORKERS.get(rule, 0):
+            continue
+        combined, _ = combine(NASTY[name].cuda(), config)
         assert combined.isfinite().all()
 
 

@@ -1,5 +1,6 @@
 """Rules from outside train under DeepSpeed as a float64 replay says, and go on after a checkpoint as if there
-had been none: a mixing rule with state, a scaling rule with two statistics and three sums, AndMask.
+had been none: a mixing rule with state, a scaling rule with two statistics and three sums, AndMask. So do
+AdaCons, which has state, and Adasum.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from tests.support.outside_rules import MODULE
 from tests.support.ranks import run_ranks
 from tests.support.reference import Array, and_mask, spread, trust
+from tests.support.reference_mixing import adacons_step, adasum
 
 WORLD, STEPS, LR, RESUMED_AT = 4, 6, 0.05, 3
 DECAY, SKIP_BELOW = 0.6, -0.2
@@ -26,16 +28,20 @@ OPPOSED_AT = 2  # the step at which the first worker's targets make it point els
 
 @dataclass(frozen=True)
 class Own:
-    """One training run with rules from outside."""
+    """One training run with rules from outside, or with a mixing rule of ours."""
 
     stage: int
     scaling: str | None = None
     scope: str = "bucket"
     skips: bool = False
     accumulation: int = 1
+    mixing: str = "Trust"
 
     @property
     def block(self) -> dict[str, Any]:
+        if self.mixing != "Trust":
+            params = {"momentum": DECAY} if self.mixing == "AdaCons" else {}
+            return {"mixing": {"type": self.mixing, "params": params}}
         params = {"decay": DECAY, **({"skip_below": SKIP_BELOW} if self.skips else {})}
         block = {"mixing": {"type": f"{MODULE}:Trust", "params": params}, "scope": self.scope}
         return block | ({"scaling": {"type": self.scaling}} if self.scaling else {})
@@ -62,6 +68,8 @@ CASES = {
     "ZeRO-0 by parameter": Own(0, "AndMask", scope="parameter"),
     "ZeRO-2 by parameter": Own(2, "AndMask", scope="parameter"),
     "ZeRO-1 for the model": Own(1, scope="model", skips=True),
+    "AdaCons": Own(2, accumulation=2, mixing="AdaCons"),
+    "Adasum": Own(1, mixing="Adasum"),
 }
 
 
@@ -77,12 +85,14 @@ def batch(step: int, micro: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]
     return inputs, -targets if (step, rank) == (OPPOSED_AT, 0) else targets
 
 
-def build(case: Own) -> Any:
+def build(case: Own, **params: Any) -> Any:
     import deepspeed
 
+    config = case.config
+    config["gradmix"]["mixing"]["params"] |= params
     model = new_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=case.config)[0]
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
 
 
 def train(engine: Any, case: Own, steps: Sequence[int]) -> Iterator[tuple[list[Any], list[Any], int]]:
@@ -118,7 +128,9 @@ def train_everything(folder: str) -> dict[str, Any]:
         engine.load_checkpoint(str(Path(folder) / name.replace(" ", "_")))
         out[f"{name}, resumed"] = list(train(engine, case, range(RESUMED_AT, STEPS)))
         engine.destroy()
-    return out
+    with pytest.raises(ds_gradmix.ConfigError) as caught:
+        build(Own(1, mixing="Krum"), num_byzantine=2)
+    return {**out, "refused": str(caught.value)}
 
 
 @cache
@@ -158,16 +170,27 @@ def reduced(case: Own, grads: list[list[Array]], state: Array) -> tuple[list[Arr
     for group in groups:
         parts = [np.concatenate([worker[p] for p in group]) for worker in grads]
         sizes = [len(grads[0][p]) for p in group]
-        weights, took_part, next_state = trust(parts, state, DECAY, SKIP_BELOW if case.skips else -2.0)
+        of_group, took_part, next_state = mixed(case, parts, state, sizes)
         agreed |= took_part
         following.append((next_state, sum(sizes)))
-        combined += np.split(scaled(case, parts, weights, sizes), np.cumsum(sizes)[:-1])
+        combined += np.split(of_group, np.cumsum(sizes)[:-1])
     return combined, agreed, following
+
+
+def mixed(case: Own, grads: list[Array], state: Array, sizes: list[int]) -> tuple[Array, bool, Array]:
+    """The combined gradient, whether the step is taken, and the next state."""
+    if case.mixing == "Adasum":
+        return adasum(grads), True, state
+    if case.mixing == "AdaCons":
+        combined, average = adacons_step(grads, list(state[0]) if state[1].all() else None, DECAY)
+        return combined, True, np.stack([average, np.ones(WORLD)])
+    weights, agreed, following = trust(grads, state[0], DECAY, SKIP_BELOW if case.skips else -2.0)
+    return scaled(case, grads, weights, sizes), agreed, following[None]
 
 
 def replay(case: Own) -> list[tuple[list[Array], Array, int]]:
     model = new_model().double()
-    state, skipped, out = np.zeros(WORLD), 0, []
+    state, skipped, out = np.zeros(({"Adasum": 0, "AdaCons": 2}.get(case.mixing, 1), WORLD)), 0, []
     for step in range(STEPS):
         all_micros = range(case.accumulation)
         reductions = [[micro] for micro in all_micros] if case.stage == 2 else [list(all_micros)]
@@ -178,7 +201,7 @@ def replay(case: Own) -> list[tuple[list[Array], Array, int]]:
             agreed, following = agreed or took_part, following + states
         if agreed:
             elements = sum(num for _, num in following)
-            state = sum((next_state * num for next_state, num in following), np.zeros(WORLD)) / elements
+            state = sum((next_state * num for next_state, num in following), np.zeros_like(state)) / elements
             for p, gradient in zip(model.parameters(), total, strict=True):
                 p.data -= LR * torch.from_numpy(gradient).view_as(p)
         skipped += not agreed
@@ -194,7 +217,7 @@ def test_training_equals_the_replay(name: str) -> None:
             rank[name], replayed, strict=True
         ):
             assert skipped == wanted_skipped
-            np.testing.assert_allclose(state, [wanted_state], rtol=1e-5, atol=1e-7)
+            np.testing.assert_allclose(np.reshape(state, (-1, WORLD)), wanted_state, rtol=1e-5, atol=1e-7)
             for found, expected in zip(weights, wanted, strict=True):
                 np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
@@ -223,3 +246,8 @@ def test_a_skipped_step_leaves_the_state(name: str) -> None:
     assert skipped[OPPOSED_AT] > skipped[OPPOSED_AT - 1] and states[OPPOSED_AT] == states[OPPOSED_AT - 1]
     assert states[OPPOSED_AT - 1] != states[OPPOSED_AT - 2]
     assert skipped[-1] < STEPS - 2
+
+
+def test_too_few_workers_are_told_on_every_rank() -> None:
+    wanted = "gradmix.mixing.params.num_byzantine: is 2; allowed: an integer, >= 0, <= 1 with 4 workers; "
+    assert [rank["refused"] for rank in results()] == [f"{wanted}lower it, or use 5 workers or more"] * WORLD

@@ -138,7 +138,7 @@ def _key_rows() -> Iterator[Sequence[str]]:
                 where = f"`{name}.params.{key}` ({known.type_name()})"
                 yield [
                     where,
-                    f"`{json.dumps(param.get('default'))}`",
+                    f"`{json.dumps(param['default'])}`" if "default" in param else "must be given",
                     allowed(param),
                     param.get("description", ""),
                 ]

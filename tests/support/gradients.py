@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +17,10 @@ def gaussian(workers: int, columns: int = N, seed: int = 0, shared: float = 0.3)
     random = torch.Generator().manual_seed(seed)
     common = torch.randn(columns, generator=random, dtype=torch.float64)
     return shared * common + torch.randn(workers, columns, generator=random, dtype=torch.float64)
+
+
+def rows(grads_WN: Tensor) -> list[np.ndarray]:
+    return list(grads_WN.double().numpy())
 
 
 def block(mixing: str | None = None, scaling: dict[str, Any] | None = None, **keys: Any) -> dict[str, Any]:
@@ -37,7 +42,17 @@ RULES: dict[str, dict[str, Any]] = {
     "guard": block("Guard"),
     "vrgd": block(scaling={}),
     "gaf vrgd": block("GAF", {"momentum": 0.9}, threshold=0.97),
+    "adacons": block("AdaCons"),
+    "adasum": block("Adasum"),
+    "adasum by parameter": block("Adasum", scope="parameter"),
+    "krum": block("Krum", num_byzantine=0),
+    "multikrum": block("MultiKrum", num_byzantine=0, num_selected=2, scope="parameter"),
+    "median": block("GeometricMedian"),
+    "upgrad": block("TorchJD", weighting="UPGradWeighting"),
+    "mgda": block("TorchJD", weighting="MGDAWeighting", scope="parameter"),
 }
+ANY_SUM = ("adacons", "adasum", "adasum by parameter", "upgrad")  # of weights; the others' sum to 1, or 0
+MIN_WORKERS = {"krum": 3, "multikrum": 3}  # besides one, which needs no rule
 
 
 NASTY: dict[str, Tensor] = {

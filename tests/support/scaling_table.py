@@ -20,7 +20,8 @@ SKETCH = {"gram": {"sketch": 2**20}}
 BY_EXCHANGE = {"transport": "exchange"}
 BLOCKS: dict[str, dict[str, Any]] = {
     "stock": {},
-    **usual_blocks(*SLOTS),
+    # What TorchJD's solvers take on the host, the formulas do not know.
+    **{name: block for name, block in usual_blocks(*SLOTS).items() if name != "TorchJD"},
     "GAF, scope parameter": {**GAF, "scope": "parameter"},
     "GAF, scope model, ZeRO-1": {**GAF, "scope": "model"},
     "GAF by sketch": {**GAF, **SKETCH},

@@ -158,6 +158,22 @@ def _reduce(reducer: GradientReducer, bucket: Bucket, times: int, around: Any) -
             reducer.reduce(bucket, RngKey(reducer.config.seed, 0), last=True)
 
 
+class Launches(TorchDispatchMode):
+    """Counts operations that would be kernels on a GPU."""
+
+    VIEWS = ("select", "unsqueeze", "slice", "diagonal", "detach", "alias", "expand", "view", "lift_fresh")
+    # A number as an argument, and memory, are none either.
+    VIEWS += ("_unsafe_view", "split", "scalar_tensor", "empty_like")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__ not in self.VIEWS
+        return func(*args, **(kwargs or {}))
+
+
 class NoSynchronisation(TorchDispatchMode):
     """Fails on operations for which the host has to wait for the device."""
 

@@ -110,6 +110,11 @@ def test_citation_has_the_papers_and_the_version() -> None:
     assert re.findall(r'^    url: "https://(.*)"$', citation, re.MULTILINE) == [
         "arxiv.org/abs/2412.18052",
         "openreview.net/forum?id=5c_nxk-dX1J",
+        "arxiv.org/abs/2006.02924",
+        "arxiv.org/abs/2411.03742",
+        "arxiv.org/abs/1703.02757",
+        "arxiv.org/abs/1912.13445",
+        "arxiv.org/abs/2406.16232",
         "arxiv.org/abs/2309.13681",
         "arxiv.org/abs/2006.05720",
     ]

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_gradmix import combine
 from ds_gradmix.rules import GAF, GradientMix, RngKey
-from tests.support.gradients import NASTY, RULES, SIZES, N, block, gaussian
+from tests.support.gradients import ANY_SUM, MIN_WORKERS, NASTY, RULES, SIZES, N, block, gaussian, rows
 from tests.support.outside_rules import MODULE
 from tests.support.reference import and_mask, gaf_weights, philox, spread, trust, vrgd
-
-
-def rows(grads_WN: Tensor) -> list[np.ndarray]:
-    return list(grads_WN.double().numpy())
+from tests.support.solo import Launches
 
 
 @pytest.mark.parametrize("workers", [2, 3, 5, 8])
@@ -44,20 +38,6 @@ def test_gaf_with_threshold_2_keeps_everybody_also_when_gradients_cancel(merge: 
         stack = torch.stack([u, v, -(u + v), w, torch.zeros(N, dtype=torch.float64)])
         _, info = combine(stack, block("GAF", threshold=2.0, merge=merge, order="rank"))
         assert (info["weights"] > 0).all()
-
-
-class Launches(TorchDispatchMode):
-    """Counts operations that would be kernels on a GPU."""
-
-    VIEWS = ("select", "unsqueeze", "slice", "diagonal", "detach", "alias", "expand", "view", "lift_fresh")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func.overloadpacket.__name__ not in self.VIEWS
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("merge", ["mean", "midpoint"])
@@ -216,6 +196,8 @@ def test_limits_that_equal_the_mean(name: str) -> None:
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("workers", [2, 3, 7])
 def test_identical_workers_give_their_gradient(name: str, workers: int) -> None:
+    if workers < MIN_WORKERS.get(name, 0):
+        return
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
         grads = gaussian(1, seed=2).to(dtype).expand(workers, N)
         combined, info = combine(grads, RULES[name], sizes=SIZES)
@@ -230,7 +212,9 @@ def test_scale_does_not_matter(name: str, exponent: int) -> None:
     grads = gaussian(5, seed=4).float()
     plain, info = combine(grads, RULES[name], sizes=SIZES)
     scaled, scaled_info = combine(grads * 2.0**exponent, RULES[name], sizes=SIZES)
-    torch.testing.assert_close(scaled * 2.0**-exponent, plain, rtol=1e-6, atol=0)
+    # Gram matrices of float32 are off by 2e-7, which shows in elements of a longer sum that nearly cancel.
+    atol = 1e-6 * float(plain.abs().max()) if name in ANY_SUM else 0.0
+    torch.testing.assert_close(scaled * 2.0**-exponent, plain, rtol=1e-6, atol=atol)
     torch.testing.assert_close(scaled_info["weights"], info["weights"])
 
 
@@ -238,12 +222,17 @@ def test_scale_does_not_matter(name: str, exponent: int) -> None:
 @pytest.mark.parametrize("name", NASTY)
 def test_nasty_inputs_stay_finite(rule: str, name: str) -> None:
     grads = NASTY[name]
+    if 1 < len(grads) < MIN_WORKERS.get(rule, 0):
+        return
     before = grads.clone()
     combined, info = combine(grads, RULES[rule])
     assert combined.shape == grads.shape[1:] and combined.isfinite().all()
     assert torch.equal(grads, before)
     weights = info["weights"].reshape(-1, grads.shape[0])
-    assert (weights >= 0).all() and all(abs(s) < 1e-9 or abs(s - 1) < 1e-9 for s in weights.sum(1).tolist())
+    assert weights.isfinite().all()
+    if rule not in ANY_SUM:
+        sums = weights.sum(1).tolist()
+        assert (weights >= 0).all() and all(abs(s) < 1e-9 or abs(s - 1) < 1e-9 for s in sums)
     if name == "all zero":
         assert not combined.any()
     if grads.shape[0] == 1:

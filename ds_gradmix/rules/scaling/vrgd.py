@@ -23,8 +23,8 @@ class VRGD(Scaling):
     `momentum` (beta3 of VR-Adam and VR-LAMB) smooths r over optimizer steps before it is used: `p_t = beta3
     p_{t-1} + (1 - beta3) r_t`, `g = p_t / (1 - beta3^t) * m`. A layer is one parameter tensor. Ours: `v = 0 <
     m^2` gives r = 1, and `v = m = 0` (an unused embedding row) is left out of the layer's mean and gets
-    gamma. Everything is computed from `(g_i - m)/m`, in two passes, so no square of a gradient can over- or
-    underflow.
+    gamma. Weights that do not sum to 1, as Adasum's, are divided by their sum in r. Everything is computed
+    from `(g_i - m)/m`, in two passes, so no square of a gradient can over- or underflow.
     """
 
     num_statistics: ClassVar[int] = 1
@@ -53,10 +53,13 @@ class VRGD(Scaling):
 
     def statistics(self, grads_WC: Tensor, weights_WC: Tensor, mean_C: Tensor) -> Tensor:
         """The relative noise `v/m^2`; where m = 0, a positive number instead if there is any noise."""
+        total_C = weights_WC.sum(0)
+        total_C = torch.where(total_C == 0, 1.0, total_C)
+        mean_C = mean_C / total_C
         divisor_C = torch.where(mean_C == 0, torch.finfo(mean_C.dtype).tiny, mean_C)
         deviations_WC = grads_WC - mean_C  # a copy, in the mean's dtype
         deviations_WC.div_(divisor_C).clamp_(-_HUGE, _HUGE).square_()
-        return weighted_sum(deviations_WC, weights_WC)[None]
+        return (weighted_sum(deviations_WC, weights_WC) / total_C)[None]
 
     def layer_terms(self, mean_C: Tensor, statistics_KC: Tensor) -> Tensor:
         """The ratio, with 1 in place of no noise, and 1; coordinates without any gradient are left out."""
