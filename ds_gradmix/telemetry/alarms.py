@@ -15,7 +15,7 @@ _WORDS = {
     "stuck": "stuck",
     "same": "same as another worker's",
 }
-_AWAY = -0.3  # of the median agreement: below it a worker points away, above it does not agree
+_AWAY = -0.5  # of the median agreement: below it a worker points away, above it does not agree
 
 
 class Place(NamedTuple):

@@ -25,7 +25,7 @@ from ds_gradmix.telemetry.settings import TelemetrySettings
 # the step before to 6 digits; in the direction of another worker's.
 KINDS = ("nonfinite", "long", "short", "disagreeing", "stuck", "same")
 _SCALARS = 6  # of a packed reading
-_FAST = 0.8  # decay of the agreement that tells pointing away from not agreeing
+_FAST = 0.9  # decay of the agreement that tells pointing away from not agreeing
 _MIN_STEPS = 5  # before running means are compared
 _SAME = 0.1  # of the median distance 1 - cos between workers
 _STUCK = 1e-6

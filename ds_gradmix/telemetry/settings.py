@@ -18,7 +18,7 @@ class TelemetrySettings(BaseModel):
     )
     alarm_steps: int = Field(20, ge=2, le=2**31, description="so long a worker is far from the others")
     alarm_deviations: float = Field(
-        5.0, gt=0, allow_inf_nan=False, description="how far: deviations from the workers' median"
+        4.0, gt=0, allow_inf_nan=False, description="how far: deviations from the workers' median"
     )
     on_alarm: Literal["warn", "stop"] = Field(
         "warn", description="a warning, or also a checkpoint and the end of all ranks with exit status 17"

@@ -19,7 +19,7 @@ from benchmarks import bad_worker
 from ds_gradmix.config import SLOTS, GradmixConfig
 from ds_gradmix.engines.deepspeed_api import TESTED_VERSIONS
 from ds_gradmix.optim import Lamb, Lars
-from ds_gradmix.rules import GradientFreeMixing, GramianMixing, Rule, Scaling
+from ds_gradmix.rules import GradientFreeMixing, GramianMixing, NormMixing, Rule, Scaling
 from tests.support import scaling_table, support_matrix
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -171,6 +171,8 @@ def _needs(rule: type[Rule]) -> str:
     """What a rule asks of the exchange."""
     if issubclass(rule, GradientFreeMixing):
         return "nothing: DeepSpeed's own reduction"
+    if issubclass(rule, NormMixing):
+        return "W numbers a bucket" + "; a sketch, after the step" * rule.observes
     if issubclass(rule, GramianMixing):
         return "an exchange, and the Gram matrix"
     if issubclass(rule, Scaling):

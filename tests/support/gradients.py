@@ -40,6 +40,8 @@ RULES: dict[str, dict[str, Any]] = {
     "gaf": block("GAF"),
     "gaf midpoint": block("GAF", threshold=0.97, merge="midpoint", scope="parameter"),
     "guard": block("Guard"),
+    "guard by parameter": block("Guard", max_norm_ratio=1.0, scope="parameter"),
+    "norm clip": block("NormClip"),
     "vrgd": block(scaling={}),
     "gaf vrgd": block("GAF", {"momentum": 0.9}, threshold=0.97),
     "adacons": block("AdaCons"),
@@ -51,7 +53,8 @@ RULES: dict[str, dict[str, Any]] = {
     "upgrad": block("TorchJD", weighting="UPGradWeighting"),
     "mgda": block("TorchJD", weighting="MGDAWeighting", scope="parameter"),
 }
-ANY_SUM = ("adacons", "adasum", "adasum by parameter", "upgrad")  # of weights; the others' sum to 1, or 0
+ANY_SUM = ("adacons", "adasum", "adasum by parameter", "upgrad", "norm clip", "guard", "guard by parameter")
+# of weights; the others' sum to 1, or 0
 MIN_WORKERS = {"krum": 3, "multikrum": 3}  # besides one, which needs no rule
 
 

@@ -159,7 +159,7 @@ def agreements(gram: Array) -> Array:
     """
     values, vectors = np.linalg.eigh(gram)
     rows = vectors * np.sqrt(np.clip(values, 0, None))
-    norms = [math.sqrt(float(row @ row)) for row in rows]
+    norms = [math.sqrt(max(float(square), 0.0)) for square in np.diag(gram)]
     middle = float(np.median(norms))
     cut = [row * min(1.0, middle / norm) if norm > 0 else row for row, norm in zip(rows, norms, strict=True)]
     found = np.zeros(len(rows))
