@@ -15,7 +15,6 @@ _WORDS = {
     "stuck": "stuck",
     "same": "same as another worker's",
 }
-_AWAY = -0.5  # of the median agreement: below it a worker points away, above it does not agree
 
 
 class Place(NamedTuple):
@@ -78,7 +77,4 @@ class Alarms:
     def _words(kind: str, worker: int, reading: Reading) -> str:
         if kind != "disagreeing":
             return _WORDS[kind]
-        others = sorted(reading.smoothed_agreement)
-        middle = others[len(others) // 2]
-        away = reading.smoothed_agreement[worker] < _AWAY * max(middle, 0.0)
-        return "pointing away" if away else "never agreeing"
+        return "pointing away" if reading.points_away[worker] else "never agreeing"

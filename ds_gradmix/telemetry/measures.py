@@ -25,7 +25,7 @@ from ds_gradmix.telemetry.settings import TelemetrySettings
 # the step before to 6 digits; in the direction of another worker's.
 KINDS = ("nonfinite", "long", "short", "disagreeing", "stuck", "same")
 _SCALARS = 6  # of a packed reading
-_FAST = 0.9  # decay of the agreement that tells pointing away from not agreeing
+_AWAY = -0.5  # of the median agreement: below it a worker points away, above it does not agree
 _MIN_STEPS = 5  # before running means are compared
 _SAME = 0.1  # of the median distance 1 - cos between workers
 _STUCK = 1e-6
@@ -42,7 +42,7 @@ class Reading(NamedTuple):
     noise_scale: float  # NaN where there is none
     norm: list[float]
     agreement: list[float]
-    smoothed_agreement: list[float]  # by the fast mean
+    points_away: list[bool]  # of a worker that disagrees, whether it does so
     nearest: list[int]  # the worker that each is most alike
     runs: dict[str, list[int]]  # by kind: consecutive steps up to now
     since: dict[str, list[int]]  # and the first of them
@@ -56,13 +56,15 @@ class WorkerMeasures:
         self._decay = 1 - 1 / (2.5 * settings.alarm_steps)
         zeros_W = torch.zeros(num_workers, dtype=torch.float64, device=device)
         self.noise = NoiseScale((), device)
-        # Rows: agreement and its square, log length and its square, agreement by the fast mean.
-        self._means_RW = zeros_W.expand(5, -1).clone()
+        # Rows: agreement and its square, log length and its square.
+        self._means_RW = zeros_W.expand(4, -1).clone()
         self._num_steps = zeros_W[:1].clone()  # in these means
         self._squares_W = zeros_W - 1  # of the step before
         self._runs_KW = zeros_W.expand(len(KINDS), -1).clone()
         self._since_KW = self._runs_KW.clone()
         self._nearest_W = zeros_W.clone()
+        self._disagreed_W = zeros_W.clone()  # sums of agreement while a worker disagrees
+        self._away_W = zeros_W.clone()
         self.begin_period()
 
     def begin_period(self) -> None:
@@ -106,13 +108,11 @@ class WorkerMeasures:
         self, gram_WW: Tensor, squares_W: Tensor, bad_W: Tensor, ok: Tensor, step: int
     ) -> None:
         s_W, x_W = agreement(gram_WW), norms(gram_WW).clamp(min=1e-100).log()
-        rows_RW = torch.stack([s_W, s_W.square(), x_W, x_W.square(), s_W])
-        decays_R1 = torch.full_like(rows_RW[:, :1], self._decay)
-        decays_R1[-1] = _FAST
-        moved_RW = decays_R1 * self._means_RW + (1 - decays_R1) * rows_RW
+        rows_RW = torch.stack([s_W, s_W.square(), x_W, x_W.square()])
+        moved_RW = self._decay * self._means_RW + (1 - self._decay) * rows_RW
         self._means_RW = torch.where(ok, moved_RW, self._means_RW)
         self._num_steps = self._num_steps + ok
-        means_RW = self._means_RW / (1 - decays_R1**self._num_steps).clamp(min=1e-300)
+        means_RW = self._means_RW / (1 - self._decay**self._num_steps).clamp(min=1e-300)
         counted = torch.minimum(self._num_steps, torch.full_like(self._num_steps, self._num_equal_steps))
         wanted = self._settings.alarm_deviations
         far_2W = []
@@ -143,6 +143,9 @@ class WorkerMeasures:
         self._since_KW = torch.where(known_K1, since_KW, self._since_KW)
         self._squares_W = squares_W.clone()
         self._nearest_W = nearest_W
+        run_W = self._runs_KW[KINDS.index("disagreeing")]
+        self._disagreed_W = torch.where(ok, (self._disagreed_W + s_W) * (run_W > 0), self._disagreed_W)
+        self._away_W = (self._disagreed_W < _AWAY * e * run_W).double()
 
     @property
     def _num_equal_steps(self) -> float:
@@ -159,14 +162,13 @@ class WorkerMeasures:
 
     def packed(self) -> Tensor:
         """All numbers of a reading in one tensor, float64."""
-        fast_W = self._means_RW[-1] / (1 - _FAST**self._num_steps).clamp(min=1e-300)
         scalars = torch.cat([self._sums[:5], self.noise.value.view(1)])
-        parts = [self._norms_W, self._agreements_W, fast_W, self._nearest_W]
+        parts = [self._norms_W, self._agreements_W, self._away_W, self._nearest_W]
         return torch.cat([scalars, *parts, self._runs_KW.flatten(), self._since_KW.flatten()])
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint holds; sums of a period that is not over are lost."""
-        names = ("_means_RW", "_num_steps", "_squares_W", "_runs_KW", "_since_KW")
+        names = ("_means_RW", "_num_steps", "_squares_W", "_runs_KW", "_since_KW", "_disagreed_W")
         return {"noise": self.noise.sums, **{name.strip("_"): getattr(self, name) for name in names}}
 
     def load_state_dict(self, saved: dict[str, Tensor]) -> bool:
@@ -200,7 +202,7 @@ def unpack(values: list[float], num_workers: int) -> Reading:
         noise,
         lengths,
         agreements,
-        rows[2],
+        list(map(bool, rows[2])),
         list(map(int, rows[3])),
         dict(zip(KINDS, runs, strict=True)),
         dict(zip(KINDS, since, strict=True)),

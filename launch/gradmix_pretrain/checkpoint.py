@@ -38,7 +38,7 @@ def load(engine: Any, folder: Path) -> int:
         return 0
     with torch.no_grad():  # or autograd warns, since a pipeline broadcasts tied weights
         _, client_state = engine.load_checkpoint(str(folder))
-    return int(client_state["step"])
+    return int(client_state.get("step", engine.global_steps))  # ds_gradmix saves one when it ends a run
 
 
 def check_identity(run: Path, identity: dict[str, Any]) -> None:

@@ -59,6 +59,25 @@ EIGHT = {
 }
 
 
+# On 4 ranks, with plain averaging: what looks faulty.
+SHORT: dict[str, Any] = {"alarm_steps": 6, "every": 3}
+LOOKS = {
+    "negative": "pointing away",
+    "noise0.2": "never agreeing",
+    "noise100": "exploding",
+    "scaled": "exploding",
+    "stuck": "stuck",
+    "zero": "vanishing",
+    "nan": "not finite",
+    "duplicate": "same as those of rank 2 on ",
+}
+CLIPPED = {"gradient_clipping": 0.5}  # or the model is soon nowhere, and no worker as the other
+FOUR = {
+    kind: Run(bad(kind, begin=10), None, {"telemetry": SHORT}, steps=42, config=CLIPPED) for kind in LOOKS
+}
+FOUR |= {f"clean {i}": Run((), None, {"telemetry": SHORT}, steps=60, seed=1 + i) for i in range(3)}
+
+
 def run_all(runs: dict[str, Run], folder: str) -> dict[str, Any]:
     """On a rank: all runs, one after the other."""
     return {name: train(run, f"{folder}/{name}") for name, run in runs.items()}
@@ -67,6 +86,8 @@ def run_all(runs: dict[str, Run], folder: str) -> dict[str, Any]:
 @cache
 def results(world: int) -> list[dict[str, Any]]:
     runs = EIGHT
+    if world == 4:
+        runs = FOUR
     if world == 3:
         runs = {**THREE, **CLEAN, **{f"mean {n}": r for n, r in MEANS.items()}}
         runs |= {f"watched {n}": r for n, r in WATCHED.items()}
@@ -165,6 +186,24 @@ def test_the_worker_that_is_wrong_is_named_once() -> None:
     for name, what in expected.items():
         lines = [line for line in results(3)[0][name]["lines"] if "looks faulty" in line]
         assert len(lines) == 1 and "rank 1 on " in lines[0] and what in lines[0], (name, lines)
+
+
+@pytest.mark.parametrize("kind", LOOKS)
+def test_a_fault_of_one_of_four_workers_is_told_once(kind: str) -> None:
+    lines = [line for line in results(4)[0][kind]["lines"] if "looks faulty" in line]
+    partners = [line for line in lines if "rank 2 on " in line.partition(" looks ")[0]]
+    assert len(partners) == (kind == "duplicate")
+    (line,) = [line for line in lines if line not in partners]
+    assert "rank 1 on " in line and LOOKS[kind] in line, line
+    assert 10 < int(line.partition("step ")[2].partition(":")[0]) <= 42
+    assert not [line for line in results(4)[1][kind]["lines"] if "looks faulty" in line]
+
+
+def test_runs_without_a_fault_give_no_alarm() -> None:
+    """Twenty of each kind are in tests/unit/test_telemetry.py."""
+    for name in FOUR:
+        if name.startswith("clean"):
+            assert not [line for line in results(4)[0][name]["lines"] if "faulty" in line], name
 
 
 def test_readings_are_means_over_the_steps_between() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,7 @@ class Run:
     steps: int = 24
     config: dict[str, Any] = field(default_factory=dict)
     resume_at: int | None = None
+    seed: int = 0
 
     @property
     def block(self) -> dict[str, Any]:
@@ -75,10 +76,12 @@ def new_model() -> torch.nn.Module:
 def loss_of(model: Any, parameters: Sequence[torch.Tensor], run: Run, at: tuple[int, int, int]) -> Any:
     """The loss of a worker's batch at a step and micro-step."""
     step, micro, worker = at
-    random = torch.Generator().manual_seed(10_000 * step + 100 * micro + worker)
+    random = torch.Generator().manual_seed(10**6 * run.seed + 10_000 * step + 100 * micro + worker)
     x = torch.randn(BATCH, 6, generator=random, dtype=torch.float64)
     wanted = torch.stack([x[:, :3].sum(1), x[:, 3] * x[:, 4], x[:, 5].sin()], dim=1) + 1
     kind = next((fault.kind for fault in run.faults if fault.active(step, worker)), "none")
+    if kind == "duplicate":  # the data of the next worker
+        return loss_of(model, parameters, replace(run, faults=()), (step, micro, worker + 1))
     if kind == "shuffled":
         wanted = wanted[torch.randperm(BATCH, generator=random)] * torch.tensor([1.0, -1.0, 1.0])
     dtype = parameters[0].dtype
@@ -87,10 +90,12 @@ def loss_of(model: Any, parameters: Sequence[torch.Tensor], run: Run, at: tuple[
         length = float(kind.removeprefix("noise") or 1) if kind != "stuck" else 1.0
         if kind == "stuck":
             random = torch.Generator().manual_seed(7)
+        loss = loss * 0
         for p in parameters:
             direction = torch.randn(p.shape, generator=random, dtype=torch.float64)
-            loss = loss * 0 + (p.to(torch.float64) * direction).sum() * length
-    return loss * {"negative": -1.0, "scaled": 1000.0, "nan": math.nan}.get(kind, 1.0)
+            loss = loss + (p.to(torch.float64) * direction).sum() * length
+    factors = {"negative": -1.0, "scaled": 1000.0, "nan": math.nan, "zero": 0.0}
+    return loss * factors.get(kind, 1.0)
 
 
 def train(run: Run, folder: str) -> dict[str, Any]:

@@ -244,7 +244,7 @@ def test_participation_tells_of_each_change_once() -> None:
 
 def test_names_of_numbers() -> None:
     runs = {kind: [0, 0] for kind in KINDS}
-    args = ([1.0, 2.0], [0.5, 0.25], [0.5, 0.25], [1, 0], runs, runs)
+    args = ([1.0, 2.0], [0.5, 0.25], [False, False], [1, 0], runs, runs)
     reading = Reading(3.0, 0.5, 0.1, 4.0, -1.0, math.nan, *args)
     found = scalars(reading, 128)
     assert found == {"mean_cosine": 0.5, "min_cosine": 0.1, "trace_covariance": 4.0, "squared_gradient": -1.0}
