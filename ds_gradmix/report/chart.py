@@ -1,13 +1,16 @@
 """What a chart of the page is made of, and how its numbers and names are written."""
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.resources import files
 from typing import Any
 
 import numpy as np
 
-MAX_LABEL = 18  # characters of a name beside an axis
+# Titles, axes and notes: of sections of line charts, and of heat maps by their key.
+SPECIFIED: dict[str, Any] = json.loads((files(__package__) / "charts.json").read_text("utf-8"))
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,6 @@ class Chart:
 def plain(text: object) -> str:
     """Data as one line of text."""
     return " ".join(str(text).split())
-
-
-def shortened(text: str, most: int = MAX_LABEL) -> str:
-    """A name that fits beside an axis; its end tells similar names apart."""
-    return text if len(text) <= most else "…" + text[1 - most :]
 
 
 def number(value: float) -> str:

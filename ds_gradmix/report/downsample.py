@@ -9,7 +9,6 @@ from ds_gradmix.report.read import Floats, Series
 
 MAX_POINTS = 2000  # of a line
 MAX_COLUMNS = 360  # of a heat map
-MAX_CELLS = 40_000
 OUTLIER = 6.0  # robust standard deviations from the row's median within a column
 
 
@@ -56,7 +55,7 @@ def columns(series: Series) -> tuple[float, float, Floats]:
     first, span = float(steps_T[0]), float(steps_T[-1] - steps_T[0])
     if not span:
         return first, 1.0, values.T
-    num = min(MAX_COLUMNS, max(20, MAX_CELLS // values.shape[1]), len(steps_T))
+    num = min(MAX_COLUMNS, len(steps_T))
     gaps = np.diff(steps_T)
     # Columns no narrower than the usual distance of lines, or some stay empty where lines are far apart.
     width = max(span / max(num - 1, 1), float(max(gaps[gaps <= span / 20], default=0)))

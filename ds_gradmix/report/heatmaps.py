@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ds_gradmix.report.chart import Chart, Key, Table, listed, number, plain, shortened, whole
+from ds_gradmix.report.chart import SPECIFIED, Chart, Key, Table, listed, number, plain, whole
 from ds_gradmix.report.downsample import columns, most_unusual
 from ds_gradmix.report.read import Event, Floats, Run, Series
 
@@ -47,19 +47,21 @@ def worker_maps(run: Run, name: str) -> list[Chart]:
 
 def layer_maps(run: Run, name: str) -> list[Chart]:
     """The same for layers, from telemetry with numbers of each parameter."""
-    rows = _Rows("layer", [shortened(plain(layer), 26) for layer in run.layers], run.layers, [])
+    rows = _Rows("layer", [plain(layer) for layer in run.layers], run.layers, [])
     return _charts(run, name, rows, ("layer_mean_cosine", "layer_norm", "layer_noise_scale"))
 
 
 def _charts(run: Run, name: str, rows: _Rows, keys: Sequence[str]) -> list[Chart]:
     found = []
     for key in keys:
-        title, note, change, scale_of = _KINDS[key]
+        change, scale_of = _KINDS[key]
         series = _of(run, key)
         changed = None if series is None else Series(series.steps_T, change(series.values))
         if changed is not None and np.isfinite(changed.values).any():
             scale = scale_of(np.nanquantile(changed.values, [0.001, 0.999]))
-            found.append(_chart(f"{name}-{key.replace('_', '-')}", (title, note), rows, changed, scale))
+            found.append(
+                _chart(f"{name}-{key.replace('_', '-')}", SPECIFIED["maps"][key], rows, changed, scale)
+            )
     return found
 
 
@@ -79,7 +81,7 @@ def _names_of_workers(run: Run, width: int) -> tuple[list[str], list[str]]:
             for key in ("ranks", "hosts")
         )
         if hosts:
-            short[place] += f" · {shortened(hosts[0])}" + f" +{len(hosts) - 1}" * (len(hosts) > 1)
+            short[place] += f" · {hosts[0]}" + f" +{len(hosts) - 1}" * (len(hosts) > 1)
         full[place] += f", rank{'s' * (len(ranks) > 1)} {', '.join(ranks)}" * bool(ranks)
         full[place] += f", {', '.join(hosts)}" * bool(hosts)
     return short, full
@@ -124,43 +126,25 @@ def _power_scale(ends: Floats) -> Scale:
     )
 
 
-_KINDS: dict[str, tuple[str, str, Callable[[Floats], Floats], Callable[[Floats], Scale]]] = {
-    "worker_norm": (
-        "Norm relative to the median",
-        "Norm of each worker's gradient, divided by the median of all workers at the step.",
-        lambda values: _centred(_log2(values), 1),
-        _ratio_scale,
-    ),
-    "worker_agreement": (
-        "Agreement with the other workers",
-        "Cosine of each worker's gradient with what the others have. Below 0 it points against them.",
-        lambda values: values,
-        _cosine_scale,
-    ),
-    "worker_kept": (
-        "Kept workers",
-        "The share of decisions that let each worker's gradient in. 0: it was left out of the mix.",
-        lambda values: values,
-        lambda _: Scale("kept", KEPT, [0, 0.5, 1], ["0", "½", "1"]),
-    ),
-    "layer_mean_cosine": (
-        "Agreement by layer",
-        "Mean cosine between workers' gradients of each layer; of several parameters, their mean.",
-        lambda values: values,
-        _cosine_scale,
-    ),
-    "layer_norm": (
-        "Norm relative to other layers",
-        "Norm of each layer's gradient, relative to its usual one and to that of all layers at the step.",
-        lambda values: _centred(_centred(_centred(_log2(values), 1), 0), 1),
-        _ratio_scale,
-    ),
-    "layer_noise_scale": ("Noise scale by layer", "The median of a layer's parameters.", _log2, _power_scale),
+def _same(values: Floats) -> Floats:
+    return values
+
+
+# What becomes of the numbers of a key, and the scale for their least and greatest, as far as these are usual.
+_KINDS: dict[str, tuple[Callable[[Floats], Floats], Callable[[Floats], Scale]]] = {
+    "worker_norm": (lambda values: _centred(_log2(values), 1), _ratio_scale),
+    "worker_agreement": (_same, _cosine_scale),
+    "worker_kept": (_same, lambda _: Scale("kept", KEPT, [0, 0.5, 1], ["0", "½", "1"])),
+    "layer_mean_cosine": (_same, _cosine_scale),
+    # Without what all layers share at a step, and what a layer always has.
+    "layer_norm": (lambda values: _centred(_centred(_centred(_log2(values), 1), 0), 1), _ratio_scale),
+    "layer_noise_scale": (_log2, _power_scale),
 }
 
 
-def _chart(name: str, words: tuple[str, str], rows: _Rows, series: Series, scale: Scale) -> Chart:
-    (title, note), (first, width, cells) = words, columns(series)
+def _chart(name: str, words: dict[str, str], rows: _Rows, series: Series, scale: Scale) -> Chart:
+    title, note = words["title"], words["note"]
+    first, width, cells = columns(series)
     shown = most_unusual(cells, MAX_ROWS)
     if len(shown) < len(cells):
         note += f" Shown: the {len(shown)} of {len(cells)} {rows.what}s that stray furthest from the others."

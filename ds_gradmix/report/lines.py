@@ -1,13 +1,11 @@
 """The charts whose horizontal axis is the step and that have a line for each run."""
 
-import json
 from collections.abc import Sequence
-from importlib.resources import files
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ds_gradmix.report.chart import Chart, Key, Table, listed, number, plain, whole
+from ds_gradmix.report.chart import SPECIFIED, Chart, Key, Table, listed, number, plain, whole
 from ds_gradmix.report.downsample import part_means, smoothed, thinned
 from ds_gradmix.report.read import Run, Series
 
@@ -32,8 +30,7 @@ class Kind(NamedTuple):
 
 def sections() -> list[tuple[str, list[Kind]]]:
     """The titles of the page's sections of line charts, with their charts."""
-    text = (files(__package__) / "charts.json").read_text("utf-8")
-    return [(each["title"], [Kind(**chart) for chart in each["charts"]]) for each in json.loads(text)]
+    return [(each["title"], [Kind(**chart) for chart in each["charts"]]) for each in SPECIFIED["lines"]]
 
 
 class _Line(NamedTuple):
@@ -49,7 +46,7 @@ def line_chart(kind: Kind, runs: Sequence[Run]) -> Chart | None:
     lines = _lines(kind, runs)
     if not lines:
         return None
-    drawn = [each for line in lines for each in _drawn(kind, line)]
+    drawn = [_drawn(kind, line) for line in lines]
     keys = [Key(line.label, line.color, line.dash) for line in lines]
     smooth = kind.noisy and any(len(line.series.steps_T) >= SMOOTHED_FROM for line in lines)
     note = "Thick: means over a hundredth of the run. Thin: every value." if smooth else ""
@@ -83,29 +80,17 @@ def _lines(kind: Kind, runs: Sequence[Run]) -> list[_Line]:
     return lines
 
 
-def _drawn(kind: Kind, line: _Line) -> list[dict[str, Any]]:
-    """The values, thin where a thick smoothed line lies over them; few values have marks."""
+def _drawn(kind: Kind, line: _Line) -> dict[str, Any]:
+    """The values, and their smoothed line where that helps; few values have marks."""
+    about = {"name": plain(line.label), "run": line.run, "color": line.color, "dash": line.dash}
     enough = len(line.series.steps_T) >= SMOOTHED_FROM
-    values = _points(line, thinned(line.series)) | {"marks": kind.noisy and not enough}
-    if not (kind.noisy and enough):
-        return [values]
-    values |= {"dash": "solid", "width": 1, "pale": True}
-    mean = _points(line, thinned(smoothed(line.series)))
-    return [values, mean | {"name": f"{values['name']}, smoothed"}]
+    few = (kind.noisy and not enough) or len(line.series.steps_T) == 1
+    mean = _points(thinned(smoothed(line.series))) if kind.noisy and enough else None
+    return about | _points(thinned(line.series)) | {"marks": few, "smoothed": mean}
 
 
-def _points(line: _Line, series: Series) -> dict[str, Any]:
-    return {
-        "name": plain(line.label),
-        "run": line.run,
-        "x": listed(series.steps_T),
-        "y": listed(series.values),
-        "color": line.color,
-        "dash": line.dash,
-        "width": 2.25,
-        "pale": False,
-        "marks": False,
-    }
+def _points(series: Series) -> dict[str, Any]:
+    return {"x": listed(series.steps_T), "y": listed(series.values)}
 
 
 def _words(line: _Line) -> str:

@@ -12,7 +12,7 @@ function span(all) {
     ? [0.5, figure.heat.cells[0].length - 0.5].map(place => figure.heat.first + figure.heat.width * place)
     : figure.lines.flatMap(line => [line.x[0], line.x[line.x.length - 1]]));
   const least = Math.max(0, Math.min(...ends)), greatest = Math.max(...ends);
-  return [least, greatest > least ? greatest : least + 1];
+  return greatest > least ? [least, greatest] : [Math.max(0, least - 1), least + 1];
 }
 
 function color(name) { return style.getPropertyValue(name.slice(4, -1)).trim(); }
@@ -52,24 +52,26 @@ function emptyFigure(div, own) {
 }
 
 function addLines(figure, own) {
-  own.lines.forEach(line => {
-    if (hidden.has(line.run)) return;
-    const source = new Bokeh.ColumnDataSource({data: {x: line.x, y: line.y}});
-    const look = {source, name: line.name, line_width: line.width,
-      line_color: line.pale ? palette([line.color, "var(--page)"])[64] : color(line.color)};
+  for (const line of own.lines) {
+    if (hidden.has(line.run)) continue;
+    const full = color(line.color), pale = palette([line.color, "var(--page)"])[64];
     const dash = {solid: [], dash: [7, 4], dot: [2, 4]}[line.dash];
-    const hovered = [figure.line({field: "x"}, {field: "y"}, {...look, line_dash: dash})];
-    if (line.marks) {
-      const marks = {source, name: line.name, size: 5, fill_color: color(line.color), line_color: null};
-      hovered.push(figure.scatter({field: "x"}, {field: "y"}, marks));
-    }
-    figure.add_tools(new Bokeh.HoverTool({renderers: hovered.slice(-1), tooltips: [["", "$name"], ["step", "@x{0,0}"], ["value", "@y{%.5g}"]],
-      formatters: {"@y": "printf"}}));
-  });
+    if (line.smoothed) addLine(figure, line, line.name, {line_color: pale, line_width: 1});
+    addLine(figure, line.smoothed ?? line, line.smoothed ? `${line.name}, smoothed` : line.name,
+      {line_color: full, line_width: 2.25, line_dash: dash}, line.marks ? full : null);
+  }
+}
+
+function addLine(figure, {x, y}, name, look, marks) {
+  const source = new Bokeh.ColumnDataSource({data: {x, y}}), at = [{field: "x"}, {field: "y"}];
+  const line = figure.line(...at, {source, name, ...look});
+  if (marks) figure.scatter(...at, {source, size: 5, fill_color: marks, line_color: null});
+  figure.add_tools(new Bokeh.HoverTool({renderers: [line], formatters: {"@y": "printf"},
+    tooltips: [["", "$name"], ["step", "@x{0,0}"], ["value", "@y{%.5g}"]]}));
 }
 
 function addHeat(figure, {heat, marks}) {
-  const most = innerWidth < 600 ? 12 : 30;
+  const most = innerWidth < 600 ? 14 : 28;
   const shortened = label => label.length > most ? "…" + label.slice(1 - most) : label;
   const rows = heat.cells.length, places = heat.cells.map((_, row) => rows - 1 - row);
   const low = heat.ticks[0], high = heat.ticks[heat.ticks.length - 1], colors = palette(heat.colors), missing = color("var(--missing)");

@@ -8,6 +8,7 @@ from ds_gradmix.report.chart import Table, number, plain, whole
 from ds_gradmix.report.read import Event, Run
 
 MAX_EVENTS = 400
+LOSSES = ("training loss, mean of the last 2 %", "validation loss, last", "validation loss, least")
 EVENTS: Mapping[str, str] = {"left out": "left out of the mix", "returned": "returned to the mix"}
 
 
@@ -22,33 +23,26 @@ def runs_table(runs: Sequence[Run]) -> Table:
 
 def _about(run: Run) -> dict[str, str]:
     numbers = {key: series for key, series in run.series.items() if series.values.ndim == 1}
-    about = dict.fromkeys(
-        ("steps", "training loss, mean of the last 2 %", "validation loss, last", "least"), ""
-    )
-    about |= dict.fromkeys(("skipped steps", "workers", "samples of a step"), "")
+    training, last, least = LOSSES
+    about = dict.fromkeys(("steps", *LOSSES, "skipped steps", "workers", "samples of a step"), "")
     about["rules"] = plain(run.header.get("rules") or "")
     if run.series:
-        first = min(series.steps_T[0] for series in run.series.values())
-        last = max(series.steps_T[-1] for series in run.series.values())
-        about["steps"] = f"{whole(first)} to {whole(last)}"
+        ends_T = np.concatenate([series.steps_T[[0, -1]] for series in run.series.values()])
+        about["steps"] = f"{whole(ends_T.min())} to {whole(ends_T.max())}"
     if loss := numbers.get("loss"):
-        about["training loss, mean of the last 2 %"] = number(
-            float(np.mean(loss.values[-len(loss.values) // 50 :]))
-        )
-    if validation := numbers.get("val_loss"):
-        for key, place in (("validation loss, last", -1), ("least", int(validation.values.argmin()))):
-            about[key] = f"{number(validation.values[place])} (step {whole(validation.steps_T[place])})"
+        about[training] = number(float(np.mean(loss.values[-len(loss.values) // 50 :])))
+    if loss := numbers.get("val_loss"):
+        for key, place in ((last, -1), (least, int(loss.values.argmin()))):
+            about[key] = f"{number(loss.values[place])} (step {whole(loss.steps_T[place])})"
     if skipped := numbers.get("skipped"):  # of telemetry a share of the steps since its line before
         about["skipped steps"] = whole(float(skipped.values @ np.diff(skipped.steps_T, prepend=0)))
     if isinstance(workers := run.header.get("workers"), list):
         about["workers"] = whole(len(workers))
     if batch := numbers.get("batch"):
         about["samples of a step"] = whole(batch.values[-1])
-    if run.header or run.events:
-        about["alarms"] = whole(sum(event.event == "alarm" for event in run.events))
-        about["left out at the end"] = _left_out(run) or "none"
-    about.setdefault("alarms", "")
-    about.setdefault("left out at the end", "")
+    told = bool(run.header or run.events)
+    about["alarms"] = whole(sum(event.event == "alarm" for event in run.events)) if told else ""
+    about["left out at the end"] = _left_out(run) or "none" * told
     about["lines that could not be read"] = str(run.unreadable or "")
     return about
 

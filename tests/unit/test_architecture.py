@@ -52,7 +52,7 @@ MAX_LINES_OF_NEW = {
     ("optim", "engines.optimizer_install", "engines.optimizer_layout", "engines.optimizer_section"): 950,
     ("ops.gram",): 70,
     ("ops.sketch", "ops.agreement", "ops.kernels", "exchange.sketched"): 500,
-    ("report",): 1010,
+    ("report",): 970,
 }
 MAX_LINES_OF_FILE = 300
 MAX_LINES_OF_FUNCTION = 40
