@@ -1,4 +1,4 @@
-"""`ds_gradmix check CONFIG.json` and `ds_gradmix env`."""
+"""`ds_gradmix check CONFIG.json`, `ds_gradmix env` and `ds_gradmix report RUN...`."""
 
 import argparse
 import importlib.metadata
@@ -21,8 +21,9 @@ from ds_gradmix.engines.compatibility import refused_settings
 from ds_gradmix.engines.deepspeed_api import TESTED_VERSIONS
 from ds_gradmix.engines.optimizer_section import optimizer_of
 from ds_gradmix.ops import multi_tensor
+from ds_gradmix.report import command as report
 
-VERBS = ("check", "env")
+VERBS = ("check", "env", "report")
 _BANDWIDTHS = ("node_bandwidth", "link_bandwidth", "memory_bandwidth")
 
 
@@ -40,9 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in _BANDWIDTHS:
         add(f"--{name.replace('_', '-')}", type=float, default=getattr(Cluster, name) / 1e9, metavar="GB/S")
     verbs.add_parser("env", help="versions, and what of this machine matters")
+    report.add_arguments(verbs.add_parser("report", help="one page of what training runs recorded"))
     options = parser.parse_args(arguments)
     if options.verb == "env":
         return _env()
+    if options.verb == "report":
+        return report.run(options)
     for name, value in vars(options).items():
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, int | float) and not 0 < number < math.inf:

@@ -30,7 +30,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from gradmix_pretrain import checkpoint, pipeline
 from gradmix_pretrain.faults import Drill, with_faults
-from gradmix_pretrain.metrics import MetricsFile, draw_summary, read_lines, report
+from gradmix_pretrain.metrics import MetricsFile, draw_summary, read_lines, report, write_report
 from gradmix_pretrain.schedule import cosine_with_warmup
 from gradmix_pretrain.settings import Inputs, check, load_json, parse_args, set_process_environment
 from gradmix_pretrain.tokens import TrainingWindows, validation_batches
@@ -67,6 +67,7 @@ def main() -> None:
         print(
             f"{args.out}: {'complete' if complete else 'stopped; the same command resumes'}: {report(lines)}"
         )
+        print(write_report(args.out))
     if not complete:
         sys.exit(1)
 

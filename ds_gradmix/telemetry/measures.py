@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ds_gradmix.ops.cosines import agreement, cosines, mean_cosine, median, norms
+from ds_gradmix.ops.cosines import agreement, cosines, median, norms
 from ds_gradmix.telemetry.noise_scale import NoiseScale, estimates
 from ds_gradmix.telemetry.settings import TelemetrySettings
 
@@ -29,6 +29,7 @@ _AWAY = -0.5  # of the median agreement: below it a worker points away, above it
 _MIN_STEPS = 5  # before running means are compared
 _SAME = 0.1  # of the median distance 1 - cos between workers
 _STUCK = 1e-6
+_TWICE = 0.6931  # log 2
 
 
 class Reading(NamedTuple):
@@ -48,6 +49,15 @@ class Reading(NamedTuple):
     since: dict[str, list[int]]  # and the first of them
 
 
+class _Step(NamedTuple):
+    """What a step's Gram matrix says, and whether it is finite; where it is not, of zeros."""
+
+    norms_W: Tensor
+    cosines_WW: Tensor
+    agreement_W: Tensor
+    ok: Tensor
+
+
 class WorkerMeasures:
     """The numbers of one group of workers, summed up since the last reading, and running means."""
 
@@ -56,8 +66,8 @@ class WorkerMeasures:
         self._decay = 1 - 1 / (2.5 * settings.alarm_steps)
         zeros_W = torch.zeros(num_workers, dtype=torch.float64, device=device)
         self.noise = NoiseScale((), device)
-        # Rows: agreement and its square, log length and its square.
-        self._means_RW = zeros_W.expand(4, -1).clone()
+        self._means_22W = zeros_W.expand(2, 2, -1).clone()  # of agreement and log length, and squares
+        self._others_WW = ~torch.eye(num_workers, dtype=torch.bool, device=device)
         self._num_steps = zeros_W[:1].clone()  # in these means
         self._squares_W = zeros_W - 1  # of the step before
         self._runs_KW = zeros_W.expand(len(KINDS), -1).clone()
@@ -69,8 +79,8 @@ class WorkerMeasures:
 
     def begin_period(self) -> None:
         """A reading is taken: what is summed up starts anew."""
-        self._sums = torch.zeros_like(self._means_RW[0, :1].expand(_SCALARS)).clone()
-        self._sums[2] = float("inf")
+        self._sums_4 = torch.zeros_like(self._num_steps).repeat(4)  # steps, and sums of what is told of each
+        self._least = self._sums_4[0] + float("inf")
         self._norms_W = torch.zeros_like(self._squares_W)
         self._agreements_W = torch.zeros_like(self._squares_W)
 
@@ -84,91 +94,87 @@ class WorkerMeasures:
             samples: which that mean is over.
         """
         ok = gram_WW.isfinite().all()
-        bad_W = ~(squares_W.isfinite() & gram_WW.diagonal().isfinite())
         seen_WW = torch.where(ok, gram_WW, 0.0)
-        lengths_W, agreements_W = norms(seen_WW), agreement(seen_WW)
+        seen = _Step(norms(seen_WW), cosines(seen_WW), agreement(seen_WW), ok)
         if len(gram_WW) > 1:
-            found = estimates(seen_WW.trace(), seen_WW.sum(), len(gram_WW), samples)
-            self.noise.add(torch.where(ok, found, float("nan")))
-            self._add_scalars(seen_WW, found, ok)
-        self._norms_W = self._norms_W + lengths_W
-        self._agreements_W = self._agreements_W + agreements_W
+            found_2 = estimates(seen_WW.trace(), seen_WW.sum(), len(gram_WW), samples)
+            self.noise.add(torch.where(ok, found_2, float("nan")))
+            self._add_scalars(seen, found_2)
+        self._norms_W = self._norms_W + seen.norms_W
+        self._agreements_W = self._agreements_W + seen.agreement_W
         if len(gram_WW) > 2:
-            self._look_for_faults(seen_WW, squares_W, bad_W, ok, step)
+            finite_W = squares_W.isfinite() & gram_WW.diagonal().isfinite()
+            self._look_for_faults(seen, squares_W, finite_W, step)
 
-    def _add_scalars(self, gram_WW: Tensor, found: Tensor, ok: Tensor) -> None:
-        cosines_WW, diagonal_WW = cosines(gram_WW), torch.eye(len(gram_WW), device=gram_WW.device)
-        least = torch.where(diagonal_WW > 0, float("inf"), cosines_WW).min()
-        least = torch.minimum(self._sums[2], torch.where(ok, least, float("inf")))
-        added = torch.stack([ok.double(), mean_cosine(gram_WW), ok.double(), *found, ok.double()])
-        self._sums = self._sums + torch.where(ok, added, 0.0)
-        self._sums[2] = least
+    def _add_scalars(self, step: _Step, found_2: Tensor) -> None:
+        others_WW = self._others_WW.double()
+        pairs_WW = step.cosines_WW * others_WW
+        least = torch.where(self._others_WW, step.cosines_WW, float("inf")).min()
+        least = torch.minimum(self._least, torch.where(step.ok, least, float("inf")))
+        added_4 = torch.cat([torch.stack([step.ok.double(), pairs_WW.sum() / others_WW.sum()]), found_2])
+        self._sums_4 = self._sums_4 + torch.where(step.ok, added_4, 0.0)
+        self._least = least
 
-    def _look_for_faults(
-        self, gram_WW: Tensor, squares_W: Tensor, bad_W: Tensor, ok: Tensor, step: int
-    ) -> None:
-        s_W, x_W = agreement(gram_WW), norms(gram_WW).clamp(min=1e-100).log()
-        rows_RW = torch.stack([s_W, s_W.square(), x_W, x_W.square()])
-        moved_RW = self._decay * self._means_RW + (1 - self._decay) * rows_RW
-        self._means_RW = torch.where(ok, moved_RW, self._means_RW)
-        self._num_steps = self._num_steps + ok
-        means_RW = self._means_RW / (1 - self._decay**self._num_steps).clamp(min=1e-300)
-        counted = torch.minimum(self._num_steps, torch.full_like(self._num_steps, self._num_equal_steps))
-        wanted = self._settings.alarm_deviations
-        far_2W = []
-        for mean_W, square_W in (means_RW[:2], means_RW[2:4]):
-            middle = median(mean_W)
-            errors_W = ((square_W - mean_W.square()).clamp(min=0) / counted).sqrt()
-            spread = torch.maximum(1.4826 * median((mean_W - middle).abs()), median(errors_W))
-            far_2W.append(((mean_W - middle) / wanted / spread.clamp(min=1e-12), mean_W, middle))
-        (agrees_W, e_W, e), (length_W, l_W, l_mid) = far_2W
+    def _look_for_faults(self, step: _Step, squares_W: Tensor, finite_W: Tensor, number: int) -> None:
+        far_2W, means_2W, middle_21 = self._compared(step)
+        s_W, (e_W, l_W), (e, l_middle) = step.agreement_W, means_2W, middle_21
         enough = self._num_steps >= _MIN_STEPS
-        nearest_W, is_same_W = self._likeness(gram_WW)
+        bad_W = ~finite_W
         stuck_W = (squares_W - self._squares_W).abs() <= _STUCK * squares_W
-        stuck_W = stuck_W & (squares_W > 0) & (2 * stuck_W.sum() < len(stuck_W))
+        stuck_W = stuck_W & (squares_W > 0)
+        distances_WW = 1 - step.cosines_WW
+        middle = median(distances_WW.flatten(), self._others_WW.flatten())
+        least_W, nearest_W = torch.where(self._others_WW, distances_WW, float("inf")).min(1)
         looks_KW = torch.stack(
             [
                 bad_W & (2 * bad_W.sum() <= len(bad_W)),
-                (length_W > 1) & (l_W - l_mid > 0.6931) & enough,
-                (length_W < -1) & (l_W - l_mid < -0.6931) & enough,
-                (agrees_W < -1) & (e_W < 0.5 * e) & (e > 0) & enough,
-                stuck_W,
-                is_same_W,
+                (far_2W[1] > 1) & (l_W - l_middle > _TWICE) & enough,
+                (far_2W[1] < -1) & (l_W - l_middle < -_TWICE) & enough,
+                (far_2W[0] < -1) & (e_W < 0.5 * e) & (e > 0) & enough,
+                stuck_W & (2 * stuck_W.sum() < len(stuck_W)),
+                (least_W < _SAME * middle) & (step.norms_W > 0),
             ]
         )
         counts_KW = (self._runs_KW + 1) * looks_KW
-        since_KW = torch.where(counts_KW == 1, float(step), self._since_KW)
-        known_K1 = torch.stack([~bad_W.all(), *[ok] * (len(KINDS) - 1)])[:, None]
+        since_KW = torch.where(counts_KW == 1, float(number), self._since_KW)
+        known_K1 = torch.stack([finite_W.any(), *[step.ok] * (len(KINDS) - 1)])[:, None]
         self._runs_KW = torch.where(known_K1, counts_KW, self._runs_KW)
         self._since_KW = torch.where(known_K1, since_KW, self._since_KW)
         self._squares_W = squares_W.clone()
-        self._nearest_W = nearest_W
+        self._nearest_W = nearest_W.double()
         run_W = self._runs_KW[KINDS.index("disagreeing")]
-        self._disagreed_W = torch.where(ok, (self._disagreed_W + s_W) * (run_W > 0), self._disagreed_W)
+        self._disagreed_W = torch.where(step.ok, (self._disagreed_W + s_W) * (run_W > 0), self._disagreed_W)
         self._away_W = (self._disagreed_W < _AWAY * e * run_W).double()
 
-    @property
-    def _num_equal_steps(self) -> float:
-        """Steps whose plain mean has as small an error as the running mean."""
-        return (1 + self._decay) / (1 - self._decay)
-
-    def _likeness(self, gram_WW: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each worker the one most alike, and whether it is far more so than workers are."""
-        others_WW = ~torch.eye(len(gram_WW), dtype=torch.bool, device=gram_WW.device)
-        distances_WW = 1 - cosines(gram_WW)
-        middle = median(distances_WW.flatten(), others_WW.flatten())
-        least_W, nearest_W = torch.where(others_WW, distances_WW, float("inf")).min(1)
-        return nearest_W.double(), (least_W < _SAME * middle) & (norms(gram_WW) > 0)
+    def _compared(self, step: _Step) -> tuple[Tensor, Tensor, Tensor]:
+        """Of agreement and log length, in the first dimension: how far each worker is from the median, in
+        deviations that are too many; the running means; and their medians.
+        """
+        values_2W = torch.stack([step.agreement_W, step.norms_W.clamp(min=1e-100).log()])
+        moments_22W = torch.stack([values_2W, values_2W.square()])
+        self._means_22W = torch.where(
+            step.ok, moments_22W.lerp(self._means_22W, self._decay), self._means_22W
+        )
+        self._num_steps = self._num_steps + step.ok
+        means_2W, squares_2W = self._means_22W / (1 - self._decay**self._num_steps).clamp(min=1e-300)
+        middle_21 = median(means_2W)[:, None]
+        # Steps whose plain mean has as small an error as the running mean.
+        counted = self._num_steps.clamp(max=(1 + self._decay) / (1 - self._decay))
+        errors_2W = ((squares_2W - means_2W.square()).clamp(min=0) / counted).sqrt()
+        deviations_22W = torch.stack([1.4826 * (means_2W - middle_21).abs(), errors_2W])
+        spread_2 = median(deviations_22W).amax(0).clamp(min=1e-12)
+        far_2W = (means_2W - middle_21) / (self._settings.alarm_deviations * spread_2[:, None])
+        return far_2W, means_2W, middle_21
 
     def packed(self) -> Tensor:
         """All numbers of a reading in one tensor, float64."""
-        scalars = torch.cat([self._sums[:5], self.noise.value.view(1)])
+        scalars = torch.cat([self._sums_4, torch.stack([self._least, self.noise.value])])
         parts = [self._norms_W, self._agreements_W, self._away_W, self._nearest_W]
         return torch.cat([scalars, *parts, self._runs_KW.flatten(), self._since_KW.flatten()])
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint holds; sums of a period that is not over are lost."""
-        names = ("_means_RW", "_num_steps", "_squares_W", "_runs_KW", "_since_KW", "_disagreed_W")
+        names = ("_means_22W", "_num_steps", "_squares_W", "_runs_KW", "_since_KW", "_disagreed_W")
         return {"noise": self.noise.sums, **{name.strip("_"): getattr(self, name) for name in names}}
 
     def load_state_dict(self, saved: dict[str, Tensor]) -> bool:
@@ -188,7 +194,7 @@ def packed_size(num_workers: int) -> int:
 
 def unpack(values: list[float], num_workers: int) -> Reading:
     """A reading from the numbers of `WorkerMeasures.packed`."""
-    steps, mean, least, trace, square, noise = values[:_SCALARS]
+    steps, mean, trace, square, least, noise = values[:_SCALARS]
     rows = [values[at : at + num_workers] for at in range(_SCALARS, len(values), num_workers)]
     counted = max(steps, 1.0)
     lengths, agreements = ([value / counted for value in row] for row in rows[:2])

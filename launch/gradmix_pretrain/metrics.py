@@ -1,4 +1,4 @@
-"""`metrics.jsonl`, one line for each step, and `summary.png`, which is drawn from it."""
+"""`metrics.jsonl`, one line for each step, and `summary.png` and `report.html`, which are drawn from it."""
 
 import json
 import math
@@ -41,6 +41,18 @@ class MetricsFile:
     def sync(self) -> None:
         """Force the lines to the disk, before the checkpoint of their steps is saved."""
         os.fsync(self._file.fileno())
+
+
+def write_report(run: Path) -> str:
+    """Write `report.html` of what the run recorded; returns a line that says where it is, or why not."""
+    try:
+        from ds_gradmix.report.command import ReportError, write
+    except ImportError:  # plain DeepSpeed
+        return "no report.html: pip install ds_gradmix[report]"
+    try:
+        return write([run], run / "report.html")
+    except ReportError as error:
+        return f"no report.html: {error}"
 
 
 def validation_losses(lines: list[Line]) -> list[tuple[int, float]]:

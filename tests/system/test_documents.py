@@ -24,6 +24,7 @@ from tests.support.ranks import run_ranks
 ELSEWHERE = {
     "docs/cluster.md": "test_cluster.py",
     "docs/megatron.md": "test_megatron_deepspeed.py",
+    "docs/report.md": "test_report_page.py",
     "docs/scaling.md": "test_scaling.py",
 }
 # Commands of other documents, by what they begin with, and the tests that run them.
