@@ -34,7 +34,7 @@ class RngKey(NamedTuple):
 class Rule(BaseModel):
     """Base of the rules of all slots."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     @classmethod
     def type_name(cls) -> str:
