@@ -49,7 +49,7 @@ def parse_text(text: str) -> dict[str, Any]:
         raise ConfigError("has a number beyond the largest, 1.8e308") from error
     except ConfigError:
         raise
-    except ValueError as error:  # HjsonDecodeError, or Python's for an integer of over 4,300 digits
+    except Exception as error:  # HjsonDecodeError, Python's for 4,300 digits, an IndexError of hjson's
         raise ConfigError(f"is not JSON: {printable(str(error))}") from error
     if not isinstance(config, dict):
         raise ConfigError("is not a JSON object; a ds_config is one")

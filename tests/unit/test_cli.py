@@ -116,6 +116,7 @@ HOSTILE = {
     "lone surrogates": ('{"gradmix": {"mixing": {"type": "\\ud800"}}}', '"\\ud800"'),
     "binary": (bytes(range(256)), "is not text"),
     "control characters": ("\x00\x01\x1b[2J{", "is not"),
+    "a comment without an end": ("{/*", "is not JSON"),
     "empty": ("", "is empty"),
     "size of a bucket": (
         '{"zero_optimization": {"stage": 2, "reduce_bucket_size": -1}, "gradmix": {}}',
