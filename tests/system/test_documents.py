@@ -25,6 +25,7 @@ ELSEWHERE = {
     "docs/cluster.md": "test_cluster.py",
     "docs/megatron.md": "test_megatron_deepspeed.py",
     "docs/scaling.md": "test_scaling.py",
+    **{f"docs/{page}.md": "test_recipes.py" for page in ("huggingface", "accelerate", "trl", "lightning")},
 }
 # Commands of other documents, by what they begin with, and the tests that run them.
 COMMANDS = {
@@ -97,6 +98,9 @@ def test_make_has_the_targets() -> None:
 @pytest.mark.parametrize("block", blocks(language="json"), ids=lambda block: block.document)
 def test_json(block: Block) -> None:
     """Blocks of ds_config.json; those with the reader's own rules are for test_a_rule_of_ones_own."""
+    if block.text.startswith("{"):  # a whole one
+        parse_block(json.loads(block.text)["gradmix"])
+        return
     config = json.loads("{" + block.text + "}")
     if block.document == "docs/optimizers.md":
         assert list(config) == ["optimizer"] and optimizer_of(config) is not None
@@ -239,4 +243,5 @@ def test_step_times_are_measured() -> None:
 
 def test_every_piece_of_code_is_run_above() -> None:
     ran = {"docs/starting.md", "docs/rules.md", "docs/adding-a-rule.md", "docs/optimizers.md"}
+    ran |= {document for document, test in ELSEWHERE.items() if test == "test_recipes.py"}
     assert {block.document for block in blocks(language="python")} == ran
