@@ -45,6 +45,7 @@ class Checked(NamedTuple):
     relative_bytes: list[dict[str, float]]
     notes: list[str]
     steps: list[report.StepCosts]
+    option: str  # by which a script is given the file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +91,15 @@ def _check(options: argparse.Namespace) -> Checked:
             report.step_costs(config, block, options.params, cluster, options.tensors)
             for cluster in (clusters if options.params else ())
         ],
+        "--deepspeed" if _is_for_a_trainer(config) else "--deepspeed_config",
     )
+
+
+def _is_for_a_trainer(value: object) -> bool:
+    """Whether something is "auto", which the Trainer of transformers fills in."""
+    if isinstance(value, Mapping):
+        return any(map(_is_for_a_trainer, value.values()))
+    return value == "auto"
 
 
 def _clusters(options: argparse.Namespace, block: GradmixConfig) -> list[Cluster]:
@@ -166,4 +175,4 @@ def _lines(checked: Checked) -> Iterator[str]:
         yield from layout.wrapped(report.step_table(step))
     yield ""
     command = ["deepspeed", "--module", "ds_gradmix", "train.py"]
-    yield from layout.next_command(*command, "--deepspeed_config", str(checked.path))
+    yield from layout.next_command(*command, checked.option, str(checked.path))

@@ -98,6 +98,10 @@ def test_check_of_a_config_that_a_trainer_fills_in(
     auto = {"bf16": {"enabled": "auto"}, "gradient_accumulation_steps": "auto"}
     zero = {"stage": 2, "reduce_bucket_size": "auto"}
     texts = []
+    path = written(tmp_path, json.dumps({"gradmix": GAF, **auto}))
+    assert main(["check", path]) == 0
+    shown = " ".join(capsys.readouterr().out.replace("\\\n", "").split())
+    assert shown.endswith(f"next: deepspeed --module ds_gradmix train.py --deepspeed {path}")
     for config in ({**auto, "zero_optimization": zero}, {"zero_optimization": {"stage": 2}}):
         assert main(["check", written(tmp_path, json.dumps({"gradmix": GAF, **config})), "--json"]) == 0
         texts.append(json.loads(capsys.readouterr().out))
