@@ -73,7 +73,10 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         checked = _check(options)
     except MISTAKES as error:
         return report_mistakes(options.config, error)
-    print(json.dumps(_data(checked), indent=2) if options.json else "\n".join(_lines(checked)))
+    if options.json:  # a param of somebody's own rule may be of any type
+        print(json.dumps(_data(checked), indent=2, default=str))
+    else:
+        print("\n".join(_lines(checked)))
     return 0
 
 
@@ -153,7 +156,10 @@ def _data(checked: Checked) -> dict[str, Any]:
         KEY: resolved(checked.block),
         "warnings": checked.warnings,
         "costs": {
-            "sent_relative_to_stock": checked.relative_bytes,
+            "sent_relative_to_stock": [
+                {name.replace(" ", "_"): value for name, value in row.items()}
+                for row in checked.relative_bytes
+            ],
             "notes": [note.strip() for note in checked.notes],
             "steps": steps,
         },

@@ -73,7 +73,8 @@ def relative_bytes(
         workloads = {f"buckets of {even.owners}": even}
     rows = []
     for cluster in clusters:
-        plan, row = reduction_plan(config, block, cluster.workers), {"ranks": float(cluster.ranks)}
+        plan = reduction_plan(config, block, cluster.workers)
+        row: dict[str, float] = {"ranks": cluster.ranks}
         for kind, workload in workloads.items():
             sent = sum(cost.sent for cost in model.gradient_collectives(plan, workload, cluster))
             stock = model.all_reduce(workload.stock_bytes, cluster).sent

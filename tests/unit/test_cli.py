@@ -52,7 +52,7 @@ def test_check_prints_for_people_and_for_programs(
     for step, row in zip(data["costs"]["steps"], data["costs"]["sent_relative_to_stock"], strict=True):
         assert step["cluster"]["ranks"] == row["ranks"]
         assert f"{step['block']['sent'] / 1e9:.4g}" in "\n".join(lines)
-        assert f"{row['even buckets']:.3f}" in "\n".join(lines)
+        assert f"{row['even_buckets']:.3f}" in "\n".join(lines)
 
 
 def test_check_says_what_to_type_next(
