@@ -53,7 +53,7 @@ pretrain: .venv/.ready
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(bin)/python -m pip install --quiet -c constraints.txt torch
-	$(bin)/python -m pip install --quiet -c constraints.txt ninja -e '.[pretrain,report,dev]'
+	$(bin)/python -m pip install --quiet -c constraints.txt ninja -e '.[pretrain,recipes,report,dev]'
 	touch $@
 
 clean:

@@ -1,12 +1,13 @@
-"""What `ds_gradmix check` prints about the costs of a gradmix block: model.py's formulas for a ds_config."""
+"""What `ds_gradmix check` says about the costs of a gradmix block: model.py's formulas for a ds_config."""
 
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
-from ds_gradmix.config import GradmixConfig, GramSketch
+from ds_gradmix.config import ConfigError, GradmixConfig, GramSketch
+from ds_gradmix.config_messages import wrong_value
 from ds_gradmix.costs import model
 from ds_gradmix.costs.model import Cluster, ReductionPlan, Workload
 from ds_gradmix.engines.compatibility import lookup
@@ -22,7 +23,7 @@ def reduction_plan(config: Mapping[str, Any], block: GradmixConfig, num_workers:
     """What the formulas need to know of a block in a ds_config, for a number of workers."""
     scaling, extrapolation = block.scaling, block.extrapolation
     needs_gradient = extrapolation is not None and extrapolation.needs_gradient
-    accumulates = lookup(config, "gradient_accumulation_steps", 1) not in (1, None)
+    accumulates = _size(config, "gradient_accumulation_steps", 1) > 1
     keeps_two = needs_gradient and accumulates and _stage(config) == 2
     transport = choose_transport(block, num_workers)
     exchanges, active = transport is Transport.EXCHANGE, transport is not Transport.STOCK
@@ -48,9 +49,9 @@ def workload_of(config: Mapping[str, Any], parameters: float, tensors: int) -> W
     grad_bytes, engine = _grad_bytes(config), _engine_without_owners(config)
     communicated = lookup(config, "communication_data_type", None)
     stock_bytes = {"fp32": 4, "fp16": 2, "bf16": 2, "bfp16": 2}.get(communicated, grad_bytes)
-    size, micro_steps = model.BUCKET_ELEMENTS, lookup(config, "gradient_accumulation_steps", 1)
+    size, micro_steps = model.BUCKET_ELEMENTS, _size(config, "gradient_accumulation_steps", 1)
     if engine is None:
-        size = int(lookup(config, "zero_optimization.reduce_bucket_size", size))
+        size = _size(config, "zero_optimization.reduce_bucket_size", size)
     return Workload(
         parameters,
         min(grad_bytes, stock_bytes),  # an exchange converts to no wider dtype before it sends
@@ -58,25 +59,43 @@ def workload_of(config: Mapping[str, Any], parameters: float, tensors: int) -> W
         stock_bytes,
         size,
         tensors,
-        reductions=int(micro_steps) if _stage(config) == 2 and isinstance(micro_steps, int) else 1,
+        reductions=micro_steps if _stage(config) == 2 else 1,
     )
 
 
-def cost_table(config: Mapping[str, Any], block: GradmixConfig, clusters: Sequence[Cluster]) -> str:
-    """The bytes sent relative to stock DeepSpeed for several data-parallel sizes, and the memory needed."""
+def relative_bytes(
+    config: Mapping[str, Any], block: GradmixConfig, clusters: Sequence[Cluster]
+) -> list[dict[str, float]]:
+    """The bytes that a rank sends relative to stock DeepSpeed, a row for each data-parallel size."""
     even = workload_of(config, 1.0, 1)
     workloads = {"even buckets": even, "one owner a bucket": replace(even, owners="one")}
     if even.every_rank_needs_result:
         workloads = {f"buckets of {even.owners}": even}
-    lines = ["gradients sent per rank and reduction, relative to stock DeepSpeed:"]
-    lines.append("    ranks  " + "  ".join(workloads))
+    rows = []
     for cluster in clusters:
-        plan, line = reduction_plan(config, block, cluster.workers), f"  {cluster.ranks:7d}"
-        for column, workload in workloads.items():
+        plan = reduction_plan(config, block, cluster.workers)
+        row: dict[str, float] = {"ranks": cluster.ranks}
+        for kind, workload in workloads.items():
             sent = sum(cost.sent for cost in model.gradient_collectives(plan, workload, cluster))
             stock = model.all_reduce(workload.stock_bytes, cluster).sent
-            line += f"  {sent / stock if stock else 1.0:{len(column)}.3f}"
-        lines.append(line)
+            row[kind] = sent / stock if stock else 1.0
+        rows.append(row)
+    return rows
+
+
+def cost_table(rows: Sequence[Mapping[str, float]]) -> list[str]:
+    """The lines of a table of `relative_bytes`."""
+    kinds = list(rows[0])[1:]
+    lines = ["gradients sent per rank and reduction, relative to stock DeepSpeed:"]
+    lines.append("    ranks  " + "  ".join(kinds))
+    for row in rows:
+        lines.append(f"  {row['ranks']:7.0f}" + "".join(f"  {row[kind]:{len(kind)}.3f}" for kind in kinds))
+    return lines
+
+
+def memory_notes(config: Mapping[str, Any], block: GradmixConfig) -> list[str]:
+    """What a reduction needs besides bytes on the network; an indented line goes on with the last."""
+    even, lines = workload_of(config, 1.0, 1), []
     plan = reduction_plan(config, block, num_workers=2)  # or more
     if plan.sketch_size:
         size = f"{4 * plan.sketch_size / 2**20:g} MiB"
@@ -88,7 +107,7 @@ def cost_table(config: Mapping[str, Any], block: GradmixConfig, clusters: Sequen
         name = "DeepSpeed's own bucket size" if even.every_rank_needs_result else "reduce_bucket_size"
         size = f"{name} ({even.bucket_elements:g} elements)"
         lines.append(f"note: scope bucket makes {size} part of the mathematics")
-    return "\n".join(lines)
+    return lines
 
 
 def _memory_lines(plan: ReductionPlan, workload: Workload) -> Iterator[str]:
@@ -122,7 +141,8 @@ def _extrapolation_line(
     config: Mapping[str, Any], block: GradmixConfig, plan: ReductionPlan, name: str
 ) -> str:
     needs_gradient = plan.averages_past_gradient
-    undecided = "gradient_accumulation_steps" not in config and "train_batch_size" in config
+    steps = lookup(config, "gradient_accumulation_steps", None)
+    undecided = steps == "auto" or (steps is None and "train_batch_size" in config)
     words, num_bytes = "one copy", plan.parameter_copies * _grad_bytes(config)
     if plan.parameter_copies == 2:
         words = "two copies"
@@ -137,9 +157,19 @@ def _extrapolation_line(
     )
 
 
-def scale_table(
+class StepCosts(NamedTuple):
+    """What an optimizer step costs by stock DeepSpeed and by a block, and what to know about it."""
+
+    parameters: float
+    cluster: Cluster
+    stock: model.Costs
+    block: model.Costs
+    notes: list[str]
+
+
+def step_costs(
     config: Mapping[str, Any], block: GradmixConfig, parameters: float, cluster: Cluster, tensors: int
-) -> str:
+) -> StepCosts:
     """The costs of an optimizer step, beside those of stock DeepSpeed.
 
     A data-parallel rank reduces the gradients of `parameters` parameters, which consist of `tensors` tensors.
@@ -147,26 +177,32 @@ def scale_table(
     workload, plan = workload_of(config, parameters, tensors), reduction_plan(config, block, cluster.workers)
     stock_workload = replace(workload, grad_bytes=workload.stock_bytes)
     stock = model.block_costs(ReductionPlan(), stock_workload, cluster)
-    ours = model.block_costs(plan, workload, cluster)
-    per_worker = "a rank" if cluster.ranks_per_worker == 1 else f"{cluster.ranks_per_worker} ranks"
-    lines = [
-        f"a step of {parameters:g} parameters on {cluster.ranks} data-parallel ranks, {cluster.on_node} on a "
-        f"node; a worker is {per_worker}:",
-        "                                     stock        block    ratio",
-    ]
-    for name, before, after in zip(_ROWS, stock, ours, strict=True):
-        before, after = (cost / (1e9 if name.startswith("GB") else 1.0) for cost in (before, after))
-        ratio = f"{after / before:.3f}" if before else "-"
-        lines.append(f"  {name:25s} {before:12.4g} {after:12.4g} {ratio:>8s}")
+    notes = []
     if workload.reductions > 1:
-        lines.append(f"  with ZeRO-2 in {workload.reductions} reductions, one for each micro-step")
-    lines += _notes(config, block, plan, workload, cluster)
+        notes.append(f"with ZeRO-2 in {workload.reductions} reductions, one for each micro-step")
+    notes += _notes(config, block, plan, workload, cluster)
     if plan.transport == "exchange":
         by = model.by_node(cluster) if plan.by_node else cluster
         comm_bytes = 2 * workload.grad_bytes
         columns = columns_per_tile(block, by.ranks, by.workers, comm_bytes, by_node=plan.by_node)
-        lines += _message_note(columns, plan.tile_bytes, workload, cluster)
-    return "\n".join(lines)
+        notes += _message_note(columns, plan.tile_bytes, workload, cluster)
+    return StepCosts(parameters, cluster, stock, model.block_costs(plan, workload, cluster), notes)
+
+
+def step_table(costs: StepCosts) -> list[str]:
+    """The lines of a table of `step_costs`."""
+    cluster = costs.cluster
+    per_worker = "a rank" if cluster.ranks_per_worker == 1 else f"{cluster.ranks_per_worker} ranks"
+    lines = [
+        f"a step of {costs.parameters:g} parameters on {cluster.ranks} data-parallel ranks, "
+        f"{cluster.on_node} on a node; a worker is {per_worker}:",
+        "                                     stock        block    ratio",
+    ]
+    for name, before, after in zip(_ROWS, costs.stock, costs.block, strict=True):
+        before, after = (cost / (1e9 if name.startswith("GB") else 1.0) for cost in (before, after))
+        ratio = f"{after / before:.3f}" if before else "-"
+        lines.append(f"  {name:25s} {before:12.4g} {after:12.4g} {ratio:>8s}")
+    return lines + [f"  {note}" for note in costs.notes]
 
 
 def _notes(
@@ -180,7 +216,7 @@ def _notes(
     deciding = model.decision_seconds(plan, workload, cluster) * workload.reductions
     if deciding > 0.02 * model.block_costs(plan, workload, cluster).seconds and plan.scope != "model":
         yield (
-            f"  note: decisions take {deciding:.3g} of these seconds: fewer are needed with a larger "
+            f"note: decisions take {deciding:.3g} of these seconds: fewer are needed with a larger "
             'reduce_bucket_size, or one with scope "model"; larger workers make each of them shorter'
         )
     if block.scaling is not None or cluster.workers == 1:
@@ -194,7 +230,7 @@ def _notes(
         other_plan = reduction_plan(config, other, cluster.workers)
         found[words] = model.block_costs(other_plan, workload, cluster).seconds
     fastest = min(found, key=lambda words: found[words])
-    yield f"  fastest of its kind on this cluster, on paper: {fastest}, {found[fastest]:.4g} seconds"
+    yield f"fastest of its kind on this cluster, on paper: {fastest}, {found[fastest]:.4g} seconds"
 
 
 def _message_note(columns: int, tile_bytes: int, workload: Workload, cluster: Cluster) -> Iterator[str]:
@@ -212,11 +248,23 @@ def _message_note(columns: int, tile_bytes: int, workload: Workload, cluster: Cl
     if advice:
         ways = f"set {' and '.join(advice)} for 64 KiB, or {ways}"
     size = f"{message / 2**10:.1f} KiB"
-    yield f"  note: workers exchange messages of {size}, and larger ones are faster: {ways}"
+    yield f"note: workers exchange messages of {size}, and larger ones are faster: {ways}"
 
 
 def _stage(config: Mapping[str, Any]) -> Any:
     return lookup(config, "zero_optimization.stage", 0)
+
+
+def _size(config: Mapping[str, Any], path: str, default: int) -> int:
+    """A positive number of the config; the default where it is "auto", which others fill in."""
+    value = lookup(config, path, default)
+    if value is None or value == "auto":
+        return default
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 1 <= value < 2**63:
+        allowed = f"a number, >= 1, < 2^63 (default {default})"
+        raise ConfigError(wrong_value(path, value, allowed, "change it, or remove it for the default"))
+    return int(value)
 
 
 def _grad_bytes(config: Mapping[str, Any]) -> int:

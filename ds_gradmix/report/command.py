@@ -9,6 +9,7 @@ from pathlib import Path
 from ds_gradmix.report.page import page
 from ds_gradmix.report.read import ReadError, read_runs
 
+HELP = "one page of what training runs recorded"
 INSTALL = "pip install ds_gradmix[report]"
 
 
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), metavar="FILE.html")
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Write the page and say where it is; the exit status, 2 where a run or the `report` extra is missing."""
     try:
         print(write(options.runs, options.output))

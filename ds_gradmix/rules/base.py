@@ -43,7 +43,7 @@ class WrongParam(ValueError):
 class Rule(BaseModel):
     """Base of the rules of all slots."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     @classmethod
     def type_name(cls) -> str:

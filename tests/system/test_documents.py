@@ -26,6 +26,7 @@ ELSEWHERE = {
     "docs/megatron.md": "test_megatron_deepspeed.py",
     "docs/report.md": "test_report_page.py",
     "docs/scaling.md": "test_scaling.py",
+    **{f"docs/{page}.md": "test_recipes.py" for page in ("huggingface", "accelerate", "trl", "lightning")},
 }
 # Commands of other documents, by what they begin with, and the tests that run them.
 COMMANDS = {
@@ -98,6 +99,9 @@ def test_make_has_the_targets() -> None:
 @pytest.mark.parametrize("block", blocks(language="json"), ids=lambda block: block.document)
 def test_json(block: Block) -> None:
     """Blocks of ds_config.json; those with the reader's own rules are for test_a_rule_of_ones_own."""
+    if block.text.startswith("{"):  # a whole one
+        parse_block(json.loads(block.text)["gradmix"])
+        return
     config = json.loads("{" + block.text + "}")
     if block.document == "docs/optimizers.md":
         assert list(config) == ["optimizer"] and optimizer_of(config) is not None
@@ -116,18 +120,19 @@ def test_the_change_that_the_readme_shows(tmp_path: Path, capsys: pytest.Capture
     config, command = (new_lines(block.text) for block in blocks("README.md", "diff"))
     (tmp_path / "ds_config.json").write_text(config)
     assert main(["check", str(tmp_path / "ds_config.json")]) == 0
-    assert '"GAF"' in capsys.readouterr().out
+    assert "GAF: threshold 0.97" in capsys.readouterr().out
     assert command in commands("docs/starting.md")
 
 
 def test_verbs(tmp_path: Path) -> None:
-    (block,) = blocks("docs/configuration.md", "json")
-    config = {"zero_optimization": {"stage": 2}, **json.loads("{" + block.text + "}")}
-    (tmp_path / "ds_config.json").write_text(json.dumps(config))
-    found = chosen("ds_gradmix ")
-    assert found == ["ds_gradmix check ds_config.json", "ds_gradmix env"]
-    checked, environment = (run(*command.split(), cwd=tmp_path) for command in found)
-    assert '"threshold": 0.97' in checked and "bytes" in checked
+    """One after the other, each says which is the next."""
+    (tmp_path / "ds_config.json").write_text('{"zero_optimization": {"stage": 2}}')
+    found = commands("docs/starting.md")[-3:]
+    assert sorted(found) == [command for command in chosen("ds_gradmix ") if "docs/" not in command]
+    written, checked, environment = (run(*command.split(), cwd=tmp_path) for command in found)
+    assert written.splitlines()[-1] == f"next: {found[1]}" == environment.splitlines()[-1]
+    assert "GAF: threshold 0.97" in checked and "gradients sent" in checked
+    assert checked.splitlines()[-1].removeprefix("next: ") in commands("docs/starting.md")
     assert re.search(r"deepspeed +\d", environment)
 
 
@@ -202,7 +207,7 @@ def test_a_rule_of_ones_own(tmp_path: Path) -> None:
     """`check` in the rule's folder, and the rule's own tests."""
     write_rules(tmp_path)
     (command,) = chosen("python -m ds_gradmix check")
-    assert '"my_rules:SteadyClip"' in run(sys.executable, *command.split()[1:], cwd=tmp_path)
+    assert "my_rules:SteadyClip: factor 1.5" in run(sys.executable, *command.split()[1:], cwd=tmp_path)
     told = run(
         sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", ".", cwd=tmp_path
     )
@@ -239,4 +244,5 @@ def test_step_times_are_measured() -> None:
 
 def test_every_piece_of_code_is_run_above() -> None:
     ran = {"docs/starting.md", "docs/rules.md", "docs/adding-a-rule.md", "docs/optimizers.md"}
+    ran |= {document for document, test in ELSEWHERE.items() if test == "test_recipes.py"}
     assert {block.document for block in blocks(language="python")} == ran

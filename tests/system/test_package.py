@@ -111,5 +111,5 @@ def test_installed_it_works_elsewhere(sdist: Path, wheel: dict[str, bytes], tmp_
     (elsewhere / "my_rules.py").write_text(rules)
     block = {"mixing": {"type": "my_rules:Clip"}, "scaling": {"type": "VRGD"}}
     (elsewhere / "ds_config.json").write_text(json.dumps({"gradmix": block}))
-    assert '"my_rules:Clip"' in run(elsewhere, "-c", USE, str(site), PYTHONPATH=str(site))
+    assert "my_rules:Clip: " in run(elsewhere, "-c", USE, str(site), PYTHONPATH=str(site))
     assert (site / "bin" / "ds_gradmix").exists()

@@ -205,7 +205,8 @@ def test_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = {"zero_optimization": ZERO, "gradmix": {"mixing": {"type": "gaf"}, "scaling": {"type": "VRGD"}}}
     assert main(["check", write(tmp_path / "good.json", good), "--workers", "4", "64"]) == 0
     out = capsys.readouterr().out
-    resolved = json.loads(out[: out.index("gradients sent")])["gradmix"]
+    assert main(["check", str(tmp_path / "good.json"), "--workers", "4", "64", "--json"]) == 0
+    resolved = json.loads(capsys.readouterr().out)["gradmix"]
     assert resolved["mixing"] == {"type": "GAF", "params": {**resolved["mixing"]["params"], "threshold": 1.0}}
     assert parse_block(resolved) == parse_block(good["gradmix"])
     assert "0.500" in out and "0.625" in out and "96 MiB" in out and "reduce_bucket_size" in out
@@ -234,6 +235,7 @@ def test_check_where_every_rank_needs_the_result(
         out = capsys.readouterr().out
         table = [line.split() for line in out[out.index("  ranks") :].splitlines()[:3]]
         assert table == [["ranks", "buckets", "of", kind], ["4", "1.000"], ["64", "1.000"]]
+        out = " ".join(out.split())  # long lines go on in the next
         assert memory in out and "one owner" not in out and "reduce_bucket_size" not in out
         assert ("waits for the decision" in out) == (scope == "model")
 
@@ -297,8 +299,3 @@ def test_check_tells_mistakes_of_our_optimizers(tmp_path: Path, capsys: pytest.C
 def test_check_without_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(tmp_path / "none.json")]) == 2
     assert "No such file" in capsys.readouterr().err
-
-
-def test_env(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["env"]) == 0
-    assert "deepspeed" in capsys.readouterr().out

@@ -108,7 +108,8 @@ def test_describe_gives_the_reason_of_a_failed_import(
 
 def test_env_names_the_kernels(apex: AmpC | None, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["env"]) == 0
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("multi-tensor"))
+    lines = map(str.strip, capsys.readouterr().out.splitlines())
+    line = next(line for line in lines if line.startswith("multi-tensor"))
     assert line.split(maxsplit=1)[1].startswith(
         "torch._foreach (" if apex is None else "amp_C of NVIDIA apex"
     )
