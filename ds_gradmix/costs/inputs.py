@@ -98,9 +98,10 @@ NO_COST = RuleCost()
 class ReductionPlan:
     """What a gradmix block does with the gradients: without arguments, nothing.
 
-    `transport` is "stock" where DeepSpeed averages, "weighted" where it sums gradients that each worker has
-    multiplied by its weight, and "exchange" where a rank receives all workers' gradients for its share, or
-    all nodes' weighted sums of them. Only then can there be a scaling rule or momentum.
+    `transport` is "stock" where DeepSpeed averages, "rescaled" where it averages gradients that each worker
+    has multiplied before, "weighted" where it sums those that each has multiplied by its weight, and
+    "exchange" where a rank receives all workers' gradients for its share, or all nodes' weighted sums of
+    them. Only then can there be a scaling rule or momentum.
     """
 
     transport: str = "stock"
@@ -108,6 +109,10 @@ class ReductionPlan:
     needs_gram: bool = False  # weights depend on the Gram matrix of the workers' gradients
     by_node: bool = False  # an exchange is of weighted sums, taken inside of nodes first
     sketch_size: int = 0  # numbers of a sketch that it is taken from; 0 is from the gradients themselves
+    needs_norms: bool = False  # weights depend on the lengths of the workers' gradients
+    # Numbers of a sketch of each bucket from which the model's Gram matrix is observed after the step: 0 is
+    # from the gradients themselves, None not at all, or from the matrices of the decisions.
+    observed_sketch_size: int | None = None
     by_parameter: bool = False  # parameters have weights of their own
     mixing: RuleCost = NO_COST
     scaling: RuleCost | None = None  # None without a scaling rule

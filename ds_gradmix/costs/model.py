@@ -128,6 +128,14 @@ def _decision_collectives(plan: ReductionPlan, workload: Workload, cluster: Clus
     if plan.needs_gram:
         numbers = plan.decisions(workload) * (w * w + w + 3 + plan.mixing.state_numbers)
         collectives.append(_ring(8.0 * numbers, cluster.ranks, cluster))
+    if plan.needs_norms:
+        numbers = plan.decisions(workload) * (2 * w + 3)
+        collectives.append(_ring(8.0 * numbers, cluster.ranks, cluster))
+    if plan.observed_sketch_size is not None:
+        observed = min(plan.observed_sketch_size * workload.buckets, workload.parameters)
+        num_bytes = 4.0 * observed if plan.observed_sketch_size else workload.num_bytes
+        collectives += exchange_gradients(num_bytes, cluster)
+        collectives.append(_ring(8.0 * (w * w + w + plan.mixing.state_numbers), cluster.ranks, cluster))
     if plan.scaling is not None and plan.scaling.layer_terms > 0:
         collectives.append(all_reduce(8.0 * plan.scaling.layer_terms * workload.tensors, cluster))
     return collectives
@@ -135,16 +143,21 @@ def _decision_collectives(plan: ReductionPlan, workload: Workload, cluster: Clus
 
 def decision_seconds(plan: ReductionPlan, workload: Workload, cluster: Cluster) -> float:
     """Gram matrices, and the programs of the decisions, which a bucket's parameters share."""
+    launches = plan.mixing.launches * cluster.launch_s
     if not plan.needs_gram:
-        return 0.0
+        rounds = 1 if plan.scope == "model" else workload.buckets
+        return rounds * launches if plan.needs_norms else 0.0
     w, rounds = cluster.workers, 1 if plan.scope == "model" else workload.buckets
     elements = plan.sketch_numbers(workload) if plan.sketch_size else workload.parameters
     seconds = 2 * w * elements / cluster.ranks_per_worker / cluster.fp64_rate
-    return seconds + rounds * (plan.mixing.launches * cluster.launch_s + plan.mixing.steps * cluster.step_s)
+    return seconds + rounds * (launches + plan.mixing.steps * cluster.step_s)
 
 
 def _memory_bytes(plan: ReductionPlan, workload: Workload, cluster: Cluster) -> float:
     num_bytes = plan.parameter_copies * workload.parameters * workload.grad_bytes
+    if plan.observed_sketch_size is not None:
+        num_bytes += 12.0 * min(plan.observed_sketch_size, workload.parameters) * workload.buckets
+        num_bytes += _GRAM_COPIES * 8.0 * cluster.workers**2
     copied = min(workload.bucket_elements, workload.parameters)  # by DeepSpeed, before it reduces them
     if workload.owners == "BF16_Optimizer":
         copied = workload.parameters  # of a parameter group
@@ -182,6 +195,9 @@ def _read_and_written_bytes(plan: ReductionPlan, workload: Workload, cluster: Cl
     """
     b, sketching = workload.grad_bytes, workload.grad_bytes if plan.sketch_size else 0
     copies = (2 if workload.every_rank_needs_result else 1) * 2.0 * b
+    sketching += b * plan.needs_norms + (2 * b if plan.observed_sketch_size is not None else 0)
+    if plan.transport == "rescaled":
+        sketching += 2 * b  # and DeepSpeed divides as well
     if plan.transport != "exchange":
         by_parameter = 16 if plan.transport == "weighted" and plan.by_parameter else 0
         return workload.parameters * (sketching + 2 * b + by_parameter + copies)

@@ -13,6 +13,7 @@ from ds_gradmix.costs.model import Cluster, ReductionPlan, Workload
 from ds_gradmix.engines.compatibility import lookup
 from ds_gradmix.exchange.plan import columns_per_tile
 from ds_gradmix.exchange.transport import Transport, choose_transport, decides_before
+from ds_gradmix.rules import NormMixing
 
 _SMALL_MESSAGE = 64 * 2**10  # bytes; with smaller messages a network is far from its bandwidth
 _USUAL_SKETCH = GramSketch(sketch=2**20)
@@ -28,12 +29,15 @@ def reduction_plan(config: Mapping[str, Any], block: GradmixConfig, num_workers:
     transport = choose_transport(block, num_workers)
     exchanges, active = transport is Transport.EXCHANGE, transport is not Transport.STOCK
     needs_gram = active and block.mixing.needs_gram
+    observes = block.only_observes and num_workers > 1
     return ReductionPlan(
         transport=transport.value,
         scope=block.scope,
         needs_gram=needs_gram,
         by_node=exchanges and decides_before(block),
         sketch_size=(block.sketch_size or 0) if needs_gram else 0,
+        needs_norms=active and isinstance(block.mixing, NormMixing),
+        observed_sketch_size=(block.sketch_size or 0) if observes else None,
         by_parameter=active and block.weighs_by_parameter,
         mixing=block.mixing.cost(num_workers),
         scaling=scaling.cost(num_workers) if exchanges and scaling is not None else None,
@@ -133,6 +137,10 @@ def _memory_lines(plan: ReductionPlan, workload: Workload) -> Iterator[str]:
     if plan.sketch_size:
         at_once = max(12 * plan.sketch_size, 3 * plan.tile_bytes * (plan.scope == "parameter"))
         yield f"  and for sketches {(4 * plan.sketch_size + at_once) / 2**20:g} MiB before that"
+    if plan.observed_sketch_size is not None:
+        sketch = f"{4 * plan.observed_sketch_size / 2**10:g} KiB of every bucket"
+        what = f"a sketch, {sketch}, is" if plan.observed_sketch_size else "all gradients are"
+        yield f"  and to observe the workers {what} exchanged after each step"
     if plan.has_momentum:
         yield "  and for momentum 4 bytes per parameter / ranks throughout, as much again during reductions"
 

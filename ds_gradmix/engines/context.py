@@ -9,9 +9,9 @@ from ds_gradmix.comm.consistency import fingerprint_of
 from ds_gradmix.comm.workers import ParallelGroups
 from ds_gradmix.config import GradmixConfig
 from ds_gradmix.engines.parallel_groups import Named, params_of, shard_info
+from ds_gradmix.engines.telemetry import StepReporter
 from ds_gradmix.exchange.bucket import ParamTable
 from ds_gradmix.exchange.reducer import GradientReducer
-from ds_gradmix.exchange.watch import Told
 from ds_gradmix.rules import RngKey
 from ds_gradmix.weights.extrapolated import ExtrapolatedWeights
 from ds_gradmix.weights.gradient_window import ParamLayout
@@ -24,7 +24,7 @@ class EngineContext(NamedTuple):
     parallel: ParallelGroups
     step: Callable[[], int]  # optimizer steps taken so far, skipped ones included
     batch: Callable[[], int]  # samples of an optimizer step, on all ranks
-    report: Callable[[GradientReducer, Told | None], None]  # is called after each step
+    report: StepReporter  # is called after each step
     sums_gradients: bool  # gradient_allreduce_op "sum"
 
     def end_step(self, reducer: GradientReducer, *, taken: bool) -> None:

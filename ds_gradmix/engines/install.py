@@ -119,19 +119,7 @@ def _build(engine: Any, build: Callable[[], None], given: Mapping[str, Any], blo
     everyone = ConsistencyCheck(group_of([range(dist.get_world_size())], "gloo"))
     _check_equal(given, block, everyone)
     configure = engine._configure_zero_optimizer
-    reporters = []
-
-    def context() -> EngineContext:
-        parallel = find_parallel_groups(engine, everyone, block)
-        reporters.append(StepReporter(engine, block, parallel))
-        return EngineContext(
-            block,
-            parallel,
-            lambda: int(engine.global_steps),
-            lambda: _samples_of_replica(engine) * parallel.workers.num_replicas,
-            reporters[0],
-            sums_gradients=not engine.gradient_average,
-        )
+    context = functools.cache(functools.partial(_context_of, engine, everyone, block))
 
     def configure_zero_optimizer(optimizer: Any) -> Any:
         stock = engine_module.DeepSpeedZeroOptimizer
@@ -154,17 +142,27 @@ def _build(engine: Any, build: Callable[[], None], given: Mapping[str, Any], blo
         adapter.install()
     reducer: GradientReducer = engine.optimizer.gradmix
     reporting.announce_rules(engine, config, block, reducer.parallel)
-    reporters[0].attach()
-    if engine.wall_clock_breakdown():
-        reducer.clock.timer = engine.timers(KEY)
-        engine.engine_timers.global_timers.append(KEY)
+    context().report.attach(reducer)
     if isinstance(reducer.weights, ExtrapolatedWeights):
         _attach(engine, adapter, reducer, reducer.weights)
 
 
-def _samples_of_replica(engine: Any) -> int:
-    """Of a step; DeepSpeed's `train_batch_size` may count ranks that share a replica."""
-    return int(engine.train_micro_batch_size_per_gpu()) * int(engine.gradient_accumulation_steps())
+def _context_of(engine: Any, everyone: ConsistencyCheck, block: GradmixConfig) -> EngineContext:
+    """The context of an engine that has its process groups; a call of all ranks."""
+    parallel = find_parallel_groups(engine, everyone, block)
+
+    def batch() -> int:  # DeepSpeed's `train_batch_size` may count ranks that share a replica
+        of_replica = engine.train_micro_batch_size_per_gpu() * engine.gradient_accumulation_steps()
+        return int(of_replica) * parallel.workers.num_replicas
+
+    return EngineContext(
+        block,
+        parallel,
+        lambda: int(engine.global_steps),
+        batch,
+        StepReporter(engine, block, parallel),
+        sums_gradients=not engine.gradient_average,
+    )
 
 
 def _attach(engine: Any, adapter: Any, reducer: GradientReducer, weights: ExtrapolatedWeights) -> None:

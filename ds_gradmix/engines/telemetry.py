@@ -142,8 +142,13 @@ class StepReporter:
 
     # --- what is attached to the engine ---
 
-    def attach(self) -> None:
-        """Look at the first batch for its sequences' length, and end the run at an alarm if asked to."""
+    def attach(self, reducer: GradientReducer) -> None:
+        """Have DeepSpeed's timers measure our part where it breaks down its time, look at the first batch for
+        its sequences' length, and end the run at an alarm if asked to.
+        """
+        if self._engine.wall_clock_breakdown():
+            reducer.clock.timer = self._engine.timers(KEY)
+            self._engine.engine_timers.global_timers.append(KEY)
         if self._settings is None:
             return
         if self._tokens is None:

@@ -73,17 +73,7 @@ class GradientReducer:
         self._sequence = parallel.sequence if parallel.sum_sequence_ranks else None  # to be summed over
         self.clock = Stopwatch(params.device)  # of what is done here, without DeepSpeed's own reduction
         self._sums = StepStats(params.device)
-        self._groups: dict[tuple[int, ...], GroupReduction] = {}
-        # Experts are spread over several data-parallel ranks: their gradient is the sum over a smaller group
-        # of workers, divided by the number of all.
-        for workers in (*parallel.experts.values(), parallel.workers):
-            share = weight_sum * workers.size / parallel.workers.size
-            weighting = Weighting(config, workers, params.infos, self._sums, share)
-            weighting.averaged = self.transport is Transport.RESCALED
-            exchange = Exchange(weighting, self.momentum)
-            watch = watch_over(exchange, self.transport, parallel, params.names)
-            group = GroupReduction(exchange, self.transport, watch, self.clock)
-            self._groups[workers.ranks] = group
+        self._groups = self._divide(weight_sum)
         self._backward = Backward()
         self._step = _Step()
         mixing = [group.exchange.state for group in self._groups.values()]
@@ -93,6 +83,20 @@ class GradientReducer:
         self._may_skip = self.transport is not Transport.STOCK and (
             config.mixing.needs_gram or config.nonfinite == "drop"
         )
+
+    def _divide(self, weight_sum: float) -> dict[tuple[int, ...], GroupReduction]:
+        """The groups of workers by their ranks. Experts are spread over several data-parallel ranks: their
+        gradient is the sum over a smaller group of workers, divided by the number of all.
+        """
+        groups, parallel, params = {}, self.parallel, self._params
+        for workers in (*parallel.experts.values(), parallel.workers):
+            share = weight_sum * workers.size / parallel.workers.size
+            weighting = Weighting(self.config, workers, params.infos, self._sums, share)
+            weighting.averaged = self.transport is Transport.RESCALED
+            exchange = Exchange(weighting, self.momentum)
+            watch = watch_over(exchange, self.transport, parallel, params.names)
+            groups[workers.ranks] = GroupReduction(exchange, self.transport, watch, self.clock)
+        return groups
 
     def workers_of(self, group: Any) -> WorkerGroup:
         """The workers of a process group: the data-parallel one, or one of experts."""

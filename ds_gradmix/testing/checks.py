@@ -48,23 +48,28 @@ def check_rule(rule: Rule) -> None:
         require(bool(type(rule).model_config.get("frozen")), "it must be frozen: leave model_config as it is")
         resumed: Any = type(rule).model_validate_json(rule.model_dump_json())
         require(resumed == rule, "its params differ after a way through JSON, as in ds_config.json")
-        if isinstance(rule, GradientFreeMixing):
-            check_weights(rule, resumed)
-        elif isinstance(rule, GramianMixing):
-            check_decisions(rule, resumed)
-            check_state(rule, resumed)
-        elif isinstance(rule, NormMixing):
-            check_norms(rule, resumed)
-        elif isinstance(rule, Scaling):
-            check_scaling(rule, resumed)
-        elif isinstance(rule, Extrapolation):
-            check_extrapolation(rule, resumed)
+        _check_functions(rule, resumed)
         if not isinstance(rule, Extrapolation):
             _check_combination(GradmixConfig.model_validate({slot: rule}))
     except (AssertionError, NotARule) as error:
         raise AssertionError(f"{rule!r}: {error}") from error
     if waiting := _waiting_operations(rule):
         warnings.warn(f"{rule!r}: the host waits for a GPU in {', '.join(sorted(waiting))}", stacklevel=2)
+
+
+def _check_functions(rule: Rule, resumed: Any) -> None:
+    """The functions that a rule of its kind has."""
+    if isinstance(rule, GradientFreeMixing):
+        check_weights(rule, resumed)
+    elif isinstance(rule, GramianMixing):
+        check_decisions(rule, resumed)
+        check_state(rule, resumed)
+    elif isinstance(rule, NormMixing):
+        check_norms(rule, resumed)
+    elif isinstance(rule, Scaling):
+        check_scaling(rule, resumed)
+    elif isinstance(rule, Extrapolation):
+        check_extrapolation(rule, resumed)
 
 
 def _check_combination(config: GradmixConfig) -> None:

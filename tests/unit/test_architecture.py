@@ -47,19 +47,20 @@ IMPORT_TORCH_DISTRIBUTED = {"comm", "engines", "megatron", "__main__"}
 # For what version 0.1.0 could do first (5,500); rules from outside (250), optimizers (100), and sketches with
 # exchanges by node, their costs and settings (380), and params that depend on others, or on the number of
 # workers (60), add to it.
-MAX_LINES = 6290
+MAX_LINES = 6520
 # Modules and packages that came later have their own limits.
 MAX_LINES_OF_NEW = {
     ("comm.peers", "engines.deepspeed_api", "engines.engine_request"): 400,
-    ("rules.lookup", "rules.scaling.andmask", "exchange.mixing_state", "testing"): 750,
+    ("rules.lookup", "rules.scaling.andmask", "exchange.mixing_state", "testing"): 860,
     ("optim", "engines.optimizer_install", "engines.optimizer_layout", "engines.optimizer_section"): 950,
     ("ops.gram",): 70,
     ("rules.mixing.adacons", "rules.mixing.adasum", "rules.mixing.geometricmedian"): 230,
     ("rules.mixing.krum", "rules.mixing.multikrum", "rules.mixing.torchjd"): 360,
-    ("cli", "commands"): 800,
+    ("cli", "commands"): 810,
     ("ops.sketch", "ops.agreement", "ops.kernels", "exchange.sketched"): 500,
-    ("exchange.observer", "exchange.participation", "exchange.watch", "ops.cosines", "ops.stopwatch"): 500,
-    ("telemetry", "engines.telemetry", "engines.places"): 800,
+    ("rules.mixing.guard", "rules.mixing.normclip", "ops.cosines", "exchange.group_reduction"): 400,
+    ("exchange.observer", "exchange.parameter_observer", "exchange.participation", "exchange.watch"): 480,
+    ("telemetry", "engines.telemetry", "engines.places", "ops.stopwatch"): 800,
     ("report",): 970,
 }
 MAX_LINES_OF_FILE = 300

@@ -114,14 +114,14 @@ def test_a_number_that_becomes_a_list_and_back(tmp_path: Path) -> None:
 
 def test_parameters_are_joined_by_layer(tmp_path: Path) -> None:
     def about(norm: float, cosine: float, noise: float) -> dict[str, float]:
-        return {"norm": norm, "mean_cosine": cosine, "noise_scale": noise}
+        return {"norm": norm, "agreement": cosine, "noise_scale": noise}
 
     first = {"m.layers.0.q.weight": about(3, 0.1, 1), "m.layers.0.o.weight": about(4, 0.3, 5)}
-    second = {**first, "head.weight": {"norm": 2.0, "mean_cosine": None}, "bias": about(1, 0, 1)}
+    second = {**first, "head.weight": {"norm": 2.0, "agreement": None}, "bias": about(1, 0, 1)}
     run = read(step(1, parameters=first), step(2, parameters=second), folder=tmp_path)
     assert run.layers == ["m.layers.0", "head", "bias"]
     np.testing.assert_allclose(run.series["layer_norm"].values, [[5, np.nan, np.nan], [5, 2, 1]])
-    np.testing.assert_allclose(run.series["layer_mean_cosine"].values[1], [0.2, np.nan, 0], atol=1e-7)
+    np.testing.assert_allclose(run.series["layer_agreement"].values[1], [0.2, np.nan, 0], atol=1e-7)
     np.testing.assert_allclose(run.series["layer_noise_scale"].values[1], [3, np.nan, 1])
 
 

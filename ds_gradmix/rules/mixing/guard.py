@@ -5,11 +5,13 @@ from pydantic import Field
 from torch import Tensor
 from typing_extensions import Self
 
+from ds_gradmix.costs.model import RuleCost
 from ds_gradmix.ops.cosines import agreement, median
 from ds_gradmix.rules.base import NormMixing
 from ds_gradmix.rules.decision import MixingDecision
 from ds_gradmix.rules.mixing.normclip import clip_factors
 
+_LAUNCHES = 70
 _STEPS_BEFORE = 5  # in which nobody is left out
 
 
@@ -46,6 +48,10 @@ class Guard(NormMixing):
     @classmethod
     def examples(cls) -> tuple[Self, ...]:
         return cls(), cls(max_norm_ratio=1.2, agreement=0.9, smoothing=0.5)
+
+    def cost(self, num_workers: int) -> RuleCost:
+        """Small operations on W numbers; what is observed after the step is in no decision's way."""
+        return RuleCost(launches=_LAUNCHES, state_numbers=2 * num_workers)
 
     def initial_state(self, num_workers: int) -> Tensor:
         """The running sum of agreement of each worker, and how many steps it has."""

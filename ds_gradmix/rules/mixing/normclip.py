@@ -1,9 +1,12 @@
 import torch
 from torch import Tensor
 
+from ds_gradmix.costs.model import RuleCost
 from ds_gradmix.ops.cosines import median
 from ds_gradmix.rules.base import NormMixing
 from ds_gradmix.rules.decision import MixingDecision
+
+_LAUNCHES = 50
 
 
 class NormClip(NormMixing):
@@ -13,6 +16,10 @@ class NormClip(NormMixing):
     Ours; the norm bound that robust aggregation is often compared with (Sun et al. 2019, arXiv 1911.07963),
     with the median for the bound.
     """
+
+    def cost(self, num_workers: int) -> RuleCost:
+        """Small operations on W numbers."""
+        return RuleCost(launches=_LAUNCHES)
 
     def decide_from_norms(self, norms_SW: Tensor, present_W: Tensor, state_KW: Tensor) -> MixingDecision:
         """Weights of the workers present."""
