@@ -73,7 +73,7 @@ class StepReporter:
             lists = numbers.by_worker(told.reading, told.kept)
             events += [self._change(change) for change in told.changes]
         if self._settings is not None:
-            offset = None if reducer.weights is None else reducer.weights.read_offset_ratio()
+            offset = None if reducer.weights is None else reducer.weights.offset_ratio
             effort = {"seconds": reducer.clock.read(), "bytes_sent": TRAFFIC.read()}
             reducer.stats = {
                 **reducer.stats,

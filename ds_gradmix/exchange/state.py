@@ -26,7 +26,8 @@ class WorkerWeights(Protocol):
     def post_step(self, *, keep: bool) -> None:
         """The optimizer has taken the step or left it out."""
 
-    def read_offset_ratio(self) -> float | None:
+    @property
+    def offset_ratio(self) -> float | None:
         """The length of the offset by that of the weights, if it was measured."""
 
     def forget(self) -> None:

@@ -219,10 +219,10 @@ class ExtrapolatedWeights:
                 squares_2 += torch.stack([torch.linalg.vector_norm(part).double() for part in parts]).square()
         self._offset_ratio = (squares_2[0] / squares_2[1]).sqrt()
 
-    def read_offset_ratio(self) -> float | None:
-        """The last that was measured since the last reading; the host waits for the device here."""
-        found, self._offset_ratio = self._offset_ratio, None
-        return None if found is None else float(found)
+    @property
+    def offset_ratio(self) -> float | None:
+        """The last that was measured; the host waits for the device here."""
+        return None if self._offset_ratio is None else float(self._offset_ratio)
 
     def _add_to(self, weights: Tensor, past: Tensor, scale: float | Tensor, random: torch.Generator) -> None:
         """Move a stretch of memory with one scale, by its past gradients, which the weights replace."""

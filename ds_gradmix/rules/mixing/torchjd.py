@@ -18,6 +18,7 @@ from ds_gradmix.rules.decision import MixingDecision
 
 _INSTALL = "pip install ds_gradmix[torchjd]"
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
+_MOST_TRIED = 256  # workers; some weightings take minutes for thousands
 _STREAM = 2  # of random numbers, independent of those that other rules draw at the same key
 
 
@@ -80,6 +81,8 @@ class TorchJD(GramianMixing):
             if isinstance(value, list) and len(value) != num_workers:
                 allowed = f"a list of {num_workers} numbers, one for each worker"
                 return WrongParam(name, allowed, "change it, or remove it for the default")
+        if num_workers > _MOST_TRIED:
+            return None
         reason = _reason(self.weighting, self.model_dump_json(), num_workers)
         if reason is None:
             return None
