@@ -58,12 +58,14 @@ def stats(engine: Any) -> dict[str, float]:
     first step.
 
     Returns:
-        `kept_fraction` of the workers with a weight other than 0, `effective_workers` (1 / sum of squared
-        weights), `agreed_fraction` of the decisions in which workers agreed, `mean_cosine` between different
-        workers (where a rule needs it), `mean_factor` of the scaling rule (if any), `dropped_workers`, how
-        often one was left out of a reduction (`nonfinite: "drop"`), `close_calls`, decisions within 3
+        `kept_fraction` of the workers with a weight other than 0, `effective_workers` (the square of the sum
+        of weights by the sum of their squares), `agreed_fraction` of the decisions in which workers agreed,
+        `skipped_buckets`, how many did not, `mean_cosine` between different workers (where a rule needs it),
+        `mean_factor` of the scaling rule and `floor_fraction` at its smallest (if any), `dropped_workers`,
+        how often one was left out of a reduction (`nonfinite: "drop"`), `close_calls`, decisions within 3
         standard errors of a threshold (with `gram: {"sketch": m}`), and `skipped`, 1 if the step was skipped.
-        The same on every rank.
+        With `telemetry` also what docs/telemetry.md lists, numbers of a worker as `worker_norm/0`; they are
+        those of the last reading. The same on every rank, but for `seconds`, `bytes_sent`, `offset_ratio`.
     """
     from ds_gradmix.engines.install import reducer_of
 

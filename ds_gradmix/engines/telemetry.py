@@ -37,12 +37,12 @@ class StepReporter:
         self._num_steps = 0  # since the last reading
         self._stop: Alarm | None = None
         self._is_first = parallel.model.is_first
-        self._size = parallel.workers.size
+        self._size, self._num_replicas = parallel.workers.size, parallel.workers.num_replicas
         self._tokens = None if settings is None else settings.tokens_per_sample
         self._places = find_places(parallel) if settings is not None or block.mixing.observes else []
         self._alarms = self._file = None
         if settings is not None:
-            scales = bool(engine.fp16_enabled()) and engine.loss_scale() == 0  # dynamically
+            scales = bool(engine.fp16_enabled()) and bool(engine.dynamic_loss_scale())
             self._alarms = Alarms(settings, self._size, scales_loss=scales)
             self._file = self._open(settings.path)
             self._header = {"kind": "run", "rules": block.describe(), "every": settings.every}
@@ -127,7 +127,11 @@ class StepReporter:
         lines, batch = [*events], int(self._engine.train_batch_size())
         if self._header:
             workers = [{"worker": i, "ranks": p.ranks, "hosts": p.hosts} for i, p in enumerate(self._places)]
-            samples = {"samples_per_worker": batch / self._size, "tokens_per_sample": self._tokens}
+            engine, replicas = self._engine, self._num_replicas
+            of_worker = (
+                engine.train_micro_batch_size_per_gpu() * engine.gradient_accumulation_steps() * replicas
+            )
+            samples = {"samples_per_worker": of_worker / self._size, "tokens_per_sample": self._tokens}
             lines.insert(0, {**self._header, **samples, "workers": workers})
             self._header = {}
         scalars = {name: value for name, value in stats.items() if "/" not in name}

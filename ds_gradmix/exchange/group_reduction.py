@@ -93,8 +93,10 @@ class GroupReduction:
                 if any(span.start <= start < span.start + span.length for span in done):
                     output.add_(bucket.load().narrow(0, start, output.numel()).to(output.dtype))
             pending = pending or self.exchange.send(replace(bucket, spans=spans), by_node=True)
-            flat_N = pending.tiled.flat_N
-            decided = backward.decided or self._decide(flat_N, spans, key, pending)
+            decided, flat_N = backward.decided, None
+            if decided is None:
+                flat_N = pending.tiled.flat_N
+                decided = self._decide(flat_N, spans, key, pending)
             self._observe(bucket, spans, flat_N, key)
             pending.combine(decided)
         else:

@@ -28,6 +28,7 @@ from gradmix_pretrain import checkpoint, metrics
 from gradmix_pretrain.faults import DEFAULT_SCALES, KINDS, Training, parse_fault
 from gradmix_pretrain.settings import parse_args
 
+from ds_gradmix.telemetry.alarms import EXIT_STATUS
 from tests.support.cluster import ROOT, Node, cluster, why_no_cluster
 from tests.support.pretraining import undisturbed
 from tests.support.ranks import run_ranks
@@ -299,16 +300,17 @@ def test_batch_script_trains(inputs: dict[str, str], tmp_path: Path) -> None:
     assert (tmp_path / "slurm" / "scontrol.log").read_text() == "scontrol show hostnames node[1-2]\n"
 
 
-@pytest.mark.parametrize("saves", [True, False])
-def test_batch_script_goes_back_into_the_queue_if_it_got_on(tmp_path: Path, saves: bool) -> None:
+@pytest.mark.parametrize(("saves", "status"), [(True, 9), (False, 9), (True, EXIT_STATUS)])
+def test_batch_script_goes_back_into_the_queue_if_it_got_on(tmp_path: Path, saves: bool, status: int) -> None:
+    """And not at an alarm, since it would run into the same worker again."""
     latest = tmp_path / "run" / "checkpoint" / "latest"
     latest.parent.mkdir(parents=True)
     latest.write_text("global_step20")
-    srun = f"#!/bin/sh\n{f'echo global_step40 >{latest}' if saves else ''}\nexit 9\n"
+    srun = f"#!/bin/sh\n{f'echo global_step40 >{latest}' if saves else ''}\nexit {status}\n"
     done = batch_job(tmp_path / "slurm", srun, 7, RUN=f"{tmp_path}/run")
-    assert done.returncode == 9, done.stderr
+    assert done.returncode == status, done.stderr
     told = (tmp_path / "slurm" / "scontrol.log").read_text().splitlines()
-    assert told[1:] == (["scontrol requeue 7"] if saves else [])
+    assert told[1:] == (["scontrol requeue 7"] if saves and status != EXIT_STATUS else [])
 
 
 def test_start_script_hands_options_to_the_launcher(tmp_path: Path) -> None:
@@ -333,6 +335,17 @@ def test_start_script_hands_options_to_the_launcher(tmp_path: Path) -> None:
         pool = runner.fetch_hostfile(args.hostfile)
         active = runner.parse_inclusion_exclusion(pool, args.include, args.exclude)
         assert list(runner.apply_num_nodes_and_gpus(active, args.num_nodes, args.num_gpus)) == hosts
+
+
+def test_the_loop_of_the_document_ends_at_an_alarm(tmp_path: Path) -> None:
+    script = tmp_path / "launch" / "cluster" / "deepspeed.sh"
+    script.parent.mkdir(parents=True)
+    ends = f"[ -e again ] && exit {EXIT_STATUS}\n: >again\nexit 1\n"
+    script.write_text(f"#!/bin/sh\necho x >>{tmp_path}/started\n{ends}")
+    script.chmod(0o755)
+    loop = command("until ").replace("sleep 5", "sleep 0")
+    assert subprocess.run(["bash", "-c", loop], cwd=tmp_path, timeout=20, check=False).returncode == 0
+    assert (tmp_path / "started").read_text() == "x\nx\n"
 
 
 def test_the_drill_of_the_document(tmp_path: Path) -> None:
