@@ -20,6 +20,7 @@ from ds_gradmix.config import SLOTS, GradmixConfig
 from ds_gradmix.engines.deepspeed_api import TESTED_VERSIONS
 from ds_gradmix.optim import Lamb, Lars
 from ds_gradmix.rules import GradientFreeMixing, GramianMixing, NormMixing, Rule, Scaling
+from ds_gradmix.telemetry.settings import TelemetrySettings
 from tests.support import scaling_table, support_matrix
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,13 +122,19 @@ def _key_rows() -> Iterator[Sequence[str]]:
     default = GradmixConfig()
     properties = GradmixConfig.model_json_schema()["properties"]
     for name, schema in properties.items():
-        if name not in SLOTS:
+        if name == "telemetry":
+            yield ["`telemetry`", "`false`", "`true`, `false` or an object", schema["description"]]
+            for key, part in TelemetrySettings.model_json_schema()["properties"].items():
+                usual = f"`{json.dumps(part['default'])}`"
+                yield [f"`telemetry.{key}`", usual, allowed(part), part["description"]]
+        elif name not in SLOTS:
             yield [
                 f"`{name}`",
                 f"`{json.dumps(getattr(default, name))}`",
                 allowed(schema),
                 schema["description"],
             ]
+        if name not in SLOTS:
             continue
         rule = getattr(default, name)
         types = ", ".join(f"`{json.dumps(known.type_name())}`" for known in rules_of(name))
