@@ -68,6 +68,14 @@ EIGHT = {
 MESH = {
     kind: Case(None, layout=Layout(2, sequence=2, kind=kind), stage=1, steps=8) for kind in ("mesh", "config")
 }
+# With what decides nothing in so few steps, and telemetry.
+GUARD = {"mixing": {"type": "Guard", "params": {"agreement": 0.0}}, "telemetry": {"per_parameter": True}}
+GUARDED = {
+    f"guarded {name}": replace(case, block=GUARD)
+    for name, case in {**CASES, **EIGHT}.items()
+    if name in ("tensor ZeRO-2", "pipe ZeRO-0 bf16", "pipe ZeRO-1", "experts ZeRO-2")
+    or name.startswith(("sequence by mpu", "autotp", "pipe and tensor"))
+}
 AGAIN = {f"again {name}": case for name, case in reversed(CASES.items()) if case.stage == 0}
 
 
@@ -83,7 +91,7 @@ def _spawn(cases: dict[str, Case]) -> dict[str, list[Any]]:
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, list[Any]]:
-    return _spawn({**CASES, **MESH, **AGAIN, **EIGHT})
+    return _spawn({**CASES, **MESH, **AGAIN, **EIGHT, **GUARDED})
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +117,30 @@ def test_a_layout_leaves_nothing_to_the_next(results: dict[str, list[Any]]) -> N
     for name in AGAIN:
         before = results[name.removeprefix("again ")]
         assert [rank["local"] for rank in results[name]] == [rank["local"] for rank in before]
+
+
+@pytest.mark.parametrize("name", GUARDED)
+def test_guard_and_telemetry_change_nothing_and_are_the_same_on_every_rank(
+    name: str, results: dict[str, list[Any]]
+) -> None:
+    ranks, stock = results[name], results[name.removeprefix("guarded ")]
+    assert [rank["local"] for rank in ranks] == [rank["local"] for rank in stock]
+    assert drift(ranks) == []
+    for told in zip(*(rank["stats"] for rank in ranks), strict=True):
+        shared = [{k: v for k, v in s.items() if k not in ("seconds", "bytes_sent")} for s in told]
+        assert all(s == shared[0] for s in shared) and {"mean_cosine", "worker_norm/1"} <= shared[0].keys()
+    (state, *others) = [rank["mixing_states"][-1] for rank in ranks]
+    assert all(other == state for other in others) and state[1] == [8.0] * len(state[1])
+
+
+def test_the_same_model_has_the_same_numbers_however_it_is_divided(results: dict[str, list[Any]]) -> None:
+    def numbers(name: str) -> list[float]:
+        found = [results[f"guarded {name}"][0]["stats"][step] for step in (0, -1)]
+        return [s[key] for s in found for key in ("mean_cosine", "trace_covariance", "worker_norm/0")]
+
+    assert numbers("tensor ZeRO-2") == pytest.approx(numbers("sequence by mpu ZeRO-2"), rel=1e-4)
+    bf16 = "pipe and tensor ZeRO-1 bf16 fp32 sums"
+    assert numbers("pipe ZeRO-1") == pytest.approx(numbers(bf16), rel=0.05)
 
 
 def test_every_weight_is_trained(references: dict[str, list[Any]]) -> None:

@@ -70,13 +70,23 @@ def announcements() -> dict[str, list[str]]:
 
 
 def monitored(folder: str) -> list[tuple[list[str], dict[str, float]]]:
-    """What was logged after the engine was built, and the last step's numbers."""
+    """What was logged after the engine was built, and the last step's numbers; once with telemetry, and with
+    DeepSpeed's timers.
+    """
     found = []
     for stage in (0, 2):
         monitor = {"enabled": True, "output_path": folder, "job_name": f"stage {stage}"}
-        config = {"csv_monitor": monitor, "steps_per_print": 2}
-        case = Case(GAF, stage=stage, config=config, steps=2)
+        config = {"csv_monitor": monitor, "steps_per_print": 2, "wall_clock_breakdown": stage == 2}
+        case = Case(GAF | {"telemetry": stage == 2}, stage=stage, config=config, steps=2)
         engine = build(case)
+        log, path = engine.timers.log, Path(folder) / f"timers {engine.global_rank}"
+
+        def noting(names: list[str], *args: Any, log: Any = log, path: Path = path, **kwargs: Any) -> None:
+            with path.open("a") as file:
+                file.write(f"{names} {engine.timers('gradmix').elapsed(reset=False)}\n")  # noqa: B023
+            log(names, *args, **kwargs)
+
+        engine.timers.log = noting
         with log_lines() as lines:
             told = train(engine, case)["stats"]
         found.append((lines, told[-1]))
@@ -89,9 +99,16 @@ def test_decisions_are_told_to_monitors_and_the_log(tmp_path: Path) -> None:
         lines = (tmp_path / f"stage {stage}" / "Train_GradMix_kept_fraction.csv").read_text().splitlines()
         assert [line.split(",")[0] for line in lines] == ["step", "8", "16"]  # samples
     for lines, numbers in first:
-        told = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+        told = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items() if "/" not in name)
         assert lines == [f"ds_gradmix: step 2: {told}"] and "kept_fraction" in numbers
     assert not any(lines for lines, _ in second)
+    for name in ("worker_norm_0", "worker_agreement_1", "noise_scale", "seconds"):
+        lines = (tmp_path / "stage 2" / f"Train_GradMix_{name}.csv").read_text().splitlines()
+        number = first[1][1][name.replace("norm_", "norm/").replace("agreement_", "agreement/")]
+        assert len(lines) == 3 and float(lines[-1].split(",")[1]) == number
+    timers = (tmp_path / "timers 0").read_text().splitlines()
+    ours = [line for line in timers if "'gradmix'" in line]
+    assert len(ours) == 2 and all(float(line.split()[-1]) > 0 for line in ours)
 
 
 def test_rank_0_says_in_one_line_what_is_active() -> None:
