@@ -1,7 +1,7 @@
-"""Measures step times on 2 ranks: with each extrapolation rule against without one, or with LAMB and LARS
-against AdamW.
+"""Measures step times on 2 ranks: with each extrapolation rule against without one, with LAMB and LARS
+against AdamW, or with telemetry and with Guard against the mean alone.
 
-    python benchmarks/step_time.py [--optimizers] [--stage 2] [--dtype fp32] [--tokens 2048]
+    python benchmarks/step_time.py [--optimizers | --telemetry] [--stage 2] [--dtype fp32] [--tokens 2048]
 
 The model is a sequence of matrices, and the batch has as many tokens as that of a small language model on a
 rank, so that a step computes about as much for each parameter as in training. Quote the median, since single
@@ -29,9 +29,14 @@ ADAMW: dict[str, Any] = {"type": "AdamW", "params": {"lr": 1e-4, "weight_decay":
 LAYERWISE = {name: {"type": name, "params": {"lr": 1e-4, "weight_decay": 0.01}} for name in ("Lamb", "LARS")}
 
 
-def variants(optimizers: bool) -> dict[str, dict[str, Any]]:
+def variants(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """What is compared, as parts of a ds_config; the first is what the others are compared with."""
-    if optimizers:
+    if options.telemetry:
+        blocks: dict[str, dict[str, Any]] = {"mean": {}, "mean with telemetry": {"telemetry": {"every": 10}}}
+        blocks["Guard"] = {"mixing": {"type": "Guard"}}
+        blocks["mean once more"] = {}  # shows how far from 1 a ratio is by chance
+        return {name: {"gradmix": block} for name, block in blocks.items()}
+    if options.optimizers:
         return {"AdamW": {}, **{name: {"optimizer": section} for name, section in LAYERWISE.items()}}
     rules = {"none": {}, **usual_blocks("extrapolation")}
     return {name: {"gradmix": block} for name, block in rules.items()}
@@ -80,7 +85,7 @@ def rank_main(rank: int, options: argparse.Namespace, port: int) -> None:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled first
     deepspeed.init_distributed("gloo", verbose=False)
-    engines = {name: build(options, variant) for name, variant in variants(options.optimizers).items()}
+    engines = {name: build(options, variant) for name, variant in variants(options).items()}
     for engine in engines.values():
         step_seconds(engine, options.tokens)
     rounds = [
@@ -104,6 +109,7 @@ def main() -> None:
     """Parse the options and start two ranks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=RAW)
     parser.add_argument("--optimizers", action="store_true", help="LAMB and LARS against torch's AdamW")
+    parser.add_argument("--telemetry", action="store_true", help="telemetry and Guard against the mean")
     parser.add_argument("--stage", type=int, choices=(1, 2), default=2)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--width", type=int, default=512)

@@ -216,7 +216,9 @@ def train_step(
     line["loss"] = loss_sum / dist.get_world_size()  # ranks that share a replica have equal losses
     line["grad_norm"] = None if grad_norm is None else float(grad_norm)
     line["skipped"] = engine.skipped_steps > skipped_before
-    return line | stats(engine) | line, num_stopping > 0
+    # Without what differs from run to run, and numbers of each worker: telemetry has a file for these.
+    told = {name: value for name, value in stats(engine).items() if name != "seconds" and "/" not in name}
+    return line | told | line, num_stopping > 0
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ def command(run: Path, extra: Sequence[str]) -> list[str]:
     training = (
         f"--module ds_gradmix launch/pretrain.py --deepspeed_config {config}"
         f" --model configs/models/llama-tiny.json --data {run}/data --out {run} --steps 300 --warmup-steps 20"
-        " --validate-every 30 --validation-windows 128 --checkpoint-every 60"
+        " --validate-every 30 --validation-windows 128 --checkpoint-every 60 --telemetry"
     )
     return [*launcher.split(), *training.split(), *extra]
 

@@ -261,6 +261,14 @@ class GradientReducer:
             (self.momentum.commit if taken else self.momentum.discard)()
         for group in self._groups.values():
             group.exchange.state.end_step(taken=taken)
+        if self.config.telemetry is not None and self.transport is Transport.STOCK:
+            workers = float(self.parallel.workers.size)
+            self.stats = {
+                "kept_fraction": 1.0,
+                "effective_workers": workers,
+                "agreed_fraction": 1.0,
+                **self.stats,
+            }
         if self.stats or self.config.telemetry is not None:
             self.stats = {**self.stats, "skipped": float(not taken)}
         if self.weights is not None:

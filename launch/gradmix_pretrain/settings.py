@@ -59,6 +59,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--validation-windows", type=int, default=256, help="held-out sequences in one validation")
     add("--checkpoint-every", type=int, default=500, help="steps between checkpoints")
     add("--keep-checkpoints", type=int, default=2, help="how many of the newest to keep")
+    add(
+        "--telemetry",
+        action="store_true",
+        help="switched on, with the file OUT/gradmix.jsonl",
+    )
     add("--activation-checkpointing", action="store_true", help="recompute activations in backward")
     add(
         "--tensor-parallel",
@@ -86,6 +91,8 @@ def check(args: argparse.Namespace) -> Inputs:
     ds_config = load_json(args.deepspeed_config, "--deepspeed_config")
     if "optimizer" not in ds_config:
         raise ValueError(f'--deepspeed_config {args.deepspeed_config} has no "optimizer"')
+    if args.telemetry:
+        watch(ds_config, args.out / "gradmix.jsonl")
     model_config = load_model_config(args.model)
     tensor_parallel, pipeline_stages = check_parallelism(args, ds_config, model_config)
     if tensor_parallel > 1:
@@ -118,6 +125,13 @@ def check(args: argparse.Namespace) -> Inputs:
     )
     faults = [parse_fault(text, training) for text in args.fault]
     return Inputs(model_config, ds_config, tokens, length, tensor_parallel, pipeline_stages, faults)
+
+
+def watch(ds_config: dict[str, Any], path: Path) -> None:
+    """Add telemetry to the block, if there is one and it has none."""
+    block = ds_config.get("gradmix")
+    if isinstance(block, dict) and block.get("telemetry", False) in (False, True):
+        block["telemetry"] = {"path": str(path)}
 
 
 def check_parallelism(
