@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -48,6 +49,42 @@ def reduce_as(
 def test_the_host_never_waits(name: str, owners: str, per_worker: int) -> None:
     block = {**BLOCKS[name], "tile_bytes": 8192}
     reduce_as(owners, block, [200] * 8, torch.randn(1600), 4, NoSynchronisation(), per_worker)
+
+
+GUARD: dict[str, Any] = {"mixing": {"type": "Guard"}}
+RARELY: dict[str, Any] = {"telemetry": {"every": 1000, "per_parameter": True}}
+WATCHED: dict[str, dict[str, Any]] = {
+    "guard": GUARD,
+    "guard by parameter": {**GUARD, "scope": "parameter"},
+    "guard exact": {**GUARD, "gram": "exact"},
+    "guard by exchange": {**GUARD, "transport": "exchange"},
+    "guard vrgd": {**GUARD, "scaling": {"type": "VRGD"}},
+    "norm clip": {"mixing": {"type": "NormClip"}},
+    "mean watched": RARELY,
+    "guard watched": {**GUARD, **RARELY},
+    "vrgd watched": {"scaling": {"type": "VRGD", "params": {"momentum": 0.9}}, **RARELY},
+}
+
+
+@pytest.mark.parametrize("name", WATCHED)
+@pytest.mark.parametrize("per_worker", [1, 2])
+def test_the_host_does_not_wait_in_a_step_that_is_not_read(name: str, per_worker: int) -> None:
+    """From the first bucket to what is observed after the optimizer's step, by its first rank."""
+    workers, lengths = SoloWorkers(4, per_worker), [200] * 8
+    block = {"telemetry": {"every": 1000}, **WATCHED[name], "tile_bytes": 8192}
+    reducer = reducer_of(block, workers, len(lengths), 400)
+    bucket = bucket_of(torch.randn(1600), spans_of(lengths), workers, None)
+    for step in range(2):  # the first one plans and allocates
+        with NoSynchronisation() if step else contextlib.nullcontext():
+            reducer.reduce(bucket, RngKey(1, step), last=True)
+            reducer.end_backward(last=True, gradient_scale=1.0)
+            assert not reducer.pre_step(step)
+            assert reducer.post_step(taken=True, step=step, batch=8) is None
+    with pytest.raises(AssertionError, match="tolist makes"), NoSynchronisation():
+        reducer.reduce(bucket, RngKey(1, 999), last=True)
+        reducer.end_backward(last=True, gradient_scale=1.0)
+        reducer.pre_step(999)
+        reducer.post_step(taken=True, step=999, batch=8)
 
 
 def test_waiting_is_noticed() -> None:
