@@ -128,10 +128,11 @@ def check(args: argparse.Namespace) -> Inputs:
 
 
 def watch(ds_config: dict[str, Any], path: Path) -> None:
-    """Add telemetry to the block, if there is one and it has none."""
+    """Have the block, if there is one, write its telemetry to a file, unless it names another."""
     block = ds_config.get("gradmix")
-    if isinstance(block, dict) and block.get("telemetry", False) in (False, True):
-        block["telemetry"] = {"path": str(path)}
+    if isinstance(block, dict):
+        given = block.get("telemetry")
+        block["telemetry"] = {"path": str(path), **(given if isinstance(given, dict) else {})}
 
 
 def check_parallelism(
