@@ -63,17 +63,18 @@ def build(options: argparse.Namespace, variant: dict[str, Any]) -> Any:
     return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
 
 
-def step_seconds(engine: Any, tokens: int) -> tuple[float, float]:
-    """The seconds of a training step on this rank, from a barrier on; and of the optimizer in it."""
+def step_seconds(engine: Any, tokens: int, steps: int) -> tuple[float, float]:
+    """The seconds of so many training steps on this rank, from a barrier on; and of the optimizer in them."""
     parameter = next(engine.parameters())
     x = torch.randn(tokens, parameter.shape[0]).to(parameter.dtype)
     torch.distributed.barrier()
-    start = time.perf_counter()
-    engine.backward(engine(x).square().mean())
-    middle = time.perf_counter()
-    engine.step()
-    end = time.perf_counter()
-    return end - start, end - middle
+    start, optimizer = time.perf_counter(), 0.0
+    for _ in range(steps):
+        engine.backward(engine(x).square().mean())
+        middle = time.perf_counter()
+        engine.step()
+        optimizer += time.perf_counter() - middle
+    return time.perf_counter() - start, optimizer
 
 
 def rank_main(rank: int, options: argparse.Namespace, port: int) -> None:
@@ -87,9 +88,9 @@ def rank_main(rank: int, options: argparse.Namespace, port: int) -> None:
     deepspeed.init_distributed("gloo", verbose=False)
     engines = {name: build(options, variant) for name, variant in variants(options).items()}
     for engine in engines.values():
-        step_seconds(engine, options.tokens)
+        step_seconds(engine, options.tokens, 1)
     rounds = [
-        {name: step_seconds(engine, options.tokens) for name, engine in engines.items()}
+        {name: step_seconds(engine, options.tokens, options.steps) for name, engine in engines.items()}
         for _ in range(options.rounds)
     ]
     first, *others = engines
@@ -116,6 +117,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=2048, help="rows in a rank's batch")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=1, help="in a row, of each in a round")
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]

@@ -227,6 +227,9 @@ class GradientReducer:
         self.check((), "optimizer step")
         telemetry = self.config.telemetry
         self._step.is_read = telemetry is None or (step + 1) % telemetry.every == 0
+        with self.clock:
+            for group in self._groups.values():
+                group.watch.pre_step(is_read=self._step.is_read)
         if self.transport is Transport.STOCK or not (self._step.is_read or self._may_skip):
             return False
         scaled = self.config.scaling is not None

@@ -1,8 +1,9 @@
 """What is known of one group's workers beside the reduction of their gradients: what a rule observes, what
 telemetry measures, and who is left out.
 
-Once a step, after the optimizer's, the first rank has the model's Gram matrix (observer.py). From it come the
-rule's next state, which it sends to all, and the measures of telemetry, which it sends when they are read.
+At the end of a step, or for telemetry once in a few, the first rank has the model's Gram matrix of it
+(observer.py). From it come the rule's next state, which it sends to all, and the measures of telemetry, which
+it sends when they are read.
 """
 
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ from ds_gradmix.rules import NormMixing, RngKey
 from ds_gradmix.rules.apply import observe
 from ds_gradmix.telemetry.measures import Reading, WorkerMeasures, packed_size, unpack
 from ds_gradmix.telemetry.noise_scale import NoiseScale, estimates
+
+_STEPS_TOGETHER = 16  # whose sketches are kept to be exchanged together
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ def watch_over(
     if workers.size == 1 or (telemetry is None and not config.mixing.observes):
         return WorkerWatch(exchange, None)
     group = parallel.model if dense else workers.decision_group
-    exchange.observer = observer = Observer(workers, group, exchange.gram, device)
+    steps = 1 if telemetry is None or config.mixing.observes else min(telemetry.every, _STEPS_TOGETHER)
+    exchange.observer = observer = Observer(workers, group, exchange.gram, steps, device)
     if config.mixing.observes or (telemetry is not None and transport is not Transport.STOCK):
         exchange.participation = Participation(workers.size, device)
     watch = WorkerWatch(exchange, observer, has_telemetry=telemetry is not None)
@@ -89,6 +93,8 @@ class WorkerWatch:
     parameters: ParameterObserver | None = None
     parameter_noise: NoiseScale | None = None
     _maps: tuple[RngKey, SketchMaps] | None = None  # of the latest step
+    _observation: Observation | None = None  # of the steps up to the present one, if it was collected
+    _steps: list[tuple[int, Units]] = field(default_factory=list)  # that are not measured yet
     _units: Units = field(default=Units(1.0, 1, 1))
 
     def before(self, parts: Sequence[Tensor], scale: float = 1.0) -> None:
@@ -112,6 +118,20 @@ class WorkerWatch:
             self._maps = (key, SketchMaps(size, key.generator, device))
         return self._maps[1]
 
+    def pre_step(self, *, is_read: bool) -> None:
+        """All gradients of a step are reduced, and the optimizer is about to take it."""
+        if self.observer is None or not (is_read or self.observer.is_full):
+            return
+        self._observation = observation = self.observer.collect()
+        rule, state = self.exchange.config.mixing, self.exchange.state
+        if isinstance(rule, NormMixing) and rule.observes:
+            next_KW = torch.empty_like(state.values_KW)
+            if observation is not None:
+                next_KW = observe(rule, observation.gram_TWW[-1], state.values_KW).contiguous()
+            if self.observer.group.num_ranks > 1:
+                self.observer.group.broadcast(next_KW)
+            state.observe(next_KW)
+
     def end_step(self, units: Units, step: int) -> None:
         """The optimizer has taken its step, counted from 1, or left it out."""
         self._units = units
@@ -119,17 +139,14 @@ class WorkerWatch:
             participation.end_step(step)
         if self.observer is None:
             return
-        observation = self.observer.collect()
-        rule, state = self.exchange.config.mixing, self.exchange.state
-        if isinstance(rule, NormMixing) and rule.observes:
-            next_KW = torch.empty_like(state.values_KW)
-            if observation is not None:
-                next_KW = observe(rule, observation.gram_WW, state.values_KW).contiguous()
-            if self.observer.group.num_ranks > 1:
-                self.observer.group.broadcast(next_KW)
-            state.observe(next_KW)
-        if self.measures is not None and observation is not None:
-            self._measure(self.measures, observation, units, step)
+        self._steps.append((step, units))
+        if self.measures is not None and self._observation is not None:
+            for observed, (number, of_step) in zip(
+                zip(*self._observation, strict=True), self._steps, strict=True
+            ):
+                self._measure(self.measures, observed, of_step, number)
+        if self.observer.end_step():
+            self._observation, self._steps = None, []
 
     def read_parameters(self) -> dict[str, tuple[float, float, float]]:
         """Length, agreement and noise scale of every parameter, on the first rank; the host waits here."""
@@ -145,11 +162,13 @@ class WorkerWatch:
         table_3P = torch.stack([(squares_P / size).sqrt(), agreement_P, self.parameter_noise.value])
         return dict(zip(self.parameters.names, map(tuple, table_3P.t().tolist()), strict=True))
 
-    def _measure(self, measures: WorkerMeasures, observed: Observation, units: Units, step: int) -> None:
+    def _measure(
+        self, measures: WorkerMeasures, observed: tuple[Tensor, Tensor], units: Units, step: int
+    ) -> None:
         gram_WW, squares_W = (values * units.square_factor for values in observed)
         if self.exchange.workers.ranks_per_worker == 1:  # then lengths are known exactly
             gram_WW = gram_WW.diagonal_scatter(torch.where(squares_W.isfinite(), squares_W, 0.0))
-            finite_W = observed.gram_WW.diagonal().isfinite()
+            finite_W = observed[0].diagonal().isfinite()
             gram_WW = torch.where(finite_W[:, None] & finite_W, gram_WW, float("nan"))
         measures.add(gram_WW, squares_W, units.samples(len(squares_W)), step)
 

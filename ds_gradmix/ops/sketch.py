@@ -42,10 +42,13 @@ class SketchMaps:
         self._size = size
         self._generator = generator
         bits = generator(_STREAM).integers(0, 256, -(-size // 8), dtype=np.uint8)
-        bits_MK = to_device(torch.from_numpy(bits), device)[:, None].bitwise_right_shift(
-            torch.arange(8, dtype=torch.uint8, device=device)
-        )
-        self._signs_M = (bits_MK & 1).flatten()[:size].float().mul_(2).sub_(1)
+        if device.type == "cpu":
+            bits_M = torch.from_numpy(np.unpackbits(bits, bitorder="little"))
+        else:
+            places_K = torch.arange(8, dtype=torch.uint8, device=device)
+            bits_MK = to_device(torch.from_numpy(bits), device)[:, None].bitwise_right_shift(places_K)
+            bits_M = (bits_MK & 1).flatten()
+        self._signs_M = bits_M[:size].float().mul_(2).sub_(1)
 
     def of_length(self, length: int) -> "Sketch":
         """The map for vectors of that length."""

@@ -85,7 +85,7 @@ class Mixing(Rule):
 
     depends_on_gradients: ClassVar[bool] = True
     needs_gram: ClassVar[bool]
-    observes: ClassVar[bool] = False  # whether it is shown the whole model's Gram matrix after each step
+    observes: ClassVar[bool] = False  # whether it is shown the Gram matrix of the whole model in each step
 
     def initial_state(self, num_workers: int) -> Tensor:
         """What the rule keeps of each worker before the first step: `[K, W]`, float64. K is 0 by default."""
@@ -116,9 +116,9 @@ class NormMixing(Mixing):
     """A rule that looks at the lengths of the workers' gradients, and back at the steps before.
 
     Its decision takes W numbers of each bucket, and never waits for a Gram matrix. A rule that `observes` is
-    shown that of the whole model's gradients once a step, after the step, and may keep K numbers of each
-    worker by it: `initial_state` gives them before the first step, `observe` moves them on. Where its weights
-    are all exactly `1/W` the result is bit for bit that of `Mean`.
+    shown that of the whole model's gradients once a step, when they are reduced, and may keep K numbers of
+    each worker by it: `initial_state` gives them before the first step, `observe` moves them on. Where its
+    weights are all exactly `1/W` the result is bit for bit that of `Mean`.
     """
 
     needs_gram: ClassVar[bool] = False
