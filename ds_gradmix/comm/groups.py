@@ -12,19 +12,14 @@ from torch import Tensor
 
 
 class Traffic:
-    """Counts the bytes that this rank gives to collectives for other ranks."""
+    """Counts the bytes that this rank has given to collectives for other ranks, in all engines."""
 
     def __init__(self) -> None:
-        self._bytes = 0.0
+        self.bytes_sent = 0.0
 
     def add(self, num_bytes: float) -> None:
         """Note that so many are sent."""
-        self._bytes += num_bytes
-
-    def read(self) -> float:
-        """The bytes since the last reading."""
-        num_bytes, self._bytes = self._bytes, 0.0
-        return num_bytes
+        self.bytes_sent += num_bytes
 
 
 TRAFFIC = Traffic()

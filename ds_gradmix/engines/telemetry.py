@@ -35,6 +35,7 @@ class StepReporter:
         self._engine = engine
         self._settings = settings = block.telemetry
         self._num_steps = 0  # since the last reading
+        self._bytes_before = 0.0
         self._stop: Alarm | None = None
         self._is_first = parallel.model.is_first
         self._size, self._num_replicas = parallel.workers.size, parallel.workers.num_replicas
@@ -74,7 +75,8 @@ class StepReporter:
             events += [self._change(change) for change in told.changes]
         if self._settings is not None:
             offset = None if reducer.weights is None else reducer.weights.offset_ratio
-            effort = {"seconds": reducer.clock.read(), "bytes_sent": TRAFFIC.read()}
+            effort = {"seconds": reducer.clock.read(), "bytes_sent": TRAFFIC.bytes_sent - self._bytes_before}
+            self._bytes_before = TRAFFIC.bytes_sent
             reducer.stats = {
                 **reducer.stats,
                 **({} if told.reading is None else numbers.scalars(told.reading, self._tokens)),
@@ -142,7 +144,11 @@ class StepReporter:
         lines.append(
             {"kind": "step", **about, **scalars, **lists, **({"parameters": layers} if layers else {})}
         )
-        file.write("".join(json.dumps(numbers.finite(line), allow_nan=False) + "\n" for line in lines))
+        try:
+            file.write("".join(json.dumps(numbers.finite(line), allow_nan=False) + "\n" for line in lines))
+        except OSError as error:  # a full disk must not end a training
+            logger.warning(f"ds_gradmix: {KEY}.telemetry.path is written no more: {error}")
+            self._file = None
 
     # --- what is attached to the engine ---
 
@@ -155,14 +161,16 @@ class StepReporter:
             self._engine.engine_timers.global_timers.append(KEY)
         if self._settings is None:
             return
+        self._bytes_before = TRAFFIC.bytes_sent
         if self._tokens is None:
-            self._hook = self._engine.module.register_forward_pre_hook(self._note_tokens, with_kwargs=True)
+            hook = _FirstBatch(self._note_tokens)
+            self._hook = self._engine.module.register_forward_pre_hook(hook, with_kwargs=True)
         if self._settings.on_alarm == "stop":
             for name in ("step", "train_batch"):
                 if hasattr(self._engine, name):
                     setattr(self._engine, name, self._then_stop(getattr(self._engine, name)))
 
-    def _note_tokens(self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _note_tokens(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self._hook.remove()
         first = kwargs.get("input_ids", args[0] if args else None)
         first = first[0] if isinstance(first, tuple) and first else first
@@ -190,3 +198,16 @@ class StepReporter:
         dist.barrier()
         dist.destroy_process_group()  # or its threads may abort the interpreter, whose status is 1
         sys.exit(EXIT_STATUS)
+
+
+class _FirstBatch:
+    """A forward hook; it does nothing in a copy of the module."""
+
+    def __init__(self, action: Callable[..., None] = lambda *_: None) -> None:
+        self._action = action
+
+    def __call__(self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self._action(args, kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _FirstBatch, ()

@@ -191,6 +191,8 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
     def _gradmix_reduce_copy(self, grads: list[Tensor], communication_data_type: torch.dtype) -> bool:
         """Whether DeepSpeed has nothing left to do."""
         if not grads or (self.gradmix.transport is Transport.STOCK and self._gradmix_weights is None):
+            dtypes = self._gradmix_dtypes(self.dtype, communication_data_type)
+            self.gradmix.watch_alone(grads, dtypes, self.gradmix_context.key)
             return not grads
         flat_N = torch.cat([grad.reshape(-1) for grad in grads])
         self.average_tensor(flat_N, communication_data_type)

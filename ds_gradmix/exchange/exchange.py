@@ -196,7 +196,7 @@ class Exchange:
         """Take a decision on segments of so many elements into the statistics and the rule's state."""
         self.weighting.stats.add_decision(decided.decision, elements_S, decided.present_W)
         if self.participation is not None:
-            self.participation.add(decided.decision.weights_SW, elements_S, decided.present_W)
+            self.participation.add(decided.decision, elements_S, decided.present_W)
         if decided.next_state_SKW is not None:
             self.state.add(decided.next_state_SKW, elements_S)
 

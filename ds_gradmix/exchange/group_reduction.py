@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor
 
 from ds_gradmix.comm.groups import RankGroup
@@ -45,6 +44,11 @@ class GroupReduction:
             size = config.sketch_size or OBSERVED_SKETCH  # lengths of sums over ranks
         self.sketches = None if size is None else SketchedGrams(exchange, size)
 
+    def watch_model(self, grads: Grads, scale: float) -> None:
+        """All gradients are about to be decided on at once; observed as multiplied by a scale."""
+        counted = [grad.detach().reshape(-1) for i, grad in grads if self._infos[i].counted]
+        self.watch.before(counted, scale)
+
     def decide_for_model(
         self, grads: Grads, dtypes: CommDtypes, key: RngKey, model: RankGroup, buckets: Sequence[Bucket]
     ) -> tuple[Decided, list[PendingExchange]]:
@@ -57,8 +61,6 @@ class GroupReduction:
         present_W = exchange.weighting.present([grad for _, grad in alone], model)
         counted = [(i, grad) for i, grad in alone if self._infos[i].counted]
         parts = [grad for _, grad in counted]
-        if exchange.config.mixing.needs_gram:  # for other rules their buckets are watched
-            self.watch.before(parts)
         if self.sketches is not None:
             gram = self.sketches.of([Segment(counted[0][0], parts)] if counted else [], key)
             return exchange.decide_by(gram, present_W, key, model), []
@@ -80,11 +82,8 @@ class GroupReduction:
         combined = backward.combined
         spans = tuple(span for span in bucket.spans if span.param not in combined)
         done = [span for span in bucket.spans if span.param in combined]
-        if backward.decided is None or not self.exchange.config.mixing.needs_gram:
+        if backward.decided is None:
             self.watch.before(self._watched(bucket, spans), bucket.observed_scale)
-        if (observer := self.watch.parameters) is not None and observer.is_due(key):
-            counted = [span for span in spans if self._infos[span.param].counted]
-            observer.add([(span.param, torch.cat(bucket.views([span]))) for span in counted], bucket, key)
         if self.transport is Transport.STOCK:
             self._observe(bucket, spans, None, key)
             self._clock.pause(bucket.replay)
@@ -131,6 +130,11 @@ class GroupReduction:
         """A bucket is about to be reduced, from `flat_N` if that is not None."""
         parts = self._watched(bucket, spans, flat_N)
         self.watch.after(parts, bucket.observed_scale, bucket.dtypes, key)
+        if (observer := self.watch.parameters) is not None and observer.is_due(key):
+            for span in spans:
+                if self._infos[span.param].counted and span.length > 0:
+                    views = bucket.views([span]) if flat_N is None else [span.of(flat_N)]
+                    observer.add(span.param, views, bucket, key)
 
     def _watched(
         self, bucket: Bucket, spans: Sequence[ParamSpan], flat_N: Tensor | None = None

@@ -23,7 +23,7 @@ from ds_gradmix.comm.workers import WorkerGroup
 from ds_gradmix.exchange.bucket import CommDtypes
 from ds_gradmix.exchange.plan import even_sizes
 from ds_gradmix.ops.gram import gram
-from ds_gradmix.ops.multi_tensor import norms
+from ds_gradmix.ops.multi_tensor import squares
 from ds_gradmix.ops.sketch import SketchMaps
 
 
@@ -65,7 +65,7 @@ class Observer:
     def add_length(self, parts: Sequence[Tensor], scale: float) -> None:
         """Take the length of what is about to be reduced: flat views, to be multiplied by a scale."""
         if parts:
-            self._squares_T[self._step] += norms(parts).double().square().sum() * scale**2
+            self._squares_T[self._step] += squares(parts).sum() * scale**2
 
     def add_gram(self, gram_SWW: Tensor) -> None:
         """Take over the Gram matrices of a decision, on the rank that decides."""

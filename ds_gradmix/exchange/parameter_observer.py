@@ -39,23 +39,24 @@ class ParameterObserver:
         self._infos = infos
         self._every = every
         self._held: list[tuple[int, Tensor]] = []
+        self._num_held = 0
+        self._maps: tuple[RngKey, SketchMaps] | None = None  # of the latest step
         self._sums_2P: Tensor | None = None
 
     def is_due(self, key: RngKey) -> bool:
         """Whether the step is one that is read."""
         return (key.step + 1) % self._every == 0
 
-    def add(self, grads: Sequence[tuple[int, Tensor]], bucket: Bucket, key: RngKey) -> None:
-        """Project gradients of a bucket, flat views, by the position of their parameters."""
-        if not grads:
-            return
-        maps = SketchMaps(_SIZE, key.generator, grads[0][1].device)
-        for param, grad in grads:
-            sketch = maps.of_length(grad.numel())
-            sketch_M = grad.new_empty(sketch.size, dtype=torch.float32)
-            sketch.of([grad], sketch_M)
-            self._held.append((self._infos[param].draw, sketch_M.mul_(bucket.observed_scale)))
-        if sum(sketch_M.numel() for _, sketch_M in self._held) >= _HELD:
+    def add(self, param: int, parts: Sequence[Tensor], bucket: Bucket, key: RngKey) -> None:
+        """Project a parameter's gradient in a bucket, flat views of its parts."""
+        if self._maps is None or self._maps[0] != key:
+            self._maps = (key, SketchMaps(_SIZE, key.generator, parts[0].device))
+        sketch = self._maps[1].of_length(sum(part.numel() for part in parts))
+        sketch_M = parts[0].new_empty(sketch.size, dtype=torch.float32)
+        sketch.of(parts, sketch_M)
+        self._held.append((self._infos[param].draw, sketch_M.mul_(bucket.observed_scale)))
+        self._num_held += sketch.size
+        if self._num_held >= _HELD:
             self._exchange()
 
     def _exchange(self) -> None:
@@ -72,7 +73,7 @@ class ParameterObserver:
             if first < last:
                 ids.append(draw)
                 lengths.append(last - first)
-        self._held = []
+        self._held, self._num_held = [], 0
         local = Segments(range(len(ids)), lengths, max(len(ids), 1), rows_WC.device)
         sums_2S = torch.stack([local.sum(values_C) for values_C in _squares(rows_WC)])
         if self._sums_2P is None:

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
 from ds_gradmix.comm.groups import ranks_of
 from ds_gradmix.comm.workers import ParallelGroups, WorkerGroup
 from ds_gradmix.config import GradmixConfig
@@ -72,6 +74,7 @@ class GradientReducer:
         self._tied = {} if self.transport is Transport.STOCK else dict(params.tied)  # combined by `prepare`
         self._sequence = parallel.sequence if parallel.sum_sequence_ranks else None  # to be summed over
         self.clock = Stopwatch(params.device)  # of what is done here, without DeepSpeed's own reduction
+        self.clock.is_on = config.telemetry is not None
         self._sums = StepStats(params.device)
         self._groups = self._divide(weight_sum)
         self._backward = Backward()
@@ -81,7 +84,7 @@ class GradientReducer:
         self.state = RuleState(config, mixing, self.momentum, weights, params.layout, self.watch)
         # Whether a step may be skipped for what the rules decide, so that each has to be read.
         self._may_skip = self.transport is not Transport.STOCK and (
-            config.mixing.needs_gram or config.nonfinite == "drop"
+            config.mixing.may_skip or config.nonfinite == "drop"
         )
 
     def _divide(self, weight_sum: float) -> dict[tuple[int, ...], GroupReduction]:
@@ -189,6 +192,7 @@ class GradientReducer:
             for bucket in buckets
         ]
         group, model = self._groups[self.parallel.workers.ranks], self.parallel.model
+        group.watch_model(grads, 1 / self.divisor)
         self._backward.decided, pending = group.decide_for_model(grads, dtypes, key, model, left)
         return pending
 
@@ -208,6 +212,15 @@ class GradientReducer:
 
     def _combine(self, bucket: Bucket, key: RngKey, pending: PendingExchange | None = None) -> None:
         self._groups[bucket.workers.ranks].reduce(bucket, key, self._backward, pending)
+
+    def watch_alone(self, grads: Sequence[Tensor], dtypes: CommDtypes, key: RngKey) -> None:
+        """Gradients are about to be averaged that make no bucket; where ranks hold parts, or experts, of a
+        model, it is not known whose they are.
+        """
+        if grads and self.parallel.tensor is None and not self.parallel.experts:
+            views = [grad.detach().reshape(-1) for grad in grads]
+            self.watch.before(views, 1 / self.divisor)
+            self.watch.after(views, 1 / self.divisor, dtypes, key)
 
     def end_backward(self, *, last: bool, gradient_scale: float) -> None:
         """All gradients of a backward pass are reduced; all ranks must have come to it."""
@@ -230,6 +243,8 @@ class GradientReducer:
         with self.clock:
             for group in self._groups.values():
                 group.watch.pre_step(is_read=self._step.is_read)
+        if self.transport is Transport.STOCK and self._step.is_read:
+            self.stats = {}
         if self.transport is Transport.STOCK or not (self._step.is_read or self._may_skip):
             return False
         scaled = self.config.scaling is not None

@@ -43,11 +43,11 @@ class WorkerWeights(Protocol):
 class Measured(Protocol):
     """What telemetry keeps over the steps (watch.py)."""
 
-    def state_dict(self) -> dict[str, Any] | None:
+    def state_dict(self) -> dict[str, Any]:
         """This rank's part of a checkpoint."""
 
     def load_state_dict(self, saved: dict[str, Any] | None) -> None:
-        """Take over a checkpoint's, if it fits."""
+        """Take over a checkpoint's if it fits, or start afresh."""
 
 
 @dataclass
@@ -83,6 +83,8 @@ class RuleState:
         if self.momentum is not None:
             self.momentum.reset()
         load_states(self.mixing, [])
+        if self.telemetry is not None:
+            self.telemetry.load_state_dict(None)
         if self.weights is not None:
             self.weights.forget()
         if found := "; ".join([why] if saved is None else self._load(saved)):

@@ -31,6 +31,6 @@ def choose_transport(config: GradmixConfig, num_workers: int, sum_sequence_ranks
     is_mean = isinstance(config.mixing, Mean) and config.nonfinite == "propagate"
     if not sum_sequence_ranks and (num_workers == 1 or (is_mean and by_deepspeed)):
         return Transport.STOCK
-    if by_deepspeed and isinstance(config.mixing, NormMixing) and not sum_sequence_ranks:
+    if by_deepspeed and isinstance(config.mixing, NormMixing | Mean) and not sum_sequence_ranks:
         return Transport.RESCALED
     return Transport.WEIGHTED if by_deepspeed else Transport.EXCHANGE

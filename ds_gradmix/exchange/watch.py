@@ -70,7 +70,7 @@ def watch_over(
     group = parallel.model if dense else workers.decision_group
     steps = 1 if telemetry is None or config.mixing.observes else min(telemetry.every, _STEPS_TOGETHER)
     exchange.observer = observer = Observer(workers, group, exchange.gram, steps, device)
-    if config.mixing.observes or (telemetry is not None and transport is not Transport.STOCK):
+    if dense and transport is not Transport.STOCK:  # those of experts have others to be told of
         exchange.participation = Participation(workers.size, device)
     watch = WorkerWatch(exchange, observer, has_telemetry=telemetry is not None)
     if telemetry is not None and group.is_first:
@@ -179,6 +179,8 @@ class WorkerWatch:
         changes: list[Change] = []
         if self.exchange.participation is not None:
             kept, changes = self.exchange.participation.read()
+        if not self.exchange.config.mixing.observes:  # other rules leave somebody out of many a step
+            changes = []
         reading = None
         if self.has_telemetry and self.observer is not None:
             group, device = self.observer.group, self.exchange.weighting.stats.device
@@ -191,18 +193,18 @@ class WorkerWatch:
             reading = unpack(values.tolist(), size)
         return Told(reading, kept, changes, self.read_parameters())
 
-    def state_dict(self) -> dict[str, Any] | None:
+    def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds: measures on the rank that has them."""
         participation = self.exchange.participation
         return {
             "measures": None if self.measures is None else self.measures.state_dict(),
-            "participation": None if participation is None else participation.state(),
+            "participation": None if participation is None else participation.state_dict(),
         }
 
     def load_state_dict(self, saved: dict[str, Any] | None) -> None:
-        """Take over a checkpoint's; what is of other workers starts afresh."""
+        """Take over a checkpoint's, or start afresh."""
         saved = saved or {}
-        if self.measures is not None and (measures := saved.get("measures")) is not None:
-            self.measures.load_state_dict(measures)
-        if self.exchange.participation is not None and (found := saved.get("participation")) is not None:
-            self.exchange.participation.load(found)
+        if self.measures is not None:
+            self.measures.load_state_dict(saved.get("measures"))
+        if self.exchange.participation is not None:
+            self.exchange.participation.load_state_dict(saved.get("participation"))

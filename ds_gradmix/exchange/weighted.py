@@ -13,7 +13,7 @@ from ds_gradmix.comm.workers import WorkerGroup
 from ds_gradmix.config import GradmixConfig
 from ds_gradmix.exchange.bucket import ParamInfo, ParamSpan, runs_of
 from ds_gradmix.exchange.step_stats import StepStats
-from ds_gradmix.ops.multi_tensor import norms
+from ds_gradmix.ops.multi_tensor import squares
 from ds_gradmix.ops.segments import Segments, to_device
 from ds_gradmix.rules import GradientFreeMixing, MixingDecision, RngKey
 from ds_gradmix.rules.apply import decide_without_gradients
@@ -32,7 +32,7 @@ class Weighting:
     _drawn: tuple[RngKey, npt.NDArray[np.float64]] | None = None
 
     def present(self, grads: Sequence[Tensor], group: RankGroup) -> Tensor:
-        """Which workers count, `[W]`; what is not finite in this one's gradients is zeroed if it does not.
+        """Which workers count, `[W]`; this one's gradients are zeroed if it does not.
         Ranks of the group may hold parts of one worker's gradient: one bad part is enough to leave it out.
         """
         everyone_W = torch.ones(self.workers.size, dtype=torch.bool, device=self.stats.device)
@@ -43,6 +43,8 @@ class Weighting:
             largest = torch.linalg.vector_norm(grad, float("inf")) if grad.numel() else grad.new_zeros(())
             finite = finite * largest.isfinite()
             grad.nan_to_num_(0.0, 0.0, 0.0)
+        for grad in grads:  # all of a worker's that is left out
+            grad.mul_(finite)
         bad_W = torch.zeros_like(everyone_W, dtype=torch.float64)
         bad_W[self.workers.number] = 1.0 - finite
         group.all_reduce(bad_W)  # integers: exact, so the same on every rank
@@ -86,7 +88,7 @@ class Weighting:
         found_SW = torch.zeros(size, dtype=torch.float64, device=device)
         rows = torch.tensor([row for row, parts in enumerate(segments) for _ in parts])
         if len(rows) > 0:
-            squares_P = norms([part for parts in segments for part in parts]).double().square()
+            squares_P = squares([part for parts in segments for part in parts])
             found_SW[:, self.workers.number].index_add_(0, to_device(rows, device), squares_P)
         return found_SW
 

@@ -41,6 +41,11 @@ def norms(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=torch.float32))
 
 
+def squares(tensors: Sequence[Tensor]) -> Tensor:
+    """The sum of squares of each of P tensors, `[P]`, float64: of every finite one it is finite."""
+    return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=torch.float64)).square()
+
+
 def axpby_(a: float, xs: Sequence[Tensor], b: float, ys: Sequence[Tensor]) -> None:
     """`y <- a x + b y` for each pair, in place; x may be of another dtype."""
     if not ys:

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+_SPANS_KEPT = 64
+
 
 class Stopwatch:
     """A context manager that may be entered inside of itself; `timer`, if any, starts and stops with it.
@@ -15,6 +17,7 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self.timer: Any = None  # with start() and stop()
+        self.is_on = True
         self._is_cuda = device.type == "cuda"
         self._depth = 0
         self._began: Any = None
@@ -35,19 +38,25 @@ class Stopwatch:
         """Do what is not our part."""
         if self._depth > 0:
             self._stop()
-        call()
-        if self._depth > 0:
-            self._start()
+        try:
+            call()
+        finally:
+            if self._depth > 0:
+                self._start()
 
     def _start(self) -> None:
-        self._began = self._now()
+        if self.is_on:
+            self._began = self._now()
         if self.timer is not None:
             self.timer.start()
 
     def _stop(self) -> None:
-        if self._is_cuda:
+        if self.is_on and self._is_cuda:
             self._spans.append((self._began, self._now()))
-        else:
+            while len(self._spans) > _SPANS_KEPT and self._spans[0][1].query():  # is over: nobody waits
+                began, ended = self._spans.pop(0)
+                self._seconds += began.elapsed_time(ended) / 1e3
+        elif self.is_on:
             self._seconds += self._now() - self._began
         if self.timer is not None:
             self.timer.stop()

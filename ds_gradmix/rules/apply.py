@@ -63,6 +63,7 @@ def decide_from_norms(
     rule: NormMixing, norms_SW: Tensor, present_W: Tensor, state_KW: Tensor
 ) -> MixingDecision:
     """Weights from the lengths of gradients; NaN where one is not finite, as in `decide_from_gram`."""
+    norms_SW = torch.where(present_W, norms_SW, 0.0)
     decision = rule.decide_from_norms(norms_SW, present_W, state_KW)
     finite_S = norms_SW.isfinite().all(1)
     weights_SW = torch.where(finite_S[:, None], decision.weights_SW, float("nan"))

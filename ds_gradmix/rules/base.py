@@ -85,6 +85,7 @@ class Mixing(Rule):
 
     depends_on_gradients: ClassVar[bool] = True
     needs_gram: ClassVar[bool]
+    may_skip: ClassVar[bool] = True  # whether it may decide that nobody agrees, so that a step is left out
     observes: ClassVar[bool] = False  # whether it is shown the Gram matrix of the whole model in each step
 
     def initial_state(self, num_workers: int) -> Tensor:
@@ -105,6 +106,7 @@ class GradientFreeMixing(Mixing):
     """A rule whose weights do not depend on the gradients, so that it costs no communication."""
 
     depends_on_gradients: ClassVar[bool] = False
+    may_skip: ClassVar[bool] = False
     needs_gram: ClassVar[bool] = False
 
     @abstractmethod
@@ -115,7 +117,8 @@ class GradientFreeMixing(Mixing):
 class NormMixing(Mixing):
     """A rule that looks at the lengths of the workers' gradients, and back at the steps before.
 
-    Its decision takes W numbers of each bucket, and never waits for a Gram matrix. A rule that `observes` is
+    Its decision takes W numbers of each bucket (where a worker has several ranks, whose gradients have a sum
+    that no rank has, a sketch of it), and never waits for a Gram matrix. A rule that `observes` is
     shown that of the whole model's gradients once a step, when they are reduced, and may keep K numbers of
     each worker by it: `initial_state` gives them before the first step, `observe` moves them on. Where its
     weights are all exactly `1/W` the result is bit for bit that of `Mean`.

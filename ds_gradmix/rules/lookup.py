@@ -77,6 +77,8 @@ def check_class(found: object, base: type[Rule]) -> type[Rule]:
     if issubclass(found, GramianMixing):
         both = ("decide", "decide_with_state")
         missing += ["decide"] * all(getattr(found, name) is getattr(GramianMixing, name) for name in both)
+    if issubclass(found, Mixing) and found.observes and not issubclass(found, NormMixing):
+        raise NotARule("only a rule derived from NormMixing observes; this one sees Gram matrices as it is")
     if issubclass(found, NormMixing) and found.observes and found.observe is NormMixing.observe:
         missing.append("observe")
     name, kind = _REQUIRED.get(base, ("model_config", dict))

@@ -64,10 +64,14 @@ class WorkerMeasures:
     def __init__(self, num_workers: int, settings: TelemetrySettings, device: torch.device) -> None:
         self._settings = settings
         self._decay = 1 - 1 / (2.5 * settings.alarm_steps)
-        zeros_W = torch.zeros(num_workers, dtype=torch.float64, device=device)
-        self.noise = NoiseScale((), device)
-        self._means_22W = zeros_W.expand(2, 2, -1).clone()  # of agreement and log length, and squares
         self._others_WW = ~torch.eye(num_workers, dtype=torch.bool, device=device)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Know nothing yet."""
+        zeros_W = torch.zeros(len(self._others_WW), dtype=torch.float64, device=self._others_WW.device)
+        self.noise = NoiseScale((), zeros_W.device)
+        self._means_22W = zeros_W.expand(2, 2, -1).clone()  # of agreement and log length, and squares
         self._num_steps = zeros_W[:1].clone()  # in these means
         self._squares_W = zeros_W - 1  # of the step before
         self._runs_KW = zeros_W.expand(len(KINDS), -1).clone()
@@ -173,18 +177,14 @@ class WorkerMeasures:
         return torch.cat([scalars, *parts, self._runs_KW.flatten(), self._since_KW.flatten()])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint holds; sums of a period that is not over are lost."""
-        names = ("_means_22W", "_num_steps", "_squares_W", "_runs_KW", "_since_KW", "_disagreed_W")
-        return {"noise": self.noise.sums, **{name.strip("_"): getattr(self, name) for name in names}}
+        """What a checkpoint holds: nothing of what looked faulty, which may be mended before a resume."""
+        return {"noise": self.noise.sums}
 
-    def load_state_dict(self, saved: dict[str, Tensor]) -> bool:
-        """Take over a checkpoint's state; False if it is of other workers."""
-        present = self.state_dict()
-        if any(name not in saved or saved[name].shape != value.shape for name, value in present.items()):
-            return False
-        for name, value in present.items():
-            value.copy_(saved[name])
-        return True
+    def load_state_dict(self, saved: dict[str, Tensor] | None) -> None:
+        """Take over a checkpoint's; the rest starts afresh."""
+        self._begin()
+        if saved is not None:
+            self.noise.sums = saved["noise"].to(self.noise.sums)
 
 
 def packed_size(num_workers: int) -> int:

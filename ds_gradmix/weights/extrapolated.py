@@ -98,7 +98,7 @@ class ExtrapolatedWeights:
         elif self.phase is Phase.READY or (self.phase is Phase.NO_GRADIENT and self._window is None):
             self._add_offset(step, learning_rates)
             self.phase = Phase.EXTRAPOLATED
-            if self.measure_every and (step + 1) % self.measure_every == 0:
+            if self._layout.flats and self.measure_every and (step + 1) % self.measure_every == 0:
                 self._measure_offset()
 
     def set_aside(self) -> None:

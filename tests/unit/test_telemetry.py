@@ -11,6 +11,7 @@ import torch
 
 from ds_gradmix.config import ConfigError, parse_block
 from ds_gradmix.exchange.participation import Participation
+from ds_gradmix.rules import MixingDecision
 from ds_gradmix.telemetry.alarms import Alarm, Alarms, Place
 from ds_gradmix.telemetry.measures import KINDS, Reading, WorkerMeasures, packed_size, unpack
 from ds_gradmix.telemetry.noise_scale import DECAY, NoiseScale, estimates
@@ -186,19 +187,22 @@ def test_running_means_are_corrected_and_leave_out_what_is_not_finite() -> None:
     assert math.isnan(float(noise.value[1]))  # no gradient to be told from noise
 
 
-def test_measures_go_on_after_a_checkpoint() -> None:
+def test_the_noise_scale_goes_on_after_a_checkpoint_and_faults_start_afresh() -> None:
+    """A worker that was mended before the resume must not end the run once more."""
     settings = TelemetrySettings()
     straight, resumed = (WorkerMeasures(4, settings, CPU) for _ in range(2))
-    for step, grads in gradients(4, 80, "negative", 2):
-        if step == 65:
-            saved = {name: value.clone() for name, value in resumed.state_dict().items()}
-            resumed = WorkerMeasures(4, settings, CPU)
-            assert resumed.load_state_dict(saved)
+    for step, grads in gradients(4, 110, "negative", 2):
         for measures in (straight, resumed):
             measures.add(grads @ grads.t(), grads.square().sum(1), 8.0, step)
-            measures.begin_period()
-    assert torch.equal(straight.packed()[5:], resumed.packed()[5:])
-    assert not WorkerMeasures(3, settings, CPU).load_state_dict(saved)
+        if step == 100:
+            assert unpack(resumed.packed().tolist(), 4).runs["disagreeing"][BAD] > 20
+            saved = {name: value.clone() for name, value in resumed.state_dict().items()}
+            resumed.load_state_dict(saved)
+            assert not any(map(any, unpack(resumed.packed().tolist(), 4).runs.values()))
+    one, other = (unpack(measures.packed().tolist(), 4) for measures in (straight, resumed))
+    assert one.noise_scale == other.noise_scale and one.runs != other.runs
+    resumed.load_state_dict(None)
+    assert math.isnan(unpack(resumed.packed().tolist(), 4).noise_scale)
 
 
 def test_two_workers_have_numbers_but_no_alarms() -> None:
@@ -218,8 +222,8 @@ def test_participation_tells_of_each_change_once() -> None:
         weights = torch.full((2, 3), 1 / 3).double()
         weights[:, list(left_out)] = 0.0
         with NoSynchronisation():
-            watched.add(weights[:1], 10.0, present)
-            watched.add(weights[1:], 30.0, present)
+            for row, elements in zip(weights, (10.0, 30.0), strict=True):
+                watched.add(MixingDecision(row[None], row[None].any(1)), elements, present)
             watched.end_step(number)
 
     step(1)
@@ -238,8 +242,10 @@ def test_participation_tells_of_each_change_once() -> None:
     assert watched.read()[1] == []
     step(7, 0)
     again = Participation(3, CPU)
-    again.load(watched.state().clone())
-    assert again.read()[1] == []  # what happened before the checkpoint was told then
+    again.load_state_dict({name: value.clone() for name, value in watched.state_dict().items()})
+    assert again.read()[1] == [(0, 7, True)]  # which was not told before the checkpoint
+    step(8, 0, 1, 2)  # nobody agrees, so nobody is left out
+    assert watched.read()[1] == [(0, 7, True), (0, 8, False)]
 
 
 def test_names_of_numbers() -> None:

@@ -35,6 +35,7 @@ class Guard(NormMixing):
     own may be left out.
     """
 
+    may_skip: ClassVar[bool] = False
     observes: ClassVar[bool] = True
 
     max_norm_ratio: float = Field(

@@ -1,3 +1,5 @@
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,8 @@ class NormClip(NormMixing):
     Ours; the norm bound that robust aggregation is often compared with (Sun et al. 2019, arXiv 1911.07963),
     with the median for the bound.
     """
+
+    may_skip: ClassVar[bool] = False
 
     def cost(self, num_workers: int) -> RuleCost:
         """Small operations on W numbers."""
