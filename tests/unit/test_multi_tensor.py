@@ -113,3 +113,9 @@ def test_env_names_the_kernels(apex: AmpC | None, capsys: pytest.CaptureFixture[
     assert line.split(maxsplit=1)[1].startswith(
         "torch._foreach (" if apex is None else "amp_C of NVIDIA apex"
     )
+
+
+def test_squares_of_what_is_finite_are_finite() -> None:
+    huge, tiny = torch.full((10,), 1e20), torch.full((10,), 1e-30, dtype=torch.bfloat16)
+    expected = [float(values.double().square().sum()) for values in (huge, tiny)]
+    assert multi_tensor.squares([huge, tiny]).tolist() == pytest.approx(expected, rel=1e-12)
