@@ -249,7 +249,8 @@ class GradientReducer:
             return False
         scaled = self.config.scaling is not None
         sketched = self.config.mixing.needs_gram and self.config.sketch_size is not None
-        self.stats = self._sums.read(self.parallel, scaled=scaled, sketched=sketched)
+        found = self._sums.read(self.parallel, scaled=scaled, sketched=sketched)
+        self.stats = found if self._step.is_read else {**self.stats, **found}  # with the last reading's
         if not self.parallel.decisions_are_global and not self.config.mixing.observes:
             # Experts have a state of their own, for theirs.
             self.watch.exchange.state.sum_over(self.parallel.model)
