@@ -65,7 +65,8 @@ def stats(engine: Any) -> dict[str, float]:
         how often one was left out of a reduction (`nonfinite: "drop"`), `close_calls`, decisions within 3
         standard errors of a threshold (with `gram: {"sketch": m}`), and `skipped`, 1 if the step was skipped.
         With `telemetry` also what docs/telemetry.md lists, numbers of a worker as `worker_norm/0`; they are
-        those of the last reading. The same on every rank, but for `seconds`, `bytes_sent`, `offset_ratio`.
+        those of the last reading. The same on every rank, but for `seconds`, `bytes_sent`, `offset_ratio`,
+        and in a pipeline `noise_scale_tokens`, which the first stage's ranks know.
     """
     from ds_gradmix.engines.install import reducer_of
 
