@@ -98,7 +98,7 @@ def test_twenty_runs_without_a_fault_give_no_alarm(shared: float) -> None:
     for seed in range(20):
         settings = TelemetrySettings()
         measures, alarms = WorkerMeasures(4, settings, CPU), Alarms(settings, 4, scales_loss=False)
-        for step, grads in gradients(4, 200, None, seed, shared):
+        for step, grads in gradients(4, 150, None, seed, shared):
             measures.add(grads @ grads.t(), grads.square().sum(1), 8.0, step)
             if step % 10 == 0:
                 assert alarms.hear(unpack(measures.packed().tolist(), 4), step) == []
