@@ -4,12 +4,16 @@
 # make pretrain   the environment, then a small language model trained on text this machine has; again: resumes
 #                 CORPUS="files or folders" trains on those, RUN=folder goes there instead of runs/quickstart
 #                 CONFIG=ds_config.json trains by other rules
+# make evidence   the studies of docs/evidence.md that fit into an hour; again: goes on
+#                 STUDY=name trains that one, SEEDS=20 with so many seeds (10)
 
 PYTHON ?= python3
 PROCESSES ?= 2
 RUN ?= runs/quickstart
 CORPUS ?=
 DEEPSPEED ?=
+STUDY ?=
+SEEDS ?= 10
 CONFIG ?= configs/gaf_vrgd_zero2.json
 
 bin := .venv/bin
@@ -25,7 +29,7 @@ accelerator = $$($(bin)/python -c "import torch; print('' if torch.cuda.is_avail
 # those of tests/unit, come last and both processes end together.
 pytest = env $(accelerator) $(bin)/python -m pytest --numprocesses $(PROCESSES)
 
-.PHONY: test test-fast test-deepspeed lint pretrain clean
+.PHONY: test test-fast test-deepspeed lint pretrain evidence clean
 
 # DeepSpeed compiles this when it first starts on a CPU, for minutes: before the tests, or within one's timeout.
 shm_comm = from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as Op; Op().load(verbose=False)
@@ -49,11 +53,16 @@ pretrain: .venv/.ready
 	$(bin)/python launch/prepare.py --out $(RUN)/data $(if $(CORPUS),--corpus $(CORPUS))
 	$(bin)/python launch/quickstart.py
 
+evidence: .venv/.ready
+	$(bin)/python -m benchmarks.evidence.runner $(STUDY) --seeds $(SEEDS)
+	$(bin)/python -m benchmarks.evidence.pictures
+	$(bin)/python -m tests.support.documents
+
 # torch first and alone: what satisfies the pin locally (a CPU wheel, say) is taken, and the rest finds it there.
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(bin)/python -m pip install --quiet -c constraints.txt torch
-	$(bin)/python -m pip install --quiet -c constraints.txt ninja -e '.[pretrain,recipes,report,dev]'
+	$(bin)/python -m pip install --quiet -c constraints.txt ninja -e '.[pretrain,recipes,report,evidence,dev]'
 	touch $@
 
 clean:

@@ -1,12 +1,21 @@
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ds_gradmix.config import GradmixConfig, check_workers, parse_block
 from ds_gradmix.ops.segments import Segments
-from ds_gradmix.rules import GradientFreeMixing, GramianMixing, Mean, NormMixing, RngKey, apply
+from ds_gradmix.rules import GradientFreeMixing, GramianMixing, Mean, Mixing, NormMixing, RngKey, apply
+from ds_gradmix.rules.decision import MixingDecision
+
+
+class RuleState(NamedTuple):
+    """What the rules of a block keep from a step to the next one."""
+
+    mixing_KW: Tensor  # the mixing rule's numbers, float64
+    factors_N: Tensor | None = None  # the running mean of factors, before its bias is corrected
+    steps: int = 0  # that were taken
 
 
 def combine(
@@ -14,11 +23,11 @@ def combine(
     block: GradmixConfig | Mapping[str, Any],
     step: int = 0,
     sizes: Sequence[int] | None = None,
+    state: RuleState | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """Apply a gradmix block to a stack of W workers' gradients, in one process: `g = r * sum_i w_i g_i`.
 
-    The functions are those of training, and the stack is one bucket. `extrapolation` and the momentum of
-    factors have no effect here, and a mixing rule with state has its initial one.
+    The functions are those of training, and the stack is one bucket. `extrapolation` has no effect here.
 
     Args:
         grads_WN: gradients `[W, N]`, one worker a row, float16, bfloat16, float32 or float64; not modified.
@@ -26,11 +35,13 @@ def combine(
         step: optimizer step, which keys everything drawn at random.
         sizes: the lengths of the parameters along N, which add up to N; one parameter if None. Draws by
             parameter (GradientMix) go by position here, and in training by the order of all names, sorted.
+        state: `state` of the step before, for rules that keep something over steps; None at the first.
 
     Returns:
         The combined gradient `[N]`, in the dtype of `grads_WN`, and a dictionary: `weights`, float64 `[W]`,
         or `[P, W]` where they are decided by parameter; `factors`, `[N]`, if the block scales; `skipped`,
-        whether the optimizer step would be skipped, since no worker agreed with another or was finite.
+        whether the optimizer step would be skipped, since no worker agreed with another or was finite;
+        `state`, for the next step.
 
     Raises:
         ValueError: for a mistake in the block (a param may not fit so many workers), in the tensor's shape
@@ -43,45 +54,81 @@ def combine(
     if config.nonfinite == "drop":
         present_W = grads_WN.isfinite().all(1)
         grads_WN = torch.where(present_W[:, None], grads_WN, 0)
-    combined_N, info = _combine(grads_WN, config, present_W, RngKey(config.seed, step), lengths)
+    if state is None:
+        state = RuleState(_mixing(config, grads_WN).initial_state(len(grads_WN)).to(grads_WN.device))
+    combined_N, info = _combine(grads_WN, config, present_W, RngKey(config.seed, step), lengths, state)
     return combined_N.to(grads_WN.dtype), info
 
 
+def _mixing(config: GradmixConfig, grads_WN: Tensor) -> Mixing:
+    return config.mixing if len(grads_WN) > 1 else Mean()
+
+
 def _combine(
-    grads_WN: Tensor, config: GradmixConfig, present_W: Tensor, key: RngKey, lengths: list[int]
+    grads_WN: Tensor,
+    config: GradmixConfig,
+    present_W: Tensor,
+    key: RngKey,
+    lengths: list[int],
+    state: RuleState,
 ) -> tuple[Tensor, dict[str, Any]]:
     params = Segments(list(range(len(lengths))), lengths, max(len(lengths), 1), grads_WN.device)
     by_param = config.weighs_by_parameter
-    segments = params if by_param else Segments([0], [grads_WN.shape[1]], 1, grads_WN.device)
-    mixing = config.mixing if len(grads_WN) > 1 else Mean()
+    sizes = lengths if by_param else [grads_WN.shape[1]]
+    segments = params if by_param else Segments([0], sizes, 1, grads_WN.device)
+    decision, next_KW = _decide(grads_WN, config, present_W, key, (segments, sizes), state.mixing_KW)
+    weights_WS = decision.weights_SW.t().to(torch.promote_types(grads_WN.dtype, torch.float32))
+    skipped = not bool(decision.agreed_S.any())
+    weights = decision.weights_SW if by_param else decision.weights_SW[0]
+    info: dict[str, Any] = {"weights": weights, "skipped": skipped}
+    scaling, factors_N, mean_factors_N = config.scaling, None, None
+    if scaling is None or len(grads_WN) == 1:
+        combined_N = apply.mix(grads_WN, weights_WS, segments)
+        factors_N = None if scaling is None else torch.ones_like(combined_N)
+    else:
+        mean_N, statistics_KN = apply.scaling_statistics(scaling, grads_WN, weights_WS, segments)
+        sums_LP = apply.layer_sums(scaling, mean_N, statistics_KN, params)
+        factors_N = apply.scaling_factors(scaling, mean_N, statistics_KN, sums_LP, params)
+        if decay := scaling.factor_momentum:
+            before_N = torch.zeros_like(factors_N) if state.factors_N is None else state.factors_N
+            mean_factors_N = decay * before_N + (1 - decay) * factors_N
+            factors_N = mean_factors_N / (1 - decay ** (state.steps + 1))
+        combined_N = factors_N * mean_N
+    if factors_N is not None:
+        info["factors"] = factors_N
+    info["state"] = state if skipped else RuleState(next_KW, mean_factors_N, state.steps + 1)
+    return combined_N, info
+
+
+def _decide(
+    grads_WN: Tensor,
+    config: GradmixConfig,
+    present_W: Tensor,
+    key: RngKey,
+    parts: tuple[Segments, list[int]],
+    state_KW: Tensor,
+) -> tuple[MixingDecision, Tensor]:
+    """The weights, and the mixing rule's next state, the mean over what was decided on, by elements."""
+    mixing, (segments, sizes) = _mixing(config, grads_WN), parts
     if isinstance(mixing, GramianMixing):
-        state_KW = mixing.initial_state(len(grads_WN)).to(grads_WN.device)
-        sizes = lengths if by_param else [grads_WN.shape[1]]
         if config.sketch_size is None:
             gram_SWW = segments.gram(grads_WN)
         else:
             gram_SWW = apply.sketched_gram(grads_WN, sizes, config.sketch_size, key)
-        decision = apply.decide_from_gram(mixing, gram_SWW, present_W, key, state_KW).decision
-    elif isinstance(mixing, NormMixing):
-        state_KW = mixing.initial_state(len(grads_WN)).to(grads_WN.device)
+        considered = apply.decide_from_gram(mixing, gram_SWW, present_W, key, state_KW)
+        share_S = torch.tensor(sizes or [0]).to(state_KW) / max(sum(sizes), 1)
+        return considered.decision, torch.einsum("s,skw->kw", share_S, considered.next_state_SKW)
+    if isinstance(mixing, NormMixing):
         norms_SW = torch.stack([segments.sum_of_squares(row_N.double()) for row_N in grads_WN], 1).sqrt()
         decision = apply.decide_from_norms(mixing, norms_SW, present_W, state_KW)
-    else:
-        assert isinstance(mixing, GradientFreeMixing)
-        drawn_SW = torch.from_numpy(mixing.weights(key, len(grads_WN), segments.num_segments))
-        weights_SW = drawn_SW.expand(segments.num_segments, -1).contiguous()  # may be pinned
-        decision = apply.decide_without_gradients(weights_SW, present_W)
-    weights_WS = decision.weights_SW.t().to(torch.promote_types(grads_WN.dtype, torch.float32))
-    weights = decision.weights_SW if by_param else decision.weights_SW[0]
-    info: dict[str, Any] = {"weights": weights, "skipped": not bool(decision.agreed_S.any())}
-    scaling = config.scaling
-    if scaling is None or len(grads_WN) == 1:
-        combined_N = apply.mix(grads_WN, weights_WS, segments)
-        return combined_N, info if scaling is None else {**info, "factors": torch.ones_like(combined_N)}
-    mean_N, statistics_KN = apply.scaling_statistics(scaling, grads_WN, weights_WS, segments)
-    sums_LP = apply.layer_sums(scaling, mean_N, statistics_KN, params)
-    factors_N = apply.scaling_factors(scaling, mean_N, statistics_KN, sums_LP, params)
-    return factors_N * mean_N, {**info, "factors": factors_N}
+        if mixing.observes:
+            whole = Segments([0], [grads_WN.shape[1]], 1, grads_WN.device)
+            state_KW = apply.observe(mixing, whole.gram(grads_WN)[0], state_KW)
+        return decision, state_KW
+    assert isinstance(mixing, GradientFreeMixing)
+    drawn_SW = torch.from_numpy(mixing.weights(key, len(grads_WN), segments.num_segments))
+    weights_SW = drawn_SW.expand(segments.num_segments, -1).contiguous()  # may be pinned
+    return apply.decide_without_gradients(weights_SW, present_W), state_KW
 
 
 def _check(grads_WN: Tensor, sizes: Sequence[int] | None) -> list[int]:

@@ -60,17 +60,29 @@ def prepare(args: argparse.Namespace) -> None:
 
     print(f"{args.out}: {len(train_pieces)} training and {len(validation_pieces)} validation files")
     model = train_tokenizer(train_pieces, args.vocab_size)
-    write_bytes(args.out / "tokenizer.model", [model])
+    meta = write_tokens(args.out, model, train_pieces, validation_pieces, source)
+    print(f"{args.out}: {meta['train_tokens']} training and {meta['validation_tokens']} validation tokens")
+
+
+def write_tokens(
+    out: Path,
+    model: bytes,
+    train_pieces: Sequence[Piece],
+    validation_pieces: Sequence[Piece],
+    source: str,
+) -> dict[str, str | int]:
+    """Encode both parts by a tokenizer into a folder, and complete it; returns what meta.json has."""
+    write_bytes(out / "tokenizer.model", [model])
     tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size() <= 1 << 16 else np.uint32)
     meta: dict[str, str | int] = {"source": source, "vocab_size": tokenizer.vocab_size(), "dtype": dtype.name}
     for name, part in (("train", train_pieces), ("validation", validation_pieces)):
-        num_bytes, digest = write_bytes(args.out / f"{name}.bin", encoded(tokenizer, part, dtype))
+        num_bytes, digest = write_bytes(out / f"{name}.bin", encoded(tokenizer, part, dtype))
         if num_bytes == 0:
             raise ValueError(f"no {name} text: is the corpus UTF-8?")
         meta |= {f"{name}_tokens": num_bytes // dtype.itemsize, f"{name}_sha256": digest}
-    write_bytes(meta_path, [json.dumps(meta, indent=2).encode()])
-    print(f"{args.out}: {meta['train_tokens']} training and {meta['validation_tokens']} validation tokens")
+    write_bytes(out / "meta.json", [json.dumps(meta, indent=2).encode()])
+    return meta
 
 
 def source_signature(pieces: Sequence[Piece], vocab_size: int, num_train: int) -> str:

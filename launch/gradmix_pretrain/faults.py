@@ -162,7 +162,7 @@ class GradientFault:
         """Have the gradients of these replaced, in the steps that `begin` announces."""
         for index, parameter in enumerate(parameters):
             if parameter.requires_grad:
-                parameter.register_hook(partial(self._hook, index))
+                parameter.register_hook(partial(self.replaced, index))
 
     def begin(self, step: int) -> None:
         """Called before every step, in order."""
@@ -173,8 +173,8 @@ class GradientFault:
         if step > self.fault.last:
             self._returned = {}
 
-    def _hook(self, index: int, grad: torch.Tensor) -> torch.Tensor | None:
-        """The gradient to take instead; None leaves it."""
+    def replaced(self, index: int, grad: torch.Tensor) -> torch.Tensor | None:
+        """The gradient to take instead of a parameter's, once in every micro-step; None leaves it."""
         if self._records():
             mean = grad / self._accumulation_steps
             self._recorded[index] = self._recorded[index] + mean if index in self._recorded else mean

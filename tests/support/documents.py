@@ -12,10 +12,13 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import bad_worker
+from benchmarks.evidence import summary
+from benchmarks.evidence.studies import STUDIES
 from ds_gradmix.config import SLOTS, GradmixConfig
 from ds_gradmix.engines.deepspeed_api import TESTED_VERSIONS
 from ds_gradmix.optim import Lamb, Lars
@@ -258,6 +261,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "scaling": scaling_table.table,
     "picture": picture,
     "faults": faults,
+    **{f"evidence {name}": partial(summary.markdown, study) for name, study in STUDIES.items()},
 }
 
 

@@ -1,0 +1,152 @@
+"""What a study found, as numbers and as a table of docs/evidence.md."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from benchmarks.evidence.results import Results, Trial
+from benchmarks.evidence.statistics import Effect, holm, paired, pooled_deviation, power
+from benchmarks.evidence.study import TUNING_SEEDS, Arm, Cell, Study
+
+
+class Comparison(NamedTuple):
+    """A cell at tuned or at fixed learning rates."""
+
+    cell: Cell
+    tuned: bool
+    effect: Effect
+    best: Effect  # of the best evaluation of each run
+    level: float  # the baseline's mean measure
+    diverged: tuple[int, int]  # runs that ended in NaN: treated, baseline
+    holm_p: float = float("nan")
+
+
+def comparisons(results: Results) -> list[Comparison]:
+    """All cells that have results, with p-values corrected over all of these."""
+    found = [
+        comparison
+        for cell in results.study.cells
+        for tuned in (True, False)
+        if not tuned or len(results.study.arms[cell.treated].rates) > 1
+        if (comparison := _compare(results, cell, tuned)) is not None
+    ]
+    corrected = holm([comparison.effect.p for comparison in found])
+    return [comparison._replace(holm_p=p) for comparison, p in zip(found, corrected, strict=True)]
+
+
+def _compare(results: Results, cell: Cell, tuned: bool) -> Comparison | None:
+    pairs = list(_pairs(results, cell, tuned))
+    if len(pairs) < 2:
+        return None
+
+    def effect(best: bool) -> Effect:
+        return paired(
+            *([results.measure(trial, best) for trial in side] for side in zip(*pairs, strict=True))
+        )
+
+    treated, baseline = zip(*pairs, strict=True)
+    level = sum(map(results.measure, baseline)) / len(baseline)
+    diverged = sum(map(results.diverged, treated)), sum(map(results.diverged, baseline))
+    return Comparison(cell, tuned, effect(best=False), effect(best=True), level, diverged)
+
+
+def _pairs(results: Results, cell: Cell, tuned: bool) -> Iterator[tuple[Trial, Trial]]:
+    """Runs from the same seed, of those that were not tuned with."""
+    rates = []
+    for name in (cell.treated, cell.baseline):
+        arm = results.study.arms[name]
+        rates.append(results.tuned_rate(arm) if tuned else arm.fixed_rate)
+    if None in rates:
+        return
+    seeds = sorted({trial.seed for trial in results.lines} - set(TUNING_SEEDS))
+    for seed in seeds:
+        pair = Trial(cell.treated, rates[0], seed), Trial(cell.baseline, rates[1], seed)
+        if all(trial in results.lines for trial in pair):
+            yield pair
+
+
+def expected_power(results: Results, pairs: int) -> tuple[float, float]:
+    """From the tuning seeds alone: the standard deviation of paired differences at the fixed rate, pooled
+    over cells, and the power to find an effect that matters with so many pairs.
+    """
+    groups = []
+    for cell in results.study.cells:
+        arms = [results.study.arms[name] for name in (cell.treated, cell.baseline)]
+        groups.append(
+            [_difference(results, arms, seed) for seed in TUNING_SEEDS if _tried(results, arms, seed)]
+        )
+    deviation = pooled_deviation(groups)
+    return deviation, power(results.study.matters, deviation, pairs)
+
+
+def _tried(results: Results, arms: Sequence[Arm], seed: int) -> bool:
+    trials = [Trial(arm.name, arm.fixed_rate, seed) for arm in arms]
+    return all(trial in results.lines and not results.diverged(trial) for trial in trials)
+
+
+def _difference(results: Results, arms: Sequence[Arm], seed: int) -> float:
+    treated, baseline = (results.measure(Trial(arm.name, arm.fixed_rate, seed)) for arm in arms)
+    return treated - baseline
+
+
+def markdown(study: Study) -> str:
+    """The study's table."""
+    results = Results(study)
+    found = {(comparison.cell, comparison.tuned): comparison for comparison in comparisons(results)}
+    if not found:
+        return f"Not measured yet: `make evidence STUDY={study.name}`.\n"
+    is_tuned = any(len(arm.rates) > 1 for arm in study.arms.values())
+    head = ["setting", "rule", "baseline's level", *["tuned rates"] * is_tuned, "fixed rate"]
+    head += ["best, tuned", "best, fixed"] if study.best_too else []
+    lines = [head, ["---"] * len(head)]
+    before = ""
+    for cell in study.cells:
+        tuned, fixed = found.get((cell, True)), found.get((cell, False))
+        if tuned is None and fixed is None:
+            continue
+        setting, before = ("" if cell.setting == before else cell.setting), cell.setting
+        level = f"{(tuned or fixed).level:.3g}"  # type: ignore[union-attr]
+        line = [setting, cell.rule, level, *[_cell(tuned)] * is_tuned, _cell(fixed)]
+        if study.best_too:
+            line += [_number(c.best) if c else "" for c in (tuned, fixed)]
+        lines.append(line)
+    table = "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    return f"{table}\n{_below(results, [c.effect.pairs for c in found.values()])}\n"
+
+
+def _cell(comparison: Comparison | None) -> str:
+    if comparison is None:
+        return ""
+    text, (treated, baseline) = _number(comparison.effect), comparison.diverged
+    text = f"**{text}**" if comparison.holm_p < 0.05 else text
+    ended = f"; NaN {treated}, baseline {baseline}" if treated or baseline else ""
+    return f"{text} (p {_probability(comparison.holm_p)}{ended})"
+
+
+def _number(effect: Effect) -> str:
+    digits: Callable[[float], str] = "{:.2f}".format if abs(effect.mean) >= 1 else "{:.3f}".format
+    sign = "+" if effect.mean >= 0 else "−"
+    return f"{sign}{digits(abs(effect.mean))} ± {digits(effect.half_width)}"
+
+
+def _probability(p: float) -> str:
+    return "< .001" if p < 0.001 else f"{p:.3f}".removeprefix("0")
+
+
+def _below(results: Results, pairs: Sequence[int]) -> str:
+    study = results.study
+    seeds = f"{min(pairs)}" if min(pairs) == max(pairs) else f"{min(pairs)} to {max(pairs)}"
+    text = (
+        f"{study.unit}, rule minus baseline, ± half of the 95 % interval; {seeds} seeds; p with Holm's "
+        "correction over this table, bold below .05."
+    )
+    deviation, chance = expected_power(results, min(pairs))
+    if not math.isnan(deviation):
+        text += (
+            f" Expected from the tuning seeds, whose paired standard deviation was {deviation:.2g}: an "
+            f"effect of {study.matters:g} is found with a chance of {100 * chance:.0f} %."
+        )
+    return textwrap.fill(text, 110)
