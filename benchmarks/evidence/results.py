@@ -50,10 +50,14 @@ class Results:
             lines = [json.dumps(self.lines[trial]) for trial in sorted(self.lines)]
             self.path.write_text("\n".join(lines) + "\n")
 
-    def measure(self, trial: Trial, best: bool = False) -> float:
-        """A run's last measure, or its best one; `worst` if it ended in NaN."""
+    def measure(self, trial: Trial, at: str = "last") -> float:
+        """A run's measure: the last one, the best one, or the one after a fifth of the steps ("early");
+        `worst` if it ended in NaN before.
+        """
         values = [self._finite(value) for value in self.lines[trial]["curve"]]
-        return min(values) if best else values[-1]
+        if at == "best":
+            return min(values)
+        return values[-1] if at == "last" else values[max(len(values) // 5, 1) - 1]
 
     def _finite(self, value: float | None) -> float:
         return self.study.worst if value is None else min(value, self.study.worst)

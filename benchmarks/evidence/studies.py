@@ -241,7 +241,7 @@ def _study(name: str, title: str, table: Table, **more: Any) -> Study:
 STUDIES: Mapping[str, Study] = {
     study.name: study
     for study in (
-        _study("gaf", "GAF: few micro-batches, noisy labels", gaf_digits(), best_too=True),
+        _study("gaf", "GAF: few micro-batches, noisy labels", gaf_digits(), also="best"),
         _study(
             "vrgd",
             "VRGD: from small batches to all data",
@@ -260,6 +260,7 @@ STUDIES: Mapping[str, Study] = {
                 },
                 ("SGD", "Adam"),
             ),
+            also="early",
         ),
         _study(
             "gradientmix",

@@ -57,7 +57,8 @@ class Study:
         unit: of the measure, of which less is better.
         worst: what a run counts that ends in NaN, or with more than this.
         matters: an effect that a user would care for; the power is estimated for it.
-        best_too: whether the best of the evaluations of a run is compared, besides the last one.
+        also: "best", if the best evaluation of a run is compared besides the last one, or "early", if the one
+            after a fifth of the steps is.
         seeds: how many pairs, whatever is asked for; None for what is asked for.
         in_an_hour: whether `make evidence` trains it without being asked by name.
     """
@@ -69,7 +70,7 @@ class Study:
     matters: float
     arms: Mapping[str, Arm]
     cells: Sequence[Cell]
-    best_too: bool = False
+    also: str | None = None
     seeds: int | None = None
     in_an_hour: bool = True
 

@@ -18,7 +18,7 @@ class Comparison(NamedTuple):
     cell: Cell
     tuned: bool
     effect: Effect
-    best: Effect  # of the best evaluation of each run
+    also: Effect | None  # of another evaluation, as the study says
     level: float  # the baseline's mean measure
     diverged: tuple[int, int]  # runs that ended in NaN: treated, baseline
     holm_p: float = float("nan")
@@ -49,8 +49,9 @@ def _compare(results: Results, cell: Cell, tuned: bool) -> Comparison | None:
 
     treated, baseline = zip(*pairs, strict=True)
     level = sum(map(results.measure, baseline)) / len(baseline)
+    also = None if results.study.also is None else effect(results.study.also)
     diverged = sum(map(results.diverged, treated)), sum(map(results.diverged, baseline))
-    return Comparison(cell, tuned, effect(best=False), effect(best=True), level, diverged)
+    return Comparison(cell, tuned, effect("last"), also, level, diverged)
 
 
 def _pairs(results: Results, cell: Cell, tuned: bool) -> Iterator[tuple[Trial, Trial]]:
@@ -100,7 +101,7 @@ def markdown(study: Study) -> str:
         return f"Not measured yet: `make evidence STUDY={study.name}`.\n"
     is_tuned = any(len(arm.rates) > 1 for arm in study.arms.values())
     head = ["setting", "rule", "baseline's level", *["tuned rates"] * is_tuned, "fixed rate"]
-    head += ["best, tuned", "best, fixed"] if study.best_too else []
+    head += [f"{study.also}, tuned", f"{study.also}, fixed"] if study.also else []
     lines = [head, ["---"] * len(head)]
     before = ""
     for cell in study.cells:
@@ -110,8 +111,8 @@ def markdown(study: Study) -> str:
         setting, before = ("" if cell.setting == before else cell.setting), cell.setting
         level = f"{(tuned or fixed).level:.3g}"  # type: ignore[union-attr]
         line = [setting, cell.rule, level, *[_cell(tuned)] * is_tuned, _cell(fixed)]
-        if study.best_too:
-            line += [_number(c.best) if c else "" for c in (tuned, fixed)]
+        if study.also:
+            line += [_number(c.also) if c and c.also else "" for c in (tuned, fixed)]
         lines.append(line)
     table = "".join("| " + " | ".join(line) + " |\n" for line in lines)
     return f"{table}\n{_below(results, [c.effect.pairs for c in found.values()])}\n"

@@ -7,8 +7,11 @@ squares that are lost.) Rows of float32 are multiplied in float64, since TF32 wo
 On a CPU most of the time of `mm(x.double(), x.double().t())` goes into writing and reading a copy that no
 cache holds. So there the columns are taken 65,536 at a time; products are float32, in sums of 128, and these
 sums are added in float64. They are off by up to 2e-7 for numbers of 8 bits, whose roundings have a bias, and
-by less for others, where GAF tolerates 1e-6; rows that are equal have equal products. Where a square would
-leave float32's range, or could be lost below it, the columns are taken in float64 instead.
+by less for others, where the rules tolerate 1e-6. Where a square would leave float32's range, or could be
+lost below it, the columns are taken in float64 instead.
+
+How a product is summed depends on its place in the matrix with some processors and libraries, so that the two
+halves of the matrix may differ in their last digits; one is taken for both.
 """
 
 import torch
@@ -24,13 +27,13 @@ def gram(values_WC: Tensor) -> Tensor:
     if multiplies_16_bits(values_WC):
         blocks_BWK = _blocks(values_WC)
         products_BWW = torch.bmm(blocks_BWK, blocks_BWK.transpose(1, 2), out_dtype=torch.float32)
-        return products_BWW.sum(0, dtype=torch.float64)
+        return _symmetric(products_BWW.sum(0, dtype=torch.float64))
     if values_WC.device.type != "cpu" or values_WC.dtype == torch.float64:
         return exact_gram(values_WC)
     total_WW = values_WC.new_zeros(len(values_WC), len(values_WC), dtype=torch.float64)
     for chunk_WC in values_WC.split(CACHED_COLUMNS, dim=1):
         total_WW += _gram_of_chunk(chunk_WC)
-    return total_WW
+    return _symmetric(total_WW)
 
 
 def multiplies_16_bits(values_WC: Tensor) -> bool:
@@ -42,7 +45,11 @@ def multiplies_16_bits(values_WC: Tensor) -> bool:
 def exact_gram(values_WC: Tensor) -> Tensor:
     """The same by products in float64: no overflow, and no tensor-core rounding."""
     exact_WC = values_WC.double()
-    return torch.mm(exact_WC, exact_WC.t())
+    return _symmetric(torch.mm(exact_WC, exact_WC.t()))
+
+
+def _symmetric(found_WW: Tensor) -> Tensor:
+    return found_WW.triu() + found_WW.triu(1).t()
 
 
 def _gram_of_chunk(values_WC: Tensor) -> Tensor:

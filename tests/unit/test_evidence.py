@@ -212,7 +212,7 @@ def test_rates_are_tuned_and_runs_compared_by_seed(tmp_path: Path, monkeypatch: 
     """With results made up: the rate is the best on the tuning seeds alone, and pairs are of equal seeds."""
     run = Run(Digits(2, 10))
     arms = {name: Arm(name, replace(run, steps=i), (1.0, 2.0), 1.0) for i, name in enumerate("ab", 1)}
-    study = Study("made", "Made", "Error", 90.0, 0.5, arms, [Cell("here", "b", "b", "a")])
+    study = Study("made", "Made", "Error", 90.0, 0.5, arms, [Cell("here", "b", "b", "a")], also="best")
     results = Results(study, tmp_path)
 
     def add(arm: str, lr: float, seed: int, *curve: Any) -> None:
@@ -229,7 +229,7 @@ def test_rates_are_tuned_and_runs_compared_by_seed(tmp_path: Path, monkeypatch: 
     assert results.tuned_rate(arms["a"]) == 1.0 and results.tuned_rate(arms["b"]) == 2.0
     tuned, fixed = sorted(comparisons(results), key=lambda c: not c.tuned)
     assert (tuned.effect.mean, tuned.effect.half_width, tuned.level) == (-1.0, 0.0, 6.0)
-    assert tuned.best.mean == -1.0 and fixed.diverged == (1, 0)
+    assert tuned.also is not None and tuned.also.mean == -1.0 and fixed.diverged == (1, 0)
     assert math.isclose(fixed.effect.mean, 90 - 6)
     monkeypatch.setattr("benchmarks.evidence.results.RESULTS", tmp_path)
     monkeypatch.setattr("benchmarks.evidence.summary.Results", lambda study: results)

@@ -31,11 +31,14 @@ def test_error_is_far_below_gafs_tolerance(num_rows: int, dtype: torch.dtype) ->
     assert error(rows(num_rows, dtype)) < bound
 
 
-def test_it_is_symmetric_and_rows_that_are_equal_have_equal_products() -> None:
-    values_WC = rows(4)
-    values_WC[2] = values_WC[0]
-    found = gram(values_WC)
-    assert torch.equal(found, found.t()) and found[0, 2] == found[0, 0] == found[2, 2]
+@pytest.mark.parametrize("num_rows", [2, 3, 5, 8, 16])
+def test_it_is_symmetric_and_rows_that_are_equal_have_equal_products(num_rows: int) -> None:
+    """The latter to rounding, which is another one with some processors."""
+    values_WC = rows(num_rows)
+    values_WC[-1] = values_WC[0]
+    for found in (gram(values_WC), gram(values_WC.double())):
+        assert torch.equal(found, found.t())
+        assert torch.allclose(found[0], found[-1], rtol=2e-7, atol=2e-7 * float(found[0, 0]))
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1e-40, 1e25, 1e38])
