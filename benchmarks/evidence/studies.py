@@ -28,13 +28,13 @@ SMOOTH_VRGD: Block = {"scaling": {"type": "VRGD", "params": {"momentum": 0.9}}}
 
 # --- text ---
 
-STEPS, BEGIN = 80, 21
+STEPS, BEGIN = 60, 16
 TEXT_RATES, TEXT_RATE = (0.006, 0.012, 0.024), 0.012
 GUESSING = 6.24  # the natural logarithm of 512: what a run counts that guesses, or does worse
 
 
 def text(block: Block, task: Text, faults: tuple[str, ...] = ()) -> Run:
-    return Run(task, block, "AdamW", STEPS, faults, clipping=1.0, warmup_steps=8, evaluations=4)
+    return Run(task, block, "AdamW", STEPS, faults, clipping=1.0, warmup_steps=6, evaluations=4)
 
 
 def fault(kind: str, worker: int = 0, begin: int = BEGIN, more: str = "") -> str:

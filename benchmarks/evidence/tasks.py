@@ -1,7 +1,8 @@
 """What is learned: handwritten digits by a perceptron, and text by a small Llama.
 
-A task gives the loss of flat weights on one worker's batch, so that `torch.func.vmap` takes the gradients of
-all workers at once. Everything random depends on the seed alone.
+A task gives the losses of all workers at once, each at weights of its own, so that one backward pass takes
+all their gradients: by batched products for the perceptron, by `torch.func.vmap` for the Llama. Everything
+random depends on the seed alone.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from gradmix_pretrain.faults import Fault, with_faults
 from gradmix_pretrain.tokens import Tokens, TrainingWindows, open_tokens, validation_batches
 from torch import Tensor
-from torch.func import functional_call
+from torch.func import functional_call, vmap
 
 from benchmarks.evidence.text import KINDS, folder, prepare
 
@@ -33,8 +34,8 @@ class Problem(Protocol):
     def batch(self, step: int) -> Batch:
         """The data of all workers in a step, counted from 0."""
 
-    def loss(self, views: dict[str, Tensor], *batch: Tensor) -> Tensor:
-        """The loss of one worker's data at the weights `views`."""
+    def losses(self, views: dict[str, Tensor], batch: Batch) -> Tensor:
+        """The loss of every worker's data, `[W]`, at weights that have the workers as first dimension."""
 
     def evaluate(self, views: dict[str, Tensor]) -> float:
         """How good the weights are on held-out data."""
@@ -75,6 +76,8 @@ class DigitsProblem:
         moved = self.generator.random(1200) < task.label_noise
         offset = torch.from_numpy(self.generator.integers(1, 10, 1200))
         self.y = torch.where(torch.from_numpy(moved), (self.true_y + offset) % 10, self.true_y)
+        labels = (self.true_y if task.balance == "true" else self.y).numpy()
+        self.of_class = [np.flatnonzero(labels == digit) for digit in range(10)]
         torch.manual_seed(seed)
         self.module = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
 
@@ -91,16 +94,19 @@ class DigitsProblem:
 
     def _balanced(self, workers: int, per_class: int) -> np.ndarray:
         """So many images of each class for each worker, all different in a step."""
-        labels = self.true_y if self.task.balance == "true" else self.y
-        columns = []
-        for digit in range(10):
-            of_class = np.flatnonzero(labels.numpy() == digit)
-            columns.append(self.generator.permutation(of_class)[: workers * per_class].reshape(workers, -1))
+        columns = [
+            self.generator.permutation(images)[: workers * per_class].reshape(workers, -1)
+            for images in self.of_class
+        ]
         return np.concatenate(columns, axis=1)
 
-    def loss(self, views: dict[str, Tensor], *batch: Tensor) -> Tensor:
+    def losses(self, views: dict[str, Tensor], batch: Batch) -> Tensor:
         x, y = batch
-        return torch.nn.functional.cross_entropy(functional_call(self.module, views, (x,)), y)
+        first, first_bias, second, second_bias = views.values()
+        hidden = torch.baddbmm(first_bias[:, None], x, first.mT).relu()
+        logits = torch.baddbmm(second_bias[:, None], hidden, second.mT)
+        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none")
+        return losses.view(y.shape).mean(1)
 
     def evaluate(self, views: dict[str, Tensor]) -> float:
         x, y = self.test
@@ -186,15 +192,17 @@ class TextProblem:
     def batch(self, step: int) -> Batch:
         return (torch.stack([windows.batch(step, 0) for windows in self.windows]),)
 
-    def loss(self, views: dict[str, Tensor], *batch: Tensor) -> Tensor:
-        (batch_BT,) = batch
+    def losses(self, views: dict[str, Tensor], batch: Batch) -> Tensor:
+        return vmap(self._loss)(views, *batch)
+
+    def _loss(self, views: dict[str, Tensor], batch_BT: Tensor) -> Tensor:
         logits = functional_call(self.module, views, (), {"input_ids": batch_BT}).logits
         return torch.nn.functional.cross_entropy(
             logits[:, :-1].reshape(-1, VOCAB).float(), batch_BT[:, 1:].reshape(-1)
         )
 
     def evaluate(self, views: dict[str, Tensor]) -> float:
-        return float(self.loss(views, self.held_out))
+        return float(self._loss(views, self.held_out))
 
 
 @cache

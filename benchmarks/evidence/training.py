@@ -13,7 +13,6 @@ import torch
 from gradmix_pretrain.faults import GRADIENT_KINDS, Fault, GradientFault, Training, parse_fault
 from gradmix_pretrain.schedule import cosine_with_warmup
 from torch import Tensor
-from torch.func import grad, vmap
 
 from benchmarks.evidence import deepspeed_training
 from benchmarks.evidence.tasks import Digits, Problem, Text
@@ -128,16 +127,12 @@ class _Training:
 
     def _gradients(self, step: int, lr: float) -> Tensor:
         """All workers' gradients `[W, N]`, each taken at its own point, those of bad workers replaced."""
-        batch, theta_N, rule = self.problem.batch(step), self.theta.values_N, self.config.extrapolation
+        batch, rule = self.problem.batch(step), self.config.extrapolation
+        points_WN = self.theta.values_N.expand(self.settings.task.workers, -1)
         offsets_WN = None if rule is None else self._offsets(rule, step, lr)
-
-        def loss(theta_N: Tensor, *batch: Tensor) -> Tensor:
-            return self.problem.loss(self.theta.views(theta_N), *batch)
-
-        if offsets_WN is None:
-            grads_WN = vmap(grad(loss), in_dims=(None, *(0 for _ in batch)))(theta_N, *batch)
-        else:
-            grads_WN = vmap(grad(loss))(theta_N + offsets_WN, *batch)
+        points_WN = (points_WN if offsets_WN is None else points_WN + offsets_WN).clone().requires_grad_()
+        losses_W = self.problem.losses(self.theta.views(points_WN), batch)
+        (grads_WN,) = torch.autograd.grad(losses_W.sum(), points_WN)
         for fault in self.gradient_faults:
             fault.begin(step + 1)
             row_N = grads_WN[fault.fault.rank]
@@ -184,11 +179,9 @@ class Weights:
         self.parameters = [torch.nn.Parameter(view) for view in self.views(self.values_N).values()]
 
     def views(self, flat_N: Tensor) -> dict[str, Tensor]:
-        """A flat tensor's parts in the shapes of the parameters, by name."""
-        parts = flat_N.split(self.sizes)
-        return {
-            name: part.view(shape) for part, (name, shape) in zip(parts, self.shapes.items(), strict=True)
-        }
+        """A flat tensor's parts in the shapes of the parameters, by name; dimensions before N stay."""
+        parts = zip(flat_N.split(self.sizes, dim=-1), self.shapes.items(), strict=True)
+        return {name: part.unflatten(-1, shape) for part, (name, shape) in parts}
 
     def set_gradients(self, gradient_N: Tensor) -> None:
         for parameter, part in zip(self.parameters, self.views(gradient_N).values(), strict=True):

@@ -15,6 +15,7 @@ import pytest
 import torch
 from gradmix_pretrain.tokens import Tokens
 from scipy import stats
+from torch.func import functional_call
 
 from benchmarks.evidence import runner, tasks, training
 from benchmarks.evidence.results import Results, Trial
@@ -40,7 +41,8 @@ def _replay(run: Run, lr: float, seed: int, steps: int) -> torch.Tensor:
         rows = []
         for x, y in zip(*problem.batch(step), strict=True):
             leaves = [w.clone().requires_grad_() for w in weights]
-            loss = problem.loss(dict(zip(names, leaves, strict=True)), x.double(), y)
+            logits = functional_call(problem.module, dict(zip(names, leaves, strict=True)), (x.double(),))
+            loss = torch.nn.functional.cross_entropy(logits, y)
             rows.append(np.concatenate([g.numpy().ravel() for g in torch.autograd.grad(loss, leaves)]))
         if run.faults and step >= 5:
             rows[1] = -rows[1]
@@ -89,7 +91,8 @@ def test_a_worker_looks_from_its_own_point() -> None:
     found_WN = trained._gradients(1, 0.1)
     for worker in range(3):
         at = (theta_N - 0.5 * past_WN[worker]).requires_grad_()
-        loss = problem.loss(trained.theta.views(at), x[worker], y[worker])
+        logits = functional_call(problem.module, trained.theta.views(at), (x[worker],))
+        loss = torch.nn.functional.cross_entropy(logits, y[worker])
         assert torch.allclose(torch.autograd.grad(loss, at)[0], found_WN[worker], atol=1e-6)
     assert not torch.allclose(*found_WN[:2])
 
