@@ -117,11 +117,25 @@ def test_adacons(workers: int, momentum: float) -> None:
         state = state_SKW[0]
         near(decision.weights_SW[0] @ grads, combined)
         directions.append(decision.weights_SW[0] @ grads)
+    kept = None
+    for step, (grads, wanted) in enumerate(zip(steps, expected, strict=True)):
+        combined, info = combine(grads, block("AdaCons", momentum=momentum), step, state=kept)
+        kept = info["state"]
+        near(combined, wanted)
+    assert kept is not None and kept.steps == len(steps)
     published = adacons([rows(grads) for grads in steps], 0.0, restored=False)
     if momentum == 0.0:
         for mixed, wanted in zip(directions, published, strict=True):
             cosine = float(mixed.numpy() @ wanted) / float(np.linalg.norm(mixed) * np.linalg.norm(wanted))
             assert cosine == pytest.approx(1.0, abs=1e-12)
+
+
+def test_a_step_without_anybody_leaves_the_state() -> None:
+    grads = gaussian(3, seed=1)
+    settings = {**block("AdaCons"), "nonfinite": "drop"}
+    kept = combine(grads, settings)[1]["state"]
+    _, info = combine(torch.full_like(grads, math.nan), settings, 1, state=kept)
+    assert info["skipped"] and info["state"] is kept and kept.mixing_KW.abs().sum() > 0
 
 
 def test_adacons_as_published_with_gradients_of_mean_length_1() -> None:
