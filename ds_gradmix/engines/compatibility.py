@@ -39,7 +39,7 @@ _AUTOEP = f"replaces layers by experts of its own (AutoEP), which {_UNSUPPORTED}
 _PRESCALE = "scales gradients before the rules see them: set it to false"
 
 REFUSALS = (
-    Refusal("zero_optimization.stage", lambda v: v not in (0, 1, 2), _UNSUPPORTED + "set it to 1 or 2"),
+    Refusal("zero_optimization.stage", lambda v: v not in (0, 1, 2, 3), _UNSUPPORTED + "set it to 1, 2 or 3"),
     Refusal(
         "zero_optimization.zenflow", lambda v: v is not None, _UNSUPPORTED + "remove the ZenFlow section"
     ),
@@ -93,7 +93,7 @@ def _refused_request(
     config: Mapping[str, Any], block: GradmixConfig, request: EngineRequest
 ) -> Iterator[str]:
     kind = f"ZeRO-{lookup(config, 'zero_optimization.stage', 0)}"
-    reasons = [refused_engine(kind, "fp32", request.parallelism) if kind != "ZeRO-3" else None]
+    reasons = [refused_engine(kind, "fp32", request.parallelism)]
     if "experts" in request.parallelism:
         reasons += [_refused_scope(block), refused_worker(block)]
     reasons.append(refused_optimizer(request.optimizer))
@@ -156,8 +156,8 @@ def refused_layerwise(engine: str, parallelism: frozenset[str]) -> str | None:
 
 def refused_engine(engine: str, dtype: str, parallelism: frozenset[str]) -> str | None:
     """Why an engine of this kind is refused, or None; the matrix of docs/parallelism.md is made from it."""
-    if engine == "ZeRO-3":
-        return "ZeRO-3 reduces by a path of its own, which this version does not replace: set stage to 1 or 2"
+    if engine == "ZeRO-3" and parallelism:
+        return "ZeRO-3 is supported for data parallelism alone by this version: set stage to 1 or 2"
     if engine == "BF16_Optimizer" and dtype != "bf16":
         return "BF16_Optimizer (ZeRO-1, bf16, data_types.grad_accum_dtype fp32) has no other dtype"
     if engine == "ZeRO-2" and "pipeline" in parallelism:

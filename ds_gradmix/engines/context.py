@@ -45,6 +45,7 @@ def build_reducer(
     *,
     partition_sizes: Sequence[int] = (),
     accumulates: bool = False,
+    averages: bool = False,
 ) -> tuple[GradientReducer, ExtrapolatedWeights | None]:
     """The reduction of an engine's gradients, and its extrapolated weights if the rules have any.
 
@@ -54,6 +55,7 @@ def build_reducer(
         memory: where they lie.
         partition_sizes: elements that this rank owns in each of the optimizer's parameter groups.
         accumulates: whether gradients of one step come in several reductions.
+        averages: whether DeepSpeed divides what it sums by the number of ranks, and does nothing else.
     """
     config, parallel = context.config, context.parallel
     device = named[0][1].device if named else torch.device("cpu")
@@ -75,5 +77,6 @@ def build_reducer(
             levels=parallel.workers.levels,
         )
         weights.measure_every = 0 if config.telemetry is None else config.telemetry.every
-    weight_sum = float(parallel.workers.num_replicas) if context.sums_gradients else 1.0
-    return GradientReducer(config, parallel, params, weight_sum, weights), weights
+    sums = context.sums_gradients and not averages
+    weight_sum = float(parallel.workers.num_replicas) if sums else 1.0
+    return GradientReducer(config, parallel, params, weight_sum, weights, averages), weights

@@ -15,7 +15,9 @@ import torch.distributed as dist
 from deepspeed.runtime import engine as engine_module
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.module import PipelineModule
+from deepspeed.runtime.superoffload import superoffload_stage3  # noqa: F401  # derives from stage 3's class
 from deepspeed.runtime.utils import is_model_parallel_parameter
+from deepspeed.runtime.zero import stage3
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
 from ds_gradmix.comm.consistency import ConsistencyCheck
@@ -33,11 +35,17 @@ from ds_gradmix.engines.optimizer_section import OPTIMIZERS
 from ds_gradmix.engines.parallel_groups import find_parallel_groups
 from ds_gradmix.engines.telemetry import StepReporter
 from ds_gradmix.engines.weight_hooks import attach
+from ds_gradmix.engines.zero3 import GradmixZero3Optimizer
 from ds_gradmix.engines.zero12 import GradmixZeroOptimizer
 from ds_gradmix.exchange.reducer import GradientReducer
 from ds_gradmix.weights.extrapolated import ExtrapolatedWeights
 
 _ADVICE = "every rank must be given the same gradmix block, zero_optimization settings and model"
+# Where DeepSpeed looks its optimizers up when it builds an engine, and those that take their place.
+_OPTIMIZERS: tuple[tuple[Any, str, type], ...] = (
+    (engine_module, "DeepSpeedZeroOptimizer", GradmixZeroOptimizer),
+    (stage3, "DeepSpeedZeroOptimizer_Stage3", GradmixZero3Optimizer),
+)
 _enabled = False
 
 
@@ -122,12 +130,12 @@ def _build(engine: Any, build: Callable[[], None], given: Mapping[str, Any], blo
     context = functools.cache(functools.partial(_context_of, engine, everyone, block))
 
     def configure_zero_optimizer(optimizer: Any) -> Any:
-        stock = engine_module.DeepSpeedZeroOptimizer
-        engine_module.DeepSpeedZeroOptimizer = _optimizer_class(stock, context())
-        try:
+        with contextlib.ExitStack() as stack:
+            for module, name, ours in _OPTIMIZERS:
+                stock = getattr(module, name)
+                stack.callback(setattr, module, name, stock)
+                setattr(module, name, _optimizer_class(ours, stock, context()))
             return configure(optimizer)
-        finally:
-            engine_module.DeepSpeedZeroOptimizer = stock
 
     object.__setattr__(engine, "_configure_zero_optimizer", configure_zero_optimizer)
     build()
@@ -136,7 +144,7 @@ def _build(engine: Any, build: Callable[[], None], given: Mapping[str, Any], blo
     if reason := refused_optimizer(type(engine.basic_optimizer).__name__):  # one made by a callable
         raise ConfigError(f'"{KEY}": {reason}; or remove the "{KEY}" block')
     adapter: Any = engine.optimizer
-    if not isinstance(adapter, GradmixZeroOptimizer):
+    if not isinstance(adapter, GradmixZeroOptimizer | GradmixZero3Optimizer):
         deepspeed_api.check_attributes(engine.optimizer, type(engine.optimizer).__name__)
         adapter = AllReduceAdapter(engine, context())
         adapter.install()
@@ -174,18 +182,18 @@ def _attach(engine: Any, adapter: Any, reducer: GradientReducer, weights: Extrap
     attach(engine, weights, extrapolate, lambda why: reducer.load(None, why), lambda: reducer.state.loads)
 
 
-def _optimizer_class(stock: type, context: EngineContext) -> type:
+def _optimizer_class(ours: type, stock: type, context: EngineContext) -> type:
     """A class with one engine's context, for DeepSpeed to build; `stock` may be someone else's subclass."""
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         super(built, self).__init__(*args, gradmix_context=context, **kwargs)
         if is_deepspeeds:
-            self.__class__ = GradmixZeroOptimizer  # which pickle finds by its name
+            self.__class__ = ours  # which pickle finds by its name
 
-    is_deepspeeds = issubclass(GradmixZeroOptimizer, stock)
-    bases = (GradmixZeroOptimizer,) if is_deepspeeds else (GradmixZeroOptimizer, stock)
-    same = {name: getattr(GradmixZeroOptimizer, name) for name in ("__module__", "__qualname__", "__doc__")}
-    built: Any = type(GradmixZeroOptimizer.__name__, bases, {**same, "__init__": __init__})
+    is_deepspeeds = issubclass(ours, stock)
+    bases = (ours,) if is_deepspeeds else (ours, stock)
+    same = {name: getattr(ours, name) for name in ("__module__", "__qualname__", "__doc__")}
+    built: Any = type(ours.__name__, bases, {**same, "__init__": __init__})
     return built
 
 

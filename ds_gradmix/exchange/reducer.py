@@ -56,6 +56,7 @@ class GradientReducer:
         params: ParamTable,
         weight_sum: float = 1.0,  # or the number of replicas, where gradients are summed instead of averaged
         weights: WorkerWeights | None = None,  # the extrapolated weights, if the rules have any
+        averages: bool = False,  # DeepSpeed divides its sums by the number of ranks, weighted ones too
     ) -> None:
         self.config = config
         self.parallel = parallel
@@ -76,7 +77,7 @@ class GradientReducer:
         self.clock = Stopwatch(params.device)  # of what is done here, without DeepSpeed's own reduction
         self.clock.is_on = config.telemetry is not None
         self._sums = StepStats(params.device)
-        self._groups = self._divide(weight_sum)
+        self._groups = self._divide(weight_sum, averages or self.transport is Transport.RESCALED)
         self._backward = Backward()
         self._step = _Step()
         mixing = [group.exchange.state for group in self._groups.values()]
@@ -87,7 +88,7 @@ class GradientReducer:
             config.mixing.may_skip or config.nonfinite == "drop"
         )
 
-    def _divide(self, weight_sum: float) -> dict[tuple[int, ...], GroupReduction]:
+    def _divide(self, weight_sum: float, averages: bool) -> dict[tuple[int, ...], GroupReduction]:
         """The groups of workers by their ranks. Experts are spread over several data-parallel ranks: their
         gradient is the sum over a smaller group of workers, divided by the number of all.
         """
@@ -95,7 +96,7 @@ class GradientReducer:
         for workers in (*parallel.experts.values(), parallel.workers):
             share = weight_sum * workers.size / parallel.workers.size
             weighting = Weighting(self.config, workers, params.infos, self._sums, share)
-            weighting.averaged = self.transport is Transport.RESCALED
+            weighting.averaged = averages and self.transport is not Transport.EXCHANGE
             exchange = Exchange(weighting, self.momentum)
             watch = watch_over(exchange, self.transport, parallel, params.names)
             groups[workers.ranks] = GroupReduction(exchange, self.transport, watch, self.clock)
