@@ -38,6 +38,8 @@ _MUON = "reduces whole matrices to several owners (Muon): use another optimizer"
 _AUTOEP = f"replaces layers by experts of its own (AutoEP), which {_UNSUPPORTED}set it to false, or use "
 _PRESCALE = "scales gradients before the rules see them: set it to false"
 
+_BY_STAGE_3 = "is not supported with a gradmix block at stage 3 by this version: "
+
 REFUSALS = (
     Refusal("zero_optimization.stage", lambda v: v not in (0, 1, 2, 3), _UNSUPPORTED + "set it to 1, 2 or 3"),
     Refusal(
@@ -49,6 +51,20 @@ REFUSALS = (
     Refusal("torch_autocast.enabled", _is_true, _UNSUPPORTED + "use the bf16 or fp16 section"),
     Refusal("hybrid_engine.enabled", _is_true, _UNSUPPORTED + "set it to false"),
     Refusal("prescale_gradients", _is_true, _PRESCALE),
+)
+
+# Of these only with ZeRO-3; values are those that switch them on.
+REFUSALS_OF_STAGE_3 = (
+    Refusal("reduce_scatter", lambda v: not _is_true(v), _BY_STAGE_3 + "remove it"),
+    Refusal("zero_hpz_partition_size", lambda v: v != 1, _BY_STAGE_3 + "set it to 1 (hpZ off)"),
+    Refusal("zero_quantized_weights", _is_true, _BY_STAGE_3 + "set it to false"),
+    Refusal("zero_quantized_nontrainable_weights", _is_true, _BY_STAGE_3 + "set it to false"),
+    Refusal("zero_quantized_gradients", _is_true, _BY_STAGE_3 + "set it to false"),
+    Refusal("mics_shard_size", lambda v: v != -1, _BY_STAGE_3 + "remove it (MiCS)"),
+    Refusal("offload_optimizer.device", lambda v: v == "nvme", _BY_STAGE_3 + 'set it to "cpu" or "none"'),
+    Refusal("offload_param.device", lambda v: v == "nvme", _BY_STAGE_3 + 'set it to "cpu" or "none"'),
+    Refusal("offload_optimizer.super_offload", _is_true, _BY_STAGE_3 + "set it to false"),
+    Refusal("offload_optimizer.ratio", lambda v: v != 1, _BY_STAGE_3 + "set it to 1.0"),
 )
 
 
@@ -66,12 +82,15 @@ def refused_settings(config: Mapping[str, Any], block: GradmixConfig) -> Iterato
         value = lookup(config, refusal.path, absent)
         if value is not absent and refusal.refused(value):
             yield f"{refusal.path}: {value_text(value)} {refusal.advice}"
-    if block.decides_for_model and lookup(config, "zero_optimization.stage", 0) == 2:
+    stage = lookup(config, "zero_optimization.stage", 0)
+    if block.decides_for_model and stage in (2, 3):
         yield (
-            'gradmix.scope: "model" needs every gradient before the first reduction, and ZeRO-2 '
-            "(zero_optimization.stage: 2) exists to have thrown them away by then: set stage to 1, or scope "
-            'to "bucket" or "parameter"'
+            f'gradmix.scope: "model" needs every gradient before the first reduction, and ZeRO-{stage} '
+            f"(zero_optimization.stage: {stage}) exists to have thrown them away by then: set stage to 1, or "
+            'scope to "bucket" or "parameter"'
         )
+    if stage == 3:
+        yield from _refused_at_stage_3(config, block)
     if block.decides_for_model and lookup(config, "zero_optimization.overlap_comm", False) is True:
         yield (
             'gradmix.scope: "model" leaves nothing to overlap with backward: set '
@@ -87,6 +106,26 @@ def refused_settings(config: Mapping[str, Any], block: GradmixConfig) -> Iterato
             'gradmix.nonfinite: "drop" would hide overflows from the loss scaling of fp16.enabled: true; set '
             'it to "propagate", or use bf16'
         )
+
+
+def _refused_at_stage_3(config: Mapping[str, Any], block: GradmixConfig) -> Iterator[str]:
+    absent = object()
+    for refusal in REFUSALS_OF_STAGE_3:
+        path = f"zero_optimization.{refusal.path}"
+        value = lookup(config, path, absent)
+        if value is not absent and refusal.refused(value):
+            yield f"{path}: {value_text(value)} {refusal.advice}"
+    if block.extrapolation is not None:
+        name = type(block.extrapolation).type_name()
+        yield f"gradmix.extrapolation: {name} at stage 3: {REFUSED_EXTRAPOLATION}"
+    if block.worker not in ("rank", 1):
+        yield f'gradmix.worker: {value_text(block.worker)} {_BY_STAGE_3}set it to "rank"'
+
+
+REFUSED_EXTRAPOLATION = (
+    "a worker would need whole weights and a whole gradient of its own, which ZeRO-3 exists to do without: "
+    "set stage to 1 or 2"
+)
 
 
 def _refused_request(
@@ -147,11 +186,11 @@ _SUPPORTED = ("data", "tensor", "pipeline", "tensor and pipeline", "experts", "s
 PARALLELISM = {name: frozenset(name.split(" and ")) - {"data"} for name in _SUPPORTED}
 
 
-def refused_layerwise(engine: str, parallelism: frozenset[str]) -> str | None:
-    """Why an optimizer with trust ratios is refused on an engine of this kind, or None."""
-    if engine == "ZeRO-3":
-        return "ZeRO-3 divides parameters in a way that it does not know in this version: set stage to 1 or 2"
-    return refused_engine(engine, "fp32", parallelism)
+def refused_slot(engine: str, slot: str) -> str | None:
+    """Why rules of a slot are refused on an engine that takes others, or None."""
+    if engine == "ZeRO-3" and slot == "extrapolation":
+        return f"extrapolation with ZeRO-3: {REFUSED_EXTRAPOLATION}"
+    return None
 
 
 def refused_engine(engine: str, dtype: str, parallelism: frozenset[str]) -> str | None:

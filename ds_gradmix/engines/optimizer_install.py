@@ -13,8 +13,8 @@ from ds_gradmix.engines.compatibility import (
     REFUSED_UNIVERSAL,
     has_trust_ratios,
     lookup,
+    refused_engine,
     refused_flat_partition,
-    refused_layerwise,
 )
 from ds_gradmix.engines.engine_request import request_of
 from ds_gradmix.engines.optimizer_section import optimizer_of
@@ -30,7 +30,7 @@ def check_optimizer(
     client, stage = given.get("optimizer"), lookup(config, "zero_optimization.stage", 0)
     kind, make = f"ZeRO-{stage}", optimizer_of(config)
     if isinstance(client, LayerwiseOptimizer) or (client is None and make is not None):
-        reason = refused_layerwise(kind, request_of(config, given, groups).parallelism)
+        reason = refused_engine(kind, "fp32", request_of(config, given, groups).parallelism)
         name = lookup(config, "optimizer.type", "") if client is None else type(client).__name__
         if reason is not None:
             raise ConfigError(f"optimizer: {name} with {kind}: {reason}")
@@ -44,11 +44,7 @@ def check_built_optimizer(engine: Any) -> None:
     """The same of an engine that is built, whose optimizer may have been made by a callable."""
     optimizer = engine.basic_optimizer
     flat = isinstance(engine.optimizer, BF16_Optimizer) or engine.zero_optimization()
-    if isinstance(optimizer, LayerwiseOptimizer):
-        if engine.zero_optimization_stage() == 3:
-            reason = refused_layerwise("ZeRO-3", frozenset())
-            raise ConfigError(f"optimizer: {type(optimizer).__name__} with ZeRO-3: {reason}")
-    elif flat and has_trust_ratios(type(optimizer).__name__):
+    if flat and not isinstance(optimizer, LayerwiseOptimizer) and has_trust_ratios(type(optimizer).__name__):
         kind = type(engine.optimizer).__name__
         raise ConfigError(refused_flat_partition(type(optimizer).__name__, kind))
 

@@ -14,6 +14,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.pipe.module import PipelineModule
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
@@ -21,10 +22,16 @@ from ds_gradmix.comm.groups import RankGroup, TiedParameter
 from ds_gradmix.engines.deepspeed_api import check_attributes
 from ds_gradmix.engines.parallel_groups import is_partitioned, tensor_group, tied_parameters
 from ds_gradmix.engines.reporting import announce_optimizer
+from ds_gradmix.engines.zero3 import slice_of
 from ds_gradmix.optim.layerwise import LayerwiseOptimizer
 from ds_gradmix.optim.layout import GroupLayout, Part, whole_parameters
 
-_KINDS: Sequence[type] = (DeepSpeedZeroOptimizer, BF16_Optimizer, FP16_UnfusedOptimizer)
+_KINDS: Sequence[type] = (
+    DeepSpeedZeroOptimizer,
+    DeepSpeedZeroOptimizer_Stage3,
+    BF16_Optimizer,
+    FP16_UnfusedOptimizer,
+)
 
 
 @dataclass(frozen=True)
@@ -69,17 +76,18 @@ def _layouts_of(engine: Any) -> Iterator[tuple[Tensor, GroupLayout]]:
     tied = tied_parameters(engine.module) if isinstance(engine.module, PipelineModule) else []
     # DeepSpeed's wrappers drop gradients after a step, but keep the buffer of an offloaded partition's.
     is_wrapped = engine.optimizer is not engine.basic_optimizer
-    spends = is_wrapped and not getattr(engine.optimizer, "cpu_offload", False)
+    offloads = any(getattr(engine.optimizer, name, False) for name in ("cpu_offload", "offload_optimizer"))
+    is_in_turns = isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3)
     for stepped, params, partitions, parts in _groups_of(engine):
-        plain = whole_parameters(stepped, params)
+        shapes = [getattr(p, "ds_shape", p.shape) for p in params]
+        plain = [len(shape) <= 1 for shape in shapes]
+        parts = whole_parameters(stepped, params).parts if parts is None else parts
         counted = [tensor is None or tensor.is_first or is_partitioned(p) for p in params]
         positions = {id(p): i for i, p in enumerate(params)}
         here = [(positions[id(p)], copies) for p, copies in tied if id(p) in positions]
         add = _SumOverRanks(partitions, tensor, here)
-        yield (
-            stepped[0],
-            GroupLayout(plain.parts if parts is None else parts, plain.one_dimensional, counted, add, spends),
-        )
+        spends = is_wrapped and not offloads
+        yield stepped[0], GroupLayout(parts, plain, counted, add, spends, is_in_turns)
 
 
 _Group = tuple[Sequence[Tensor], Sequence[Tensor], RankGroup | None, Sequence[Part] | None]
@@ -95,6 +103,14 @@ def _groups_of(engine: Any) -> Iterator[_Group]:
             group = RankGroup(wrapper.real_dp_process_group[i])
             params, offsets = wrapper.round_robin_bit16_groups[i], wrapper.round_robin_bit16_offsets[i]
             yield [flat], params, group, _parts_of(params, offsets, group.rank * flat.numel(), flat.numel())
+    elif isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
+        for i, flat in enumerate(wrapper.fp32_partitioned_groups_flat):
+            group, params, parts = RankGroup(wrapper.sub_group_process_groups[i]), wrapper.fp16_groups[i], []
+            for position, p in enumerate(params):
+                _, offset, _ = wrapper.grad_position[wrapper.get_param_id(p)]
+                length = slice_of(p.ds_numel, group.rank, group.num_ranks).length
+                parts += [Part(0, int(offset), length, position)] * (length > 0)
+            yield [flat], params, group, parts
     elif isinstance(wrapper, BF16_Optimizer):
         for i, flat in enumerate(wrapper.fp32_groups_flat_partition):
             group, params, offsets = RankGroup(wrapper.real_dp_process_group[i]), wrapper.bf16_groups[i], [0]

@@ -36,6 +36,7 @@ class GroupLayout:
     counted: Sequence[bool]  # whether this rank's parts are added to the sums; of replicas one rank's are
     all_reduce: Callable[[Tensor], None] = _identity  # adds `[2, P]`, float64, over ranks in place
     spends_gradients: bool = False  # nobody reads them after a step, so updates may take their place
+    is_in_turns: bool = False  # a param group's tensors are stepped on in turns, each in a call of its own
 
     @property
     def num_params(self) -> int:

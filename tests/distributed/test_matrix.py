@@ -100,7 +100,7 @@ def test_supported(cell: Cell) -> None:
 
 
 def test_every_cell_of_mixing_has_one_of_extrapolation() -> None:
-    mixing = {cell for cell in SUPPORTED if cell.slot == "mixing"}
+    mixing = {cell for cell in SUPPORTED if cell.slot == "mixing" and cell.engine != "ZeRO-3"}
     assert mixing and {cell._replace(slot="extrapolation") for cell in mixing} <= set(SUPPORTED)
 
 

@@ -21,16 +21,19 @@ NAN = -1  # a target whose loss is NaN
 
 
 class Regression(torch.nn.Module):
-    """Layers of awkward sizes, one frozen, one unused, one parameter without elements."""
+    """Layers of awkward sizes, one frozen, one unused, and, if `empty`, one parameter without elements, which
+    ZeRO-3 cannot gather.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, empty: bool = True) -> None:
         super().__init__()
         torch.manual_seed(1)
         self.first = torch.nn.Linear(13, 31)
         self.frozen = torch.nn.Linear(31, 31)
         self.second = torch.nn.Linear(31, 29)
         self.unused = torch.nn.Linear(5, 3)
-        self.empty = torch.nn.Parameter(torch.zeros(0, 4))
+        if empty:
+            self.empty = torch.nn.Parameter(torch.zeros(0, 4))
         self.last = torch.nn.Linear(29, 3, bias=False)
         self.scale = torch.nn.Parameter(torch.ones(1))
         self.frozen.requires_grad_(False)

@@ -165,7 +165,7 @@ class _Replay:
 def _model(case: Case) -> tuple[torch.nn.Module, dict[str, torch.nn.Parameter]]:
     """The whole model, in float64 but for experts, whose gate is float32; parameters by their plain names."""
     if case.layout is None:
-        model: torch.nn.Module = models.Regression().double()
+        model: torch.nn.Module = models.Regression(empty=case.stage < 3).double()
         return model, dict(model.named_parameters())
     model = models.Language(models.Plain(), case.tied, case.experts)
     named = {}

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ds_gradmix.config import SLOTS
-from ds_gradmix.engines.compatibility import DTYPES, ENGINES, PARALLELISM, refused_engine
+from ds_gradmix.engines.compatibility import DTYPES, ENGINES, PARALLELISM, refused_engine, refused_slot
 
 
 class Cell(NamedTuple):
@@ -22,7 +22,8 @@ class Cell(NamedTuple):
     @property
     def reason(self) -> str | None:
         """Why it is refused, if it is."""
-        return refused_engine(self.engine, self.dtype, PARALLELISM[self.parallelism])
+        whole = refused_engine(self.engine, self.dtype, PARALLELISM[self.parallelism])
+        return whole or refused_slot(self.engine, self.slot)
 
     def __str__(self) -> str:
         return "-".join(self).replace(" and ", "+")
@@ -40,22 +41,18 @@ SUPPORTED = [cell for cell in cells() if cell.reason is None]
 
 
 def table() -> str:
-    """Rows are engines and dtypes, columns kinds of parallelism; slots that share a cell share its fate."""
-    reasons: list[str] = []
+    """Rows are engines and dtypes, columns kinds of parallelism; a tick with a number: but for some slot."""
+    reasons: list[str | None] = []
     lines = ["| engine | dtype | " + " | ".join(PARALLELISM) + " |", "|---" * (len(PARALLELISM) + 2) + "|"]
     for engine in ENGINES:
         for dtype in DTYPES:
             row = []
             for parallelism in PARALLELISM:
-                found = [Cell(engine, dtype, parallelism, slot) for slot in SLOTS]
-                assert len({cell.reason for cell in found}) == 1
-                reason = found[0].reason
-                if reason is None:
-                    row.append("✓")
-                    continue
-                if reason not in reasons:
-                    reasons.append(reason)
-                row.append(f"({reasons.index(reason) + 1})")
+                found = {Cell(engine, dtype, parallelism, slot).reason for slot in SLOTS}
+                refused = sorted(found - {None}, key=str)
+                reasons += [reason for reason in refused if reason not in reasons]
+                numbers = [f"({reasons.index(reason) + 1})" for reason in refused]
+                row.append(" ".join(["✓"] * (None in found) + numbers))
             lines.append(f"| {engine} | {dtype} | " + " | ".join(row) + " |")
     notes = [f"({number}) {reason}." for number, reason in enumerate(reasons, 1)]
     return "\n".join([*lines, "", *notes]) + "\n"

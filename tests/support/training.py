@@ -7,6 +7,7 @@ without it.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -130,7 +131,7 @@ def build(case: Case, model: torch.nn.Module | None = None) -> Any:
         ds_gradmix.enable()
     if case.layout is not None:
         model = layouts.build_model(case.layout, case.tied, case.experts, options)
-    model = model or Regression()
+    model = model or Regression(empty=case.stage < 3)
     groups = groups_of(model, case)
     if case.optimizer not in ("SGD", "Adam"):
         return deepspeed.initialize(model=model, model_parameters=groups, **options)[0]
@@ -142,7 +143,18 @@ def build(case: Case, model: torch.nn.Module | None = None) -> Any:
 
 
 def weights_of(engine: Any) -> dict[str, NDArray[np.float64]]:
-    return {name: p.detach().double().cpu().numpy().copy() for name, p in engine.module.named_parameters()}
+    with gathered_parameters(engine):
+        named = list(engine.module.named_parameters())
+        return {name: p.detach().double().cpu().numpy().copy() for name, p in named}
+
+
+def gathered_parameters(engine: Any) -> contextlib.AbstractContextManager[None]:
+    """Whole parameters, which ZeRO-3 keeps in parts."""
+    if engine.zero_optimization_stage() < 3:
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(engine.module.parameters()))  # type: ignore[no-any-return]
 
 
 def train(engine: Any, case: Case, first: int = 0, last: int | None = None) -> dict[str, Any]:
@@ -192,6 +204,16 @@ def _backwards(engine: Any, case: Case, step: int) -> Iterator[tuple[int, float]
 def _note_buckets(engine: Any, held: list[list[str]]) -> None:
     """Have the names of every bucket's parameters noted when it is reduced."""
     optimizer = engine.optimizer
+    scatter = "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads"
+    if hasattr(optimizer, scatter):
+        scattered = getattr(optimizer, scatter)
+
+        def noting_params(params: list[Any], dtype: torch.dtype) -> Any:
+            held.append([optimizer.param_names[p] for p in params])
+            return scattered(params, dtype)
+
+        setattr(optimizer, scatter, noting_params)
+        return
     if hasattr(optimizer, "average_tensor"):  # ZeRO-1 and ZeRO-2
         reduce = optimizer.average_tensor
 
@@ -226,10 +248,11 @@ def run(case: Case) -> dict[str, Any]:
     try:
         engine = build(case)
         told = train(engine, case)
-        found = layouts.pieces(engine.module, case.layout, case.experts)
-        held = {piece: p.detach() for piece, p in found}
-        replica = place_of(case).data // case.layout.expert
-        return {**told, "weights": layouts.gathered(held, replica), "local": layouts.bytes_of(held)}
+        with gathered_parameters(engine):
+            found = layouts.pieces(engine.module, case.layout, case.experts)
+            held = {piece: p.detach() for piece, p in found}
+            replica = place_of(case).data // case.layout.expert
+            return {**told, "weights": layouts.gathered(held, replica), "local": layouts.bytes_of(held)}
     finally:
         if engine is not None:
             engine.destroy()
