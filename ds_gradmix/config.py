@@ -119,6 +119,16 @@ class GradmixConfig(BaseModel):
         return ", ".join(parts + [f"{name} {getattr(self, name)}" for name in settings])
 
 
+def for_stage(config: GradmixConfig, stage: object) -> GradmixConfig:
+    """The block with the defaults of a ZeRO stage: at stage 3, which keeps nothing whole, a rule decides from
+    Gram matrices of sketches unless `gram` is given.
+    """
+    if stage != 3 or "gram" in config.model_fields_set or not config.uses_sketch:
+        return config
+    sketch = GramSketch(sketch=OBSERVED_SKETCH)
+    return config.model_copy(update={"gram": sketch}) if config.mixing.needs_gram else config
+
+
 class Slot(NamedTuple):
     """A slot of the block: the base of its rules, and those that need no import."""
 

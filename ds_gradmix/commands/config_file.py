@@ -10,9 +10,9 @@ from typing import Any
 
 import hjson  # what DeepSpeed reads configurations with
 
-from ds_gradmix.config import KEY, SLOTS, ConfigError, GradmixConfig, misspelt_key, parse_block
+from ds_gradmix.config import KEY, SLOTS, ConfigError, GradmixConfig, for_stage, misspelt_key, parse_block
 from ds_gradmix.config_messages import key_text, printable, value_text
-from ds_gradmix.engines.compatibility import refused_settings
+from ds_gradmix.engines.compatibility import lookup, refused_settings
 from ds_gradmix.engines.optimizer_section import optimizer_of
 from ds_gradmix.rules import Rule
 
@@ -77,7 +77,7 @@ def block_of(config: Mapping[str, Any]) -> GradmixConfig:
         raise ConfigError(f'has no "{KEY}" block; {hint}')
     if wrong:
         raise ConfigError(f'"{wrong}" beside "{KEY}" would be ignored; is it misspelt? remove one of them')
-    block = parse_block(config[KEY])
+    block = for_stage(parse_block(config[KEY]), lookup(config, "zero_optimization.stage", 0))
     if refused := list(refused_settings(config, block)):
         raise ConfigError("\n".join(refused))
     optimizer_of(config)

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default with ZeRO, and its fixed size elsewhere
 
-Owners = Literal["even", "one", "ZeRO-0", "BF16_Optimizer"]
+Owners = Literal["even", "one", "ZeRO-0", "BF16_Optimizer", "ZeRO-3"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class Workload:
     """The gradients that are reduced in an optimizer step.
 
     `owners` says who needs a bucket's result: with ZeRO-1 and ZeRO-2 all ranks own even shares of it, or one
-    rank (or a few) owns all of it; with ZeRO-0 and BF16_Optimizer every rank needs the whole result.
+    rank (or a few) owns all of it; with ZeRO-3 every rank owns an equal part of each parameter; with
+    ZeRO-0 and BF16_Optimizer every rank needs the whole result.
     """
 
     parameters: float  # P
@@ -73,7 +74,7 @@ class Workload:
     @property
     def every_rank_needs_result(self) -> bool:
         """Whether buckets have no owners."""
-        return self.owners not in ("even", "one")
+        return self.owners not in ("even", "one", "ZeRO-3")
 
     @property
     def buckets(self) -> int:

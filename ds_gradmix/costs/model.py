@@ -46,6 +46,13 @@ def all_reduce(num_bytes: float, cluster: Cluster) -> CollectiveCost:
     return _ring(2 * (cluster.ranks - 1) / cluster.ranks * num_bytes, cluster.ranks, cluster)
 
 
+def reduce_by_deepspeed(num_bytes: float, workload: Workload, cluster: Cluster) -> CollectiveCost:
+    """DeepSpeed's own reduction: an all-reduce, and at stage 3 its first half, a reduce-scatter by a ring."""
+    if workload.owners == "ZeRO-3":
+        return _ring((cluster.ranks - 1) / cluster.ranks * num_bytes, cluster.ranks, cluster)
+    return all_reduce(num_bytes, cluster)
+
+
 def exchange_gradients(num_bytes: float, cluster: Cluster) -> list[CollectiveCost]:
     """Each rank gets all workers' gradients for its share: (n-1)/n B inside workers, (W-1)/W B/n across."""
     k, n, w = cluster.on_node, cluster.ranks_per_worker, cluster.workers
@@ -105,7 +112,7 @@ def gradient_collectives(plan: ReductionPlan, workload: Workload, cluster: Clust
     """The collectives of one reduction that carry gradients."""
     num_bytes = workload.num_bytes
     if plan.transport != "exchange":
-        return [all_reduce(workload.parameters * workload.stock_bytes, cluster)]
+        return [reduce_by_deepspeed(workload.parameters * workload.stock_bytes, workload, cluster)]
     if plan.by_node:
         cluster = by_node(cluster)
     collectives = exchange_gradients(num_bytes, cluster)

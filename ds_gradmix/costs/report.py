@@ -50,7 +50,7 @@ def reduction_plan(config: Mapping[str, Any], block: GradmixConfig, num_workers:
 
 def workload_of(config: Mapping[str, Any], parameters: float, tensors: int) -> Workload:
     """What is reduced with a ds_config, for a number of parameters and of tensors that they consist of."""
-    grad_bytes, engine = _grad_bytes(config), _engine_without_owners(config)
+    grad_bytes, engine = _grad_bytes(config), _kind_of_engine(config)
     communicated = lookup(config, "communication_data_type", None)
     stock_bytes = {"fp32": 4, "fp16": 2, "bf16": 2, "bfp16": 2}.get(communicated, grad_bytes)
     size, micro_steps = model.BUCKET_ELEMENTS, _size(config, "gradient_accumulation_steps", 1)
@@ -63,7 +63,7 @@ def workload_of(config: Mapping[str, Any], parameters: float, tensors: int) -> W
         stock_bytes,
         size,
         tensors,
-        reductions=micro_steps if _stage(config) == 2 else 1,
+        reductions=micro_steps if _stage(config) in (2, 3) else 1,
     )
 
 
@@ -73,7 +73,7 @@ def relative_bytes(
     """The bytes that a rank sends relative to stock DeepSpeed, a row for each data-parallel size."""
     even = workload_of(config, 1.0, 1)
     workloads = {"even buckets": even, "one owner a bucket": replace(even, owners="one")}
-    if even.every_rank_needs_result:
+    if even.owners not in ("even", "one"):
         workloads = {f"buckets of {even.owners}": even}
     rows = []
     for cluster in clusters:
@@ -81,7 +81,7 @@ def relative_bytes(
         row: dict[str, float] = {"ranks": cluster.ranks}
         for kind, workload in workloads.items():
             sent = sum(cost.sent for cost in model.gradient_collectives(plan, workload, cluster))
-            stock = model.all_reduce(workload.stock_bytes, cluster).sent
+            stock = model.reduce_by_deepspeed(workload.stock_bytes, workload, cluster).sent
             row[kind] = sent / stock if stock else 1.0
         rows.append(row)
     return rows
@@ -280,10 +280,12 @@ def _grad_bytes(config: Mapping[str, Any]) -> int:
     return 2 if any(lookup(config, f"{name}.enabled", False) is True for name in ("bf16", "fp16")) else 4
 
 
-def _engine_without_owners(config: Mapping[str, Any]) -> model.Owners | None:
-    """The kind of engine, if it is one in which every rank needs the whole result of a bucket."""
-    if _stage(config) == 0:
-        return "ZeRO-0"
+def _kind_of_engine(config: Mapping[str, Any]) -> model.Owners | None:
+    """The kind of engine, where owners do not depend on the bucket: every rank needs the whole result, or has
+    an equal part of each parameter.
+    """
+    if _stage(config) in (0, 3):
+        return "ZeRO-3" if _stage(config) == 3 else "ZeRO-0"
     accumulation_dtype = lookup(config, "data_types.grad_accum_dtype", None)
     sums_in_fp32 = accumulation_dtype in ("fp32", "float32", "float", "torch.float32")
     bf16 = lookup(config, "bf16.enabled", False) is True

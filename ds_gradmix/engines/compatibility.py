@@ -116,15 +116,15 @@ def _refused_at_stage_3(config: Mapping[str, Any], block: GradmixConfig) -> Iter
         if value is not absent and refusal.refused(value):
             yield f"{path}: {value_text(value)} {refusal.advice}"
     if block.extrapolation is not None:
-        name = type(block.extrapolation).type_name()
-        yield f"gradmix.extrapolation: {name} at stage 3: {REFUSED_EXTRAPOLATION}"
+        why = _WHOLE_GRADIENT if block.extrapolation.needs_gradient else _BY_STAGE_3 + "set stage to 1 or 2"
+        yield f"gradmix.extrapolation: {type(block.extrapolation).type_name()} {why}"
     if block.worker not in ("rank", 1):
         yield f'gradmix.worker: {value_text(block.worker)} {_BY_STAGE_3}set it to "rank"'
 
 
-REFUSED_EXTRAPOLATION = (
-    "a worker would need whole weights and a whole gradient of its own, which ZeRO-3 exists to do without: "
-    "set stage to 1 or 2"
+_WHOLE_GRADIENT = (
+    "needs a whole gradient of its own on every rank, which ZeRO-3 exists to do without: set "
+    "zero_optimization.stage to 1 or 2"
 )
 
 
@@ -189,7 +189,7 @@ PARALLELISM = {name: frozenset(name.split(" and ")) - {"data"} for name in _SUPP
 def refused_slot(engine: str, slot: str) -> str | None:
     """Why rules of a slot are refused on an engine that takes others, or None."""
     if engine == "ZeRO-3" and slot == "extrapolation":
-        return f"extrapolation with ZeRO-3: {REFUSED_EXTRAPOLATION}"
+        return f"extrapolation: with ZeRO-3, PastGradient {_WHOLE_GRADIENT}; Noise is not supported yet"
     return None
 
 

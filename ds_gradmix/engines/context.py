@@ -77,6 +77,5 @@ def build_reducer(
             levels=parallel.workers.levels,
         )
         weights.measure_every = 0 if config.telemetry is None else config.telemetry.every
-    sums = context.sums_gradients and not averages
-    weight_sum = float(parallel.workers.num_replicas) if sums else 1.0
+    weight_sum = float(parallel.workers.num_replicas) if context.sums_gradients else 1.0
     return GradientReducer(config, parallel, params, weight_sum, weights, averages), weights

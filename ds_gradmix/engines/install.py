@@ -23,7 +23,7 @@ from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from ds_gradmix.comm.consistency import ConsistencyCheck
 from ds_gradmix.comm.groups import gather_objects, group_of
 from ds_gradmix.comm.peers import announce
-from ds_gradmix.config import KEY, ConfigError, GradmixConfig, parse_block
+from ds_gradmix.config import KEY, ConfigError, GradmixConfig, for_stage, parse_block
 from ds_gradmix.engines import deepspeed_api, reporting
 from ds_gradmix.engines.allreduce import AllReduceAdapter
 from ds_gradmix.engines.compatibility import check_request, lookup, refused_optimizer
@@ -111,7 +111,7 @@ def _parse(
         check_optimizer(config, given, groups)
         return None
     try:
-        block = parse_block(config[KEY])
+        block = for_stage(parse_block(config[KEY]), lookup(config, "zero_optimization.stage", 0))
         check_request(config, block, request_of(config, given, groups))
         check_optimizer(config, given, groups)
     except ConfigError:

@@ -209,7 +209,10 @@ def _note_buckets(engine: Any, held: list[list[str]]) -> None:
         scattered = getattr(optimizer, scatter)
 
         def noting_params(params: list[Any], dtype: torch.dtype) -> Any:
-            held.append([optimizer.param_names[p] for p in params])
+            in_order = params
+            if optimizer.contiguous_gradients:  # as they lie in the bucket
+                in_order = sorted(params, key=lambda p: p.grad.data_ptr())
+            held.append([optimizer.param_names[p] for p in in_order])
             return scattered(params, dtype)
 
         setattr(optimizer, scatter, noting_params)
