@@ -4,6 +4,7 @@
 # make pretrain   the environment, then a small language model trained on text this machine has; again: resumes
 #                 CORPUS="files or folders" trains on those, RUN=folder goes there instead of runs/quickstart
 #                 CONFIG=ds_config.json trains by other rules
+# make compare    the same by the mean and by Guard, with good workers and with a bad one: four runs, and a picture
 # make evidence   the studies of docs/evidence.md that fit into an hour; again: goes on
 #                 STUDY=name trains that one, SEEDS=20 with so many seeds (10)
 
@@ -12,9 +13,9 @@ PROCESSES ?= 2
 RUN ?= runs/quickstart
 CORPUS ?=
 DEEPSPEED ?=
+CONFIG ?= configs/guard_zero2.json
 STUDY ?=
 SEEDS ?= 10
-CONFIG ?= configs/gaf_vrgd_zero2.json
 
 bin := .venv/bin
 export RUN CONFIG
@@ -29,7 +30,7 @@ accelerator = $$($(bin)/python -c "import torch; print('' if torch.cuda.is_avail
 # those of tests/unit, come last and both processes end together.
 pytest = env $(accelerator) $(bin)/python -m pytest --numprocesses $(PROCESSES)
 
-.PHONY: test test-fast test-deepspeed lint pretrain evidence clean
+.PHONY: test test-fast test-deepspeed lint data pretrain compare evidence clean
 
 # DeepSpeed compiles this when it first starts on a CPU, for minutes: before the tests, or within one's timeout.
 shm_comm = from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as Op; Op().load(verbose=False)
@@ -49,9 +50,14 @@ lint: .venv/.ready
 	$(bin)/ruff format --check .
 	$(bin)/mypy
 
-pretrain: .venv/.ready
+data: .venv/.ready
 	$(bin)/python launch/prepare.py --out $(RUN)/data $(if $(CORPUS),--corpus $(CORPUS))
+
+pretrain: data
 	$(bin)/python launch/quickstart.py
+
+compare: data
+	$(bin)/python launch/compare.py
 
 evidence: .venv/.ready
 	$(bin)/python -m benchmarks.evidence.runner $(STUDY) --seeds $(SEEDS)

@@ -1,1 +1,1 @@
-"""The parts of launch/pretrain.py, prepare.py, json_lines.py and quickstart.py."""
+"""The parts of launch/pretrain.py, prepare.py, json_lines.py, quickstart.py and compare.py."""

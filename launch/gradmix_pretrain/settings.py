@@ -64,6 +64,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="switched on, with the file OUT/gradmix.jsonl",
     )
+    add("--fp32", action="store_true", help="instead of the configuration's bf16 or fp16")
     add("--activation-checkpointing", action="store_true", help="recompute activations in backward")
     add(
         "--tensor-parallel",
@@ -91,6 +92,8 @@ def check(args: argparse.Namespace) -> Inputs:
     ds_config = load_json(args.deepspeed_config, "--deepspeed_config")
     if "optimizer" not in ds_config:
         raise ValueError(f'--deepspeed_config {args.deepspeed_config} has no "optimizer"')
+    if args.fp32:
+        ds_config = {name: value for name, value in ds_config.items() if name not in ("bf16", "fp16")}
     if args.telemetry:
         watch(ds_config, args.out / "gradmix.jsonl")
     model_config = load_model_config(args.model)

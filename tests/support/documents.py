@@ -11,12 +11,12 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import bad_worker
 from benchmarks.evidence import summary
 from benchmarks.evidence.studies import STUDIES
 from ds_gradmix.config import SLOTS, GradmixConfig
@@ -24,6 +24,7 @@ from ds_gradmix.engines.deepspeed_api import TESTED_VERSIONS
 from ds_gradmix.optim import Lamb, Lars
 from ds_gradmix.rules import GradientFreeMixing, GramianMixing, NormMixing, Rule, Scaling
 from ds_gradmix.telemetry.settings import TelemetrySettings
+from launch.gradmix_pretrain import comparison
 from tests.support import scaling_table, support_matrix
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -196,28 +197,27 @@ def _needs(rule: type[Rule]) -> str:
     )
 
 
+def compared() -> comparison.Results:
+    """What `make compare` came to."""
+    results: comparison.Results = json.loads((PICTURES / "compare.json").read_text())
+    return results
+
+
 def picture() -> str:
-    """The conditions of the picture and what came out, from the results that it is drawn from."""
-    return bad_worker.conditions(json.loads((PICTURES / "bad_worker.json").read_text()))
+    """What came out, and the conditions, from the results that the picture is drawn from."""
+    results = compared()
+    words = f"{comparison.fault(results)}. {comparison.findings(results)} {comparison.conditions(results)}"
+    head, *rows = comparison.rows(results)
+    return f"{textwrap.fill(words, 118, break_on_hyphens=False)}\n\n{table(head, iter(rows))}"
 
 
-def faults() -> str:
-    """What became of the same training with other faults."""
-    good, bad = (
-        json.loads((PICTURES / f"{name}.json").read_text()) for name in ("bad_worker", "other_faults")
-    )
-    names = {"none": "none", "noise": f"gradients are noise, {bad_worker.NOISE:g} times as long"}
-    names |= {"negative": "gradients have the wrong sign", "tokens": "reads tokens drawn at random"}
-    rows = (
-        [names[fault], *(bad_worker.ends(results, rule, fault) for rule in bad_worker.RULES)]
-        for results in (good, bad)
-        for fault in dict.fromkeys(run["fault"] for run in results["runs"])
-    )
-    return table(["fault of one worker", "plain mean", "GAF, threshold 0.97"], rows)
+def pictures() -> Mapping[str, str]:
+    """The README's picture and badges."""
+    return {"compare.svg": comparison.draw(compared()), **badges()}
 
 
 def badges() -> Mapping[str, str]:
-    """The README's badges, as files beside the picture."""
+    """One for each of three facts."""
     (version,) = re.findall(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     texts = {"tests": "on CPU, no GPU yet", "licence": "Apache-2.0", "version": version}
     return {f"{name}.svg": _badge(name, text) for name, text in texts.items()}
@@ -260,7 +260,6 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "support matrix": support_matrix.table,
     "scaling": scaling_table.table,
     "picture": picture,
-    "faults": faults,
     **{f"evidence {name}": partial(summary.markdown, study) for name, study in STUDIES.items()},
 }
 
@@ -272,7 +271,7 @@ def written(text: str) -> str:
 
 def main() -> None:
     texts = {document: written(document.read_text()) for document in documents()}
-    texts |= {PICTURES / name: text for name, text in badges().items()}
+    texts |= {PICTURES / name: text for name, text in pictures().items()}
     for path, text in texts.items():
         if not path.exists() or path.read_text() != text:  # other tests may read what is up to date
             path.write_text(text)

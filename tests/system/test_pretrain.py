@@ -165,6 +165,12 @@ def test_mistakes_are_found_before_training(
     assert "\n" not in str(mistake.value)
 
 
+def test_fp32_in_place_of_what_the_config_says(tmp_path: Path, inputs: dict[str, str]) -> None:
+    arguments = as_arguments({**inputs, "--out": str(tmp_path)})
+    assert check(parse_args(arguments)).ds_config["bf16"] == {"enabled": True}
+    assert "bf16" not in check(parse_args([*arguments, "--fp32"])).ds_config
+
+
 def test_a_run_folder_is_kept_to_one_run(tmp_path: Path) -> None:
     held = checkpoint.lock(tmp_path)
     with pytest.raises(ValueError, match="another process"):
@@ -258,8 +264,7 @@ def test_killed_and_resumed_training_equals_uninterrupted_training(
     assert "stopped; the same command resumes" in output
     assert "step 5: fault negative:rank=1:from=5:until=6 begins\n" in output
 
-    status, output = train(LAUNCH / "pretrain.py", {**options, "--out": str(broken)}, *drill)
-    assert status == 0, output
+    output, _ = run_ranks(2, undisturbed, [*as_arguments({**options, "--out": str(broken)}), *drill])
     assert [line for line in output.splitlines() if ": fault " in line] == [
         "step 7: fault noise:rank=1:from=7:until=7 begins",
         "step 8: fault noise:rank=1:from=7:until=7 has ended",

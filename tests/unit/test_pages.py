@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 import pytest
 
 import ds_gradmix
-from benchmarks import bad_worker
 from ds_gradmix import rules
 from ds_gradmix.config import SLOTS, Slot
 from ds_gradmix.rules import GradientFreeMixing
@@ -42,8 +40,8 @@ def test_generated_parts_are_up_to_date(document: Path) -> None:
 def test_every_generated_part_is_in_a_document() -> None:
     texts = "".join(document.read_text() for document in DOCUMENTS)
     assert sorted(re.findall(r"<!-- generated: ([\w ]+) -->\n\S", texts)) == sorted(documents.PARTS)
-    for name, badge in documents.badges().items():
-        assert (PICTURES / name).read_text() == badge, "run python -m tests.support.documents"
+    for name, picture in documents.pictures().items():
+        assert (PICTURES / name).read_text() == picture, f"{name}: run python -m tests.support.documents"
 
 
 class Median(GradientFreeMixing):
@@ -95,14 +93,6 @@ def test_messages_name_pages_that_exist() -> None:
         for page in re.findall(r"docs/[\w.]+\.md", module.read_text()):
             assert (ROOT / page).exists(), f"{module}: {page}"
         assert "README" not in module.read_text(), f"{module}: name a page of docs/"
-
-
-def test_the_picture_is_drawn_from_its_results(tmp_path: Path) -> None:
-    results = json.loads((PICTURES / "bad_worker.json").read_text())
-    assert len(results["runs"]) == 4 * results["seeds"]
-    bad_worker.draw(results, tmp_path / "drawn.svg")
-    shown = (PICTURES / "bad_worker.svg").read_text()
-    assert (tmp_path / "drawn.svg").read_text() == shown, "run python benchmarks/bad_worker.py --draw"
 
 
 def test_citation_has_the_papers_and_the_version() -> None:
