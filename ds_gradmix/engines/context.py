@@ -61,8 +61,7 @@ def build_reducer(
     device = named[0][1].device if named else torch.device("cpu")
     positions = {id(p): i for i, (_, p) in enumerate(named)}
     tied = [(positions[id(p)], copies) for p, copies in parallel.tied if id(p) in positions]
-    places = zip(named, memory.places, strict=True)
-    words = [f"{name} {place}" for (name, _), place in places]
+    words = [f"{name} {place}" for (name, _), place in zip(named, memory.places, strict=True)]
     layout = fingerprint_of([f"{parallel.workers.num_ranks} ranks", *words])
     infos, names = params_of(parallel, named)
     params = ParamTable(infos, device, layout, names, partition_sizes, tied)

@@ -77,7 +77,7 @@ class GradientReducer:
         self.clock = Stopwatch(params.device)  # of what is done here, without DeepSpeed's own reduction
         self.clock.is_on = config.telemetry is not None
         self._sums = StepStats(params.device)
-        self._groups = self._divide(weight_sum, averages or self.transport is Transport.RESCALED)
+        self._groups = self._divide(weight_sum, averages)
         self._backward = Backward()
         self._step = _Step()
         mixing = [group.exchange.state for group in self._groups.values()]
@@ -96,7 +96,8 @@ class GradientReducer:
         for workers in (*parallel.experts.values(), parallel.workers):
             share = weight_sum * workers.size / parallel.workers.size
             weighting = Weighting(self.config, workers, params.infos, self._sums, share)
-            weighting.averaged = averages and self.transport is not Transport.EXCHANGE
+            weighted = averages and self.transport is Transport.WEIGHTED
+            weighting.averaged = weighted or self.transport is Transport.RESCALED
             exchange = Exchange(weighting, self.momentum)
             watch = watch_over(exchange, self.transport, parallel, params.names)
             groups[workers.ranks] = GroupReduction(exchange, self.transport, watch, self.clock)
@@ -282,13 +283,8 @@ class GradientReducer:
         for group in self._groups.values():
             group.exchange.state.end_step(taken=taken)
         if self.config.telemetry is not None and self.transport is Transport.STOCK:
-            workers = float(self.parallel.workers.size)
-            self.stats = {
-                "kept_fraction": 1.0,
-                "effective_workers": workers,
-                "agreed_fraction": 1.0,
-                **self.stats,
-            }
+            everyone = {"kept_fraction": 1.0, "effective_workers": float(self.parallel.workers.size)}
+            self.stats = {**everyone, "agreed_fraction": 1.0, **self.stats}
         if self.stats or self.config.telemetry is not None:
             self.stats = {**self.stats, "skipped": float(not taken)}
         if self.weights is not None:

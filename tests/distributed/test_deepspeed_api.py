@@ -399,7 +399,9 @@ def refused_before(folder: str) -> None:
             Case({**GAF, "worker": 2})
         ),
         "prescale_gradients: true": lambda: initialize(Case(GAF, config={"prescale_gradients": True})),
-        "zero_optimization.stage: 3": lambda: initialize(Case(GAF, stage=3)),
+        "zero_optimization.zero_hpz_partition_size: 2": lambda: initialize(
+            Case(GAF, stage=3, zero={"zero_hpz_partition_size": 2})
+        ),
     }
     for words, attempt in tries.items():
         with pytest.raises(ConfigError, match=re.escape(words)):

@@ -221,7 +221,10 @@ REFUSED: dict[str, tuple[Case | None, str]] = {
         Case({**GAF, "worker": 2}, layout=Layout(1, sequence=4), stage=1, steps=8),
         "4 ranks share a replica by sequence parallelism",
     ),
-    "ZeRO-3": (Case(GAF, layout=Layout(4), stage=3, steps=8), "zero_optimization.stage: 3"),
+    "ZeRO-3, tensor": (
+        Case(GAF, layout=Layout(2, tensor=2), stage=3, steps=8),
+        "ZeRO-3 is supported for data parallelism alone",
+    ),
 }
 
 

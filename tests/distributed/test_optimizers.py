@@ -151,7 +151,7 @@ def refusals() -> dict[str, str]:
     def fused(model: Any) -> Any:
         return FusedLamb(model.parameters(), lr=0.1)
 
-    zero3, zero0 = {"stage": 3}, {"stage": 0}
+    zero0 = {"stage": 0}
     bf16 = {
         "zero_optimization": {"stage": 1},
         "bf16": {"enabled": True},
@@ -164,7 +164,6 @@ def refusals() -> dict[str, str]:
         "fused, BF16_Optimizer": lambda: start(fused, **bf16),
         "fused, ZeRO-0": lambda: start(fused, zero_optimization=zero0),
         "another": lambda: start(lambda model: pytorch_optimizer.LARS(model.parameters())),
-        "ZeRO-3": lambda: start(section={"type": "LARS"}, zero_optimization=zero3),
         "universal": lambda: start(section={"type": "LARS"}, checkpoint={"load_universal": True}),
         "universal, given": lambda: start(
             lambda m: Lars(m.parameters()), checkpoint={"load_universal": True}
@@ -189,7 +188,6 @@ REFUSED = {
     "fused, BF16_Optimizer": "one trust ratio for each of them",
     "fused, ZeRO-0": "built",
     "another": "ds_gradmix.optim.Lamb or Lars",
-    "ZeRO-3": "optimizer: LARS with ZeRO-3: ",
     "universal": "checkpoint.load_universal: true, but ds_to_universal knows",
     "universal, given": "not that of LARS",
     "unknown": "optimizer.params.beta: unknown key (value 0.9); allowed: lr, betas,",

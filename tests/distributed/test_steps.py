@@ -27,7 +27,7 @@ def refusals() -> dict[str, str]:
     """What is refused when an engine is built, and in which words."""
 
     tries: dict[str, Any] = {
-        "stage 3": lambda: build_with({"zero_optimization": {"stage": 3}}),
+        "hpZ": lambda: build_with({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}),
         "misspelt rule": lambda: build_with({"gradmix": {"mixing": {"type": "gfa"}}}),
         "model scope": lambda: build_with({"gradmix": {**GAF, "scope": "model"}}),
     }
@@ -45,7 +45,7 @@ def test_refused_when_the_engine_is_built() -> None:
     first, second = run_ranks(2, refusals)
     assert first == second
     words = {
-        "stage 3": "zero_optimization.stage: 3",
+        "hpZ": "zero_optimization.zero_hpz_partition_size: 2",
         "misspelt rule": 'did you mean "GAF"?',
         "model scope": "set stage to 1",
     }

@@ -273,9 +273,9 @@ def test_init_validates(
 
 
 def test_init_refuses_what_training_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = written(tmp_path, '{"zero_optimization": {"stage": 3}}')
+    path = written(tmp_path, '{"zero_optimization": {"stage": 3, "mics_shard_size": 2}}')
     assert main(["init", path]) == 2
-    assert "zero_optimization.stage: 3" in capsys.readouterr().err
+    assert "zero_optimization.mics_shard_size: 2" in capsys.readouterr().err
 
 
 def test_a_rule_of_ones_own_has_a_colon(

@@ -150,7 +150,37 @@ def test_misspelt_keys() -> None:
 GAF = parse_block({"mixing": {"type": "GAF"}})
 ZERO = {"stage": 2}
 COMBINATIONS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
-    ({"zero_optimization": {"stage": 3}}, {}, "zero_optimization.stage: 3"),
+    ({"zero_optimization": {"stage": 4}}, {}, "zero_optimization.stage: 4"),
+    *(
+        ({"zero_optimization": {"stage": 3, **setting}}, {}, f"zero_optimization.{path}")
+        for setting, path in (
+            ({"reduce_scatter": False}, "reduce_scatter: false"),
+            ({"zero_hpz_partition_size": 2}, "zero_hpz_partition_size: 2"),
+            ({"zero_quantized_weights": True}, "zero_quantized_weights: true"),
+            ({"zero_quantized_nontrainable_weights": True}, "zero_quantized_nontrainable_weights: true"),
+            ({"zero_quantized_gradients": True}, "zero_quantized_gradients: true"),
+            ({"mics_shard_size": 2}, "mics_shard_size: 2"),
+            ({"offload_optimizer": {"device": "nvme"}}, 'offload_optimizer.device: "nvme"'),
+            ({"offload_param": {"device": "nvme"}}, 'offload_param.device: "nvme"'),
+            (
+                {"offload_optimizer": {"device": "cpu", "super_offload": True}},
+                "offload_optimizer.super_offload: true",
+            ),
+            ({"offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "offload_optimizer.ratio: 0.5"),
+        )
+    ),
+    ({"zero_optimization": {"stage": 3}}, {"scope": "model"}, "ZeRO-3"),
+    ({"zero_optimization": {"stage": 3}}, {"worker": 2}, "gradmix.worker: 2"),
+    (
+        {"zero_optimization": {"stage": 3}},
+        {"extrapolation": {"type": "PastGradient", "params": {"lr": 0.1}}},
+        "PastGradient needs a whole gradient",
+    ),
+    (
+        {"zero_optimization": {"stage": 3}},
+        {"extrapolation": {"type": "Noise", "params": {"std": 0.1}}},
+        "gradmix.extrapolation: Noise",
+    ),
     ({"zero_optimization": {**ZERO, "zenflow": {"topk_ratio": 0.1}}}, {}, "zenflow"),
     ({"zero_optimization": ZERO, "compile": {"deepcompile": True}}, {}, "DeepCompile"),
     ({"zero_optimization": ZERO, "optimizer": {"type": "Muon"}}, {}, "Muon"),
@@ -266,7 +296,7 @@ def test_check_tells_what_extrapolation_takes(tmp_path: Path, capsys: pytest.Cap
         ),
         ({"zero_optimization": ZERO, "grad_mix": {}}, 'did you mean "gradmix" by "grad_mix"?'),
         ({"zero_optimization": ZERO, "gradmix": {"mixing": {"type": "gad"}}}, "gradmix.mixing.type"),
-        ({"zero_optimization": {"stage": 3}, "gradmix": {}}, "zero_optimization.stage: 3"),
+        ({"zero_optimization": {"stage": 4}, "gradmix": {}}, "zero_optimization.stage: 4"),
         ("{", "is not JSON"),
         ('{"gradmix": {"seed": ' + "9" * 5000 + "}}", "is not JSON: Exceeds the limit (4300 digits)"),
         ('{"gradmix": ' + "[" * 10**5, "is nested too deeply"),
