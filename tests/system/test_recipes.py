@@ -30,9 +30,9 @@ IN_ORDER = ["--num_train_epochs", "1", "--train_sampling_strategy", "sequential"
 IN_ORDER += ["--lr_scheduler_type", "constant", "--save_strategy", "no", "--report_to", "none"]
 
 
-def active(output: str) -> str:
+def active(output: str, stage: int = 2) -> str:
     """The line that says which rules are at work."""
-    (line,) = re.findall(r"ds_gradmix: (active over 2 workers, ZeRO-2: .*)", output)
+    (line,) = re.findall(rf"ds_gradmix: (active over 2 workers, ZeRO-{stage}: .*)", output)
     return str(line)
 
 
@@ -54,14 +54,22 @@ def language_training(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Traini
     return Training(model, steps, token_losses, clip=1.0, weight_decay=0.0)
 
 
-def test_huggingface(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", [2, 3])
+def test_huggingface(tmp_path: Path, stage: int) -> None:
+    """At stage 3 with "auto" for its settings, too, and by sketch, which is its default."""
     document = "docs/huggingface.md"
     config = recipes.write_recipe(document, tmp_path)
+    if stage == 3:
+        names = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
+        zero = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True, **dict.fromkeys(names, "auto")}
+        config["zero_optimization"] = zero
+        (tmp_path / "ds_config.json").write_text(json.dumps(config))
     recipes.write_language_model(tmp_path)
     texts = recipes.sentences(24, 8, 16)
     (tmp_path / "train.txt").write_text("\n".join(texts) + "\n")
     output = recipes.start(document, tmp_path, "for_accelerate", *IN_ORDER)
-    assert "mixing GAF(threshold=0.97" in active(output)
+    line = active(output, stage)
+    assert "mixing GAF(threshold=0.97" in line and ("gram sketch 65536" in line) == (stage == 3)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "my-model")
     rows = [dict(tokenizer(text)) for text in texts]
     training = language_training(tmp_path, [{**row, "labels": row["input_ids"]} for row in rows])
