@@ -37,7 +37,7 @@ def draw(results: Results, found: Sequence[Comparison]) -> None:
     rows = {cell: -row for row, cell in enumerate(cells)}
     figure, axes = pyplot.subplots(figsize=(7.6, 0.8 + 0.2 * len(cells)), layout="constrained")
     for tuned, label in ((True, "learning rates tuned"), (False, "one fixed learning rate")):
-        chosen = [c for c in found if c.tuned == tuned]
+        chosen = [c for c in found if c.tuned == tuned and not c.repeats]
         axes.errorbar(
             [c.effect.mean for c in chosen],
             [rows[c.cell] + (0.17 if tuned else -0.17) for c in chosen],

@@ -22,19 +22,34 @@ class Comparison(NamedTuple):
     level: float  # the baseline's mean measure
     diverged: tuple[int, int]  # runs that ended in NaN: treated, baseline
     holm_p: float = float("nan")
+    repeats: bool = False  # the tuned rates are the fixed one, so these are the same runs
 
 
 def comparisons(results: Results) -> list[Comparison]:
-    """All cells that have results, with p-values corrected over all of these."""
-    found = [
-        comparison
-        for cell in results.study.cells
-        for tuned in (True, False)
-        if not tuned or len(results.study.arms[cell.treated].rates) > 1
-        if (comparison := _compare(results, cell, tuned)) is not None
+    """All cells that have results, with p-values corrected over all of these. Where the tuned rates are the
+    fixed one, these runs are the same, and count once.
+    """
+    found, p_values = [], {}
+    for cell in results.study.cells:
+        rates_before = None
+        for tuned in (True, False):
+            rates, comparison = _rates(results, cell, tuned), _compare(results, cell, tuned)
+            if comparison is not None and rates != rates_before:
+                found.append(comparison)
+                p_values[len(found) - 1] = comparison.effect.p
+            elif comparison is not None:
+                found.append(comparison._replace(repeats=True))
+            rates_before = rates
+    corrected = dict(zip(p_values, holm(list(p_values.values())), strict=True))
+    return [
+        comparison._replace(holm_p=corrected[i - comparison.repeats]) for i, comparison in enumerate(found)
     ]
-    corrected = holm([comparison.effect.p for comparison in found])
-    return [comparison._replace(holm_p=p) for comparison, p in zip(found, corrected, strict=True)]
+
+
+def _rates(results: Results, cell: Cell, tuned: bool) -> tuple[float | None, ...]:
+    """The learning rates of the arm and its baseline; None where they are not tuned yet."""
+    arms = [results.study.arms[name] for name in (cell.treated, cell.baseline)]
+    return tuple(results.tuned_rate(arm) if tuned else arm.fixed_rate for arm in arms)
 
 
 def _compare(results: Results, cell: Cell, tuned: bool) -> Comparison | None:
@@ -56,10 +71,7 @@ def _compare(results: Results, cell: Cell, tuned: bool) -> Comparison | None:
 
 def _pairs(results: Results, cell: Cell, tuned: bool) -> Iterator[tuple[Trial, Trial]]:
     """Runs from the same seed, of those that were not tuned with."""
-    rates = []
-    for name in (cell.treated, cell.baseline):
-        arm = results.study.arms[name]
-        rates.append(results.tuned_rate(arm) if tuned else arm.fixed_rate)
+    rates = _rates(results, cell, tuned)
     if None in rates:
         return
     seeds = sorted({trial.seed for trial in results.lines} - set(TUNING_SEEDS))
@@ -99,8 +111,8 @@ def markdown(study: Study) -> str:
     found = {(comparison.cell, comparison.tuned): comparison for comparison in comparisons(results)}
     if not found:
         return f"Not measured yet: `make evidence STUDY={study.name}`.\n"
-    is_tuned = any(len(arm.rates) > 1 for arm in study.arms.values())
-    head = ["setting", "rule", "baseline's level", *["tuned rates"] * is_tuned, "fixed rate"]
+    is_tuned = any(len(arm.rates) > 1 for arm in study.arms.values())  # else both columns are the same
+    head = ["setting", "rule", "baseline's level", *(["tuned rates"] * is_tuned), "fixed rate"]
     head += [f"{study.also}, tuned", f"{study.also}, fixed"] if study.also else []
     lines = [head, ["---"] * len(head)]
     before = ""
@@ -110,7 +122,7 @@ def markdown(study: Study) -> str:
             continue
         setting, before = ("" if cell.setting == before else cell.setting), cell.setting
         level = f"{(tuned or fixed).level:.3g}"  # type: ignore[union-attr]
-        line = [setting, cell.rule, level, *[_cell(tuned)] * is_tuned, _cell(fixed)]
+        line = [setting, cell.rule, level, _cell(tuned), *[_cell(fixed)] * is_tuned]
         if study.also:
             line += [_number(c.also) if c and c.also else "" for c in (tuned, fixed)]
         lines.append(line)
@@ -119,8 +131,8 @@ def markdown(study: Study) -> str:
 
 
 def _cell(comparison: Comparison | None) -> str:
-    if comparison is None:
-        return ""
+    if comparison is None or comparison.repeats:
+        return "" if comparison is None else "the same"
     text, (treated, baseline) = _number(comparison.effect), comparison.diverged
     text = f"**{text}**" if comparison.holm_p < 0.05 else text
     ended = f"; NaN {treated}, baseline {baseline}" if treated or baseline else ""

@@ -237,6 +237,11 @@ def test_rates_are_tuned_and_runs_compared_by_seed(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("benchmarks.evidence.results.RESULTS", tmp_path)
     monkeypatch.setattr("benchmarks.evidence.summary.Results", lambda study: results)
     assert "| here | b | 6 | **−1.00 ± 0.00** (p < .001) |" in markdown(study)
+    same = Study("same", "Same", "Error", 90.0, 0.5, arms, [Cell("here", "a", "a", "a")])
+    again = Results(same, tmp_path)
+    again.lines = results.lines
+    first, second = comparisons(again)
+    assert not first.repeats and second.repeats and first.holm_p == second.holm_p == 1.0
     assert "NaN 1, baseline 0" in markdown(study) and "3 seeds" in markdown(study)
 
 
