@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import deepspeed.runtime.zero.muon.muon_optimizer  # the first engine would, for seconds on every rank
 import hosts
 import torch
 import torch.distributed as dist

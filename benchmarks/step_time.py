@@ -84,7 +84,7 @@ def rank_main(rank: int, options: argparse.Namespace, port: int) -> None:
     torch.set_num_threads(1)
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled first
+    deepspeed.ops.__compatible_ops__ = {}  # or one would be compiled first
     deepspeed.init_distributed("gloo", verbose=False)
     engines = {name: build(options, variant) for name, variant in variants(options).items()}
     for engine in engines.values():
@@ -121,8 +121,12 @@ def main() -> None:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
+    arguments = (parser.parse_args(), port)
     os.environ["OMP_NUM_THREADS"] = "1"
-    multiprocessing.spawn(rank_main, (parser.parse_args(), port), nprocs=2)
+    # What ranks and their first engines need, imported once: they are forked.
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+
+    multiprocessing.start_processes(rank_main, arguments, nprocs=2, start_method="fork")
 
 
 if __name__ == "__main__":

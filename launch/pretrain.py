@@ -126,8 +126,8 @@ def build_engine(args: argparse.Namespace, inputs: Inputs, model: torch.nn.Modul
     """The DeepSpeed engine; weight decay applies to matrices only."""
     deepspeed.utils.logger.setLevel("WARNING")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
-    # Compiling this operator takes half a minute, and only DeepSpeed's inference uses it.
-    getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
+    # Or one is compiled for half a minute, which only DeepSpeed's inference uses.
+    deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed()
     if isinstance(model, pipeline.Layers):
         model = model.on_this_stage(inputs.pipeline_stages)

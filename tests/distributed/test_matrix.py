@@ -66,9 +66,9 @@ def case_of(cell: Cell, rule: str) -> Case:
 
 
 @cache
-def results(parallelism: str, engine: str) -> list[dict[str, Any]]:
+def results(parallelism: str) -> list[dict[str, Any]]:
     """Of every rank, by (cell, rule)."""
-    here = [cell for cell in SUPPORTED if (cell.parallelism, cell.engine) == (parallelism, engine)]
+    here = [cell for cell in SUPPORTED if cell.parallelism == parallelism]
     cases = {f"{cell} {rule}": case_of(cell, rule) for cell in here for rule in RULES[cell.slot]}
     return run_ranks(LAYOUTS[parallelism].world, run_cases, cases, timeout=280)
 
@@ -82,7 +82,7 @@ def expected() -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("cell", SUPPORTED, ids=str)
 def test_supported(cell: Cell) -> None:
     for rule in RULES[cell.slot]:
-        ranks = [rank[f"{cell} {rule}"] for rank in results(cell.parallelism, cell.engine)]
+        ranks = [rank[f"{cell} {rule}"] for rank in results(cell.parallelism)]
         assert drift(ranks) == []
         wanted = expected()[repr(essence(case_of(cell, rule)))]
         tolerance = (ROUGH_TOLERANCE if rule == "VRGD" else TOLERANCE)[cell.dtype]

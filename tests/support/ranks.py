@@ -19,9 +19,18 @@ from typing import Any
 _NOT_CONNECTED = "the ranks are not connected"
 _CONSEQUENCES = ("Connection", "without a word")  # of what became of another rank
 _CONTEXT = multiprocessing.get_context("forkserver")
-_MUON = "deepspeed.runtime.zero.muon.muon_optimizer"  # the first engine imports it, and it torch's compiler
-_MODELS = "transformers.models.llama"
-_CONTEXT.set_forkserver_preload(["torch", "deepspeed", "ds_gradmix.engines.install", _MUON, _MODELS])
+_CONTEXT.set_forkserver_preload(
+    [
+        "torch",
+        "deepspeed",
+        "ds_gradmix.engines.install",
+        "deepspeed.runtime.zero.muon.muon_optimizer",  # the first engine imports it, and it torch's compiler
+        "deepspeed.module_inject.auto_ep_layer",  # so it does this
+        "transformers.models.llama.modeling_llama",  # and launch/pretrain.py these
+        "matplotlib.pyplot",
+        "bokeh.resources",
+    ]
+)
 
 
 class RankError(Exception):
@@ -103,7 +112,8 @@ def _rank(
 
     gc.freeze()  # what all ranks share: the collector would copy it page by page
     torch.set_num_threads(1)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # needs a compiler; gloo serves
+    # Not even asked which operators could be compiled: that runs compilers for a second, and gloo serves.
+    deepspeed.ops.__compatible_ops__ = {}
     try:
         try:
             deepspeed.init_distributed("gloo", verbose=False)
