@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import runpy
 import shlex
-import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +16,7 @@ from gradmix_pretrain.settings import check, parse_args
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.support.documents import commands
+from tests.support.pretraining import pretrain
 from tests.support.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -185,31 +182,6 @@ def test_a_run_keeps_its_degrees(tmp_path: Path) -> None:
         checkpoint.check_identity(tmp_path, begun)
         with pytest.raises(ValueError, match=said):
             checkpoint.check_identity(tmp_path, resumed)
-
-
-def pretrain(arguments: list[str], stop_step: int | None = None, with_rules: bool = False) -> int:
-    """pretrain.py on this rank, as a script; its exit status. `stop_step` has one rank told to end."""
-    from gradmix_pretrain import tokens
-
-    if with_rules:
-        import ds_gradmix
-
-        ds_gradmix.enable()
-    original = tokens.TrainingWindows.batch
-
-    def told(self: Any, step: int, micro_step: int) -> torch.Tensor:
-        if (os.environ["RANK"], step + 1, micro_step) == ("1", stop_step, 1):
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, step, micro_step)
-
-    tokens.TrainingWindows.batch = told  # type: ignore[method-assign]
-    sys.argv = ["pretrain.py", *arguments]
-    try:
-        runpy.run_path(str(LAUNCH / "pretrain.py"), run_name="__main__")
-    except SystemExit as end:
-        assert isinstance(end.code, int), end.code
-        return end.code
-    return 0
 
 
 def steps_of(run: Path) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from gradmix_pretrain.tokens import TrainingWindows, validation_batches
 from quickstart import environment, free_port
 
 from ds_gradmix.telemetry.alarms import EXIT_STATUS
-from tests.support.pretraining import undisturbed
+from tests.support.pretraining import stopped, undisturbed
 from tests.support.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -186,28 +186,20 @@ def test_a_run_folder_is_kept_to_one_run(tmp_path: Path) -> None:
         checkpoint.check_identity(tmp_path, {"tokens": "b", "seed": 1})
 
 
-# Stands in for pretrain.py and does to the run what its first argument says.
+# Stands in for pretrain.py, and dies when every part of the second checkpoint is written, but `latest` still
+# names the first.
 SABOTEUR = """
 import os, runpy, signal, sys
-launch, deed = {launch!r}, {deed!r}
-sys.path[0] = launch
-from gradmix_pretrain import checkpoint, tokens
+sys.path[0] = {launch!r}
+from gradmix_pretrain import checkpoint
 
-if deed == "kill":  # every part of the second checkpoint is written, but `latest` still names the first
-    write_text = checkpoint.write_text
-    def dying(path, text):
-        if path.name == "latest" and text == "global_step8":
-            os.kill(os.getpid(), signal.SIGKILL)
-        write_text(path, text)
-    checkpoint.write_text = dying
-if deed == "terminate":  # one rank alone, amid step 6
-    batch = tokens.TrainingWindows.batch
-    def told(self, step, micro_step):
-        if (self.rank, step, micro_step) == (1, 5, 1):
-            os.kill(os.getpid(), signal.SIGTERM)
-        return batch(self, step, micro_step)
-    tokens.TrainingWindows.batch = told
-runpy.run_path(launch + "/pretrain.py", run_name="__main__")
+write_text = checkpoint.write_text
+def dying(path, text):
+    if path.name == "latest" and text == "global_step8":
+        os.kill(os.getpid(), signal.SIGKILL)
+    write_text(path, text)
+checkpoint.write_text = dying
+runpy.run_path({launch!r} + "/pretrain.py", run_name="__main__")
 """
 
 
@@ -254,13 +246,17 @@ def test_killed_and_resumed_training_equals_uninterrupted_training(
         "global_step8",
     ]
 
-    for deed, latest, last_line in (("kill", 4, 8), ("terminate", 6, 6)):
-        script = tmp_path / f"{deed}.py"
-        script.write_text(SABOTEUR.format(launch=str(LAUNCH), deed=deed))
-        status, output = train(script, {**options, "--out": str(broken)}, *drill)
-        assert status != 0, output
-        assert checkpoint.latest_step(broken / "checkpoint") == latest, output
-        assert steps_of(broken)[-1]["step"] == last_line
+    script = tmp_path / "kill.py"
+    script.write_text(SABOTEUR.format(launch=str(LAUNCH)))
+    status, output = train(script, {**options, "--out": str(broken)}, *drill)
+    assert status != 0, output
+    assert checkpoint.latest_step(broken / "checkpoint") == 4, output
+    assert steps_of(broken)[-1]["step"] == 8
+    log, arguments = tmp_path / "log", [*as_arguments({**options, "--out": str(broken)}), *drill]
+    assert run_ranks(2, stopped, arguments, 6, log) == [1, 1]
+    output = log.read_text()
+    assert checkpoint.latest_step(broken / "checkpoint") == 6, output
+    assert steps_of(broken)[-1]["step"] == 6
     assert "stopped; the same command resumes" in output
     assert "step 5: fault negative:rank=1:from=5:until=6 begins\n" in output
 
