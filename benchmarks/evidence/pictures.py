@@ -50,8 +50,12 @@ def draw(results: Results, found: Sequence[Comparison]) -> None:
         )
     axes.axvline(0, color=GREY, lw=0.8)
     axes.set_yticks(list(rows.values()), [f"{cell.setting}: {cell.rule}" for cell in cells])
-    axes.set_xscale("symlog", linthresh=results.study.matters * 5)
-    axes.set_xlabel(f"{results.study.unit}, rule minus baseline (left is better), 95 % intervals")
+    linear = results.study.matters * 5
+    axes.set_xscale("symlog", linthresh=linear)
+    axes.set_xlabel(
+        f"{results.study.unit}, rule minus baseline, 95 % intervals; left is better\n"
+        f"(logarithmic beyond {linear:g})"
+    )
     axes.set_ylim(-len(cells) + 0.4, 0.6)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, loc="outside upper center", ncols=2)
