@@ -424,6 +424,7 @@ def checkpoints() -> None:
     torch.distributed.broadcast_object_list(folders)
     for name in KINDS:
         _checkpoints_of(name, folders[0] / name)
+    torch.distributed.barrier()  # the other rank may still be loading
     if rank() == 0:
         shutil.rmtree(folders[0])
 

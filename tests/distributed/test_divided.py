@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.support.blocks import BY_PARAMETER as GAF
-from tests.support.blocks import MIX, TINY, past
+from tests.support.blocks import MIX, SMALL, past
 from tests.support.blocks import ROUGH_VRGD as VRGD
 from tests.support.layouts import Layout
 from tests.support.outside_rules import MODULE
@@ -20,10 +20,10 @@ from tests.support.replay import essence, replays
 from tests.support.training import Case, alone, build, drift, ds_config, furthest, groups_of, run, run_cases
 
 PAST: dict[str, Any] = {**GAF, **past(lr=0.1)}
-ALL = {"mixing": {"type": "GAF", "params": {"threshold": 2}}, **TINY}  # nobody is left out
+ALL = {"mixing": {"type": "GAF", "params": {"threshold": 2}}, **SMALL}  # nobody is left out
 EXACT = {"gram": {"sketch": 10**5}}  # of parameters that are smaller than a sketch
 SUMMED = {"transport": "exchange"}
-MODEL = {"mixing": {"type": "GAF", "params": {"threshold": 0.92}}, "scope": "model", **TINY}
+MODEL = {"mixing": {"type": "GAF", "params": {"threshold": 0.92}}, "scope": "model", **SMALL}
 LAYERWISE = {**MODEL, **past(lr=0.02, layerwise=True)}
 TEAMS = {  # two ranks a worker, at these stages
     "PastGradient": (PAST, (0, 1, 2)),

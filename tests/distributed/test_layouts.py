@@ -25,29 +25,29 @@ def _cases() -> dict[str, Case]:
     tensor, pipe = Layout(2, tensor=2), Layout(2, pipe=2)
     cases = {
         "tensor ZeRO-1 bf16 fp32 sums": Case(
-            None, layout=tensor, stage=1, dtype="bf16", fp32_sums=True, steps=8
+            None, layout=tensor, stage=1, dtype="bf16", fp32_sums=True, steps=5
         ),
-        "tensor ZeRO-2": Case(None, layout=tensor, stage=2, accumulation=2, config=CLIPPED, steps=8),
-        "tensor ZeRO-2 Adam": Case(None, layout=tensor, stage=2, optimizer="Adam", tied=True, steps=8),
-        "pipe ZeRO-0": Case(None, layout=pipe, stage=0, accumulation=3, steps=8),
+        "tensor ZeRO-2": Case(None, layout=tensor, stage=2, accumulation=2, config=CLIPPED, steps=5),
+        "tensor ZeRO-2 Adam": Case(None, layout=tensor, stage=2, optimizer="Adam", tied=True, steps=5),
+        "pipe ZeRO-0": Case(None, layout=pipe, stage=0, accumulation=3, steps=5),
         "pipe ZeRO-0 bf16": Case(
-            None, layout=pipe, stage=0, dtype="bf16", accumulation=2, tied=True, steps=8
+            None, layout=pipe, stage=0, dtype="bf16", accumulation=2, tied=True, steps=5
         ),
-        "pipe ZeRO-1": Case(None, layout=pipe, stage=1, accumulation=2, tied=True, steps=8),
+        "pipe ZeRO-1": Case(None, layout=pipe, stage=1, accumulation=2, tied=True, steps=5),
         "pipe ZeRO-1 bf16 fp32 sums": Case(
-            None, layout=pipe, stage=1, dtype="bf16", fp32_sums=True, accumulation=2, tied=True, steps=8
+            None, layout=pipe, stage=1, dtype="bf16", fp32_sums=True, accumulation=2, tied=True, steps=5
         ),
-        "experts ZeRO-1": Case(None, layout=Layout(4, expert=4), experts=4, stage=1, accumulation=2, steps=8),
-        "experts ZeRO-2": Case(None, layout=Layout(4, expert=2), experts=4, stage=2, accumulation=2, steps=8),
+        "experts ZeRO-1": Case(None, layout=Layout(4, expert=4), experts=4, stage=1, accumulation=2, steps=5),
+        "experts ZeRO-2": Case(None, layout=Layout(4, expert=2), experts=4, stage=2, accumulation=2, steps=5),
     }
     for kind in ("autotp", "megatron"):
         if kind == "autotp" or importlib.util.find_spec("megatron"):
             layout = replace(tensor, kind=kind)
-            cases[f"{kind} ZeRO-2"] = Case(None, layout=layout, stage=2, tied=True, config=CLIPPED, steps=8)
+            cases[f"{kind} ZeRO-2"] = Case(None, layout=layout, stage=2, tied=True, config=CLIPPED, steps=5)
     for kind in ("mpu", "state"):
         layout = Layout(2, sequence=2, kind=kind)
         cases[f"sequence by {kind} ZeRO-2"] = Case(
-            None, layout=layout, stage=2, accumulation=2, config=CLIPPED, steps=8
+            None, layout=layout, stage=2, accumulation=2, config=CLIPPED, steps=5
         )
     return cases
 
@@ -62,11 +62,11 @@ EIGHT = {
         fp32_sums=True,
         accumulation=2,
         tied=True,
-        steps=8,
+        steps=5,
     ),
 }
 MESH = {
-    kind: Case(None, layout=Layout(2, sequence=2, kind=kind), stage=1, steps=8) for kind in ("mesh", "config")
+    kind: Case(None, layout=Layout(2, sequence=2, kind=kind), stage=1, steps=5) for kind in ("mesh", "config")
 }
 # With what decides nothing in so few steps, and telemetry.
 GUARD = {"mixing": {"type": "Guard", "params": {"agreement": 0.0}}, "telemetry": {"per_parameter": True}}
@@ -131,7 +131,7 @@ def test_guard_and_telemetry_change_nothing_and_are_the_same_on_every_rank(
         shared = [{k: v for k, v in s.items() if k not in own} for s in told]
         assert all(s == shared[0] for s in shared) and {"mean_cosine", "worker_norm/1"} <= shared[0].keys()
     (state, *others) = [rank["mixing_states"][-1] for rank in ranks]
-    assert all(other == state for other in others) and state[1] == [8.0] * len(state[1])
+    assert all(other == state for other in others) and state[1] == [5.0] * len(state[1])
 
 
 def test_the_same_model_has_the_same_numbers_however_it_is_divided(results: dict[str, list[Any]]) -> None:

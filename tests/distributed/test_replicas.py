@@ -10,24 +10,24 @@ from typing import Any
 
 import pytest
 
-from tests.support.blocks import TINY, past
+from tests.support.blocks import SMALL, past
 from tests.support.layouts import Layout
 from tests.support.ranks import run_ranks
 from tests.support.training import Case, drift, run_cases
 
-STEPS = 20
+STEPS = 12
 
 
 def gaf(threshold: float, **more: Any) -> dict[str, Any]:
-    return {"mixing": {"type": "GAF", "params": {"threshold": threshold}}, **TINY, **more}
+    return {"mixing": {"type": "GAF", "params": {"threshold": threshold}}, **SMALL, **more}
 
 
 def mix(**params: Any) -> dict[str, Any]:
-    return {"mixing": {"type": "GradientMix", "params": params}, **TINY}
+    return {"mixing": {"type": "GradientMix", "params": params}, **SMALL}
 
 
 def vrgd(**params: Any) -> dict[str, Any]:
-    return {"scaling": {"type": "VRGD", "params": params}, **TINY}
+    return {"scaling": {"type": "VRGD", "params": params}, **SMALL}
 
 
 # Thresholds at which some of three workers are left out at most steps, and some agree.

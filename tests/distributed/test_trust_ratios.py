@@ -60,7 +60,7 @@ DIVIDED = {
         layout=layout,
         stage=stage,
         accumulation=2 if stage else 1,
-        steps=12,
+        steps=6,
         **more,
         **OPTIMIZERS[name],
     )

@@ -6,6 +6,8 @@ from typing import Any
 
 ONE_OWNER = 700  # elements in a bucket: regression's parameters larger than it, and buckets of one owner
 TINY = {"tile_bytes": 4096}  # many tiles, although models are small
+# Several tiles of the language model, which is larger; and as many where each takes more memory.
+SMALL, SMALL_BY_PARAMETER = {"tile_bytes": 8192}, {"tile_bytes": 16384}
 GAF: dict[str, Any] = {"mixing": {"type": "GAF"}}
 SKETCH: dict[str, Any] = {"gram": {"sketch": 100}}  # many blocks, although models are small
 SUMMED: dict[str, Any] = {"transport": "exchange"}
@@ -19,7 +21,7 @@ SMOOTH: dict[str, Any] = {"scaling": {"type": "VRGD", "params": {"momentum": 0.9
 BY_PARAMETER: dict[str, Any] = {
     "mixing": {"type": "GAF", "params": {"threshold": 0.87}},
     "scope": "parameter",
-    **TINY,
+    **SMALL_BY_PARAMETER,
 }
 
 
