@@ -262,6 +262,18 @@ def test_check_where_buckets_have_no_owner(checked: Checked) -> None:
     assert numbers_of(checked(scaling_table.GAF, *options, **zero), "GB of memory") == [1, 1.101]
 
 
+def test_check_at_stage_3(checked: Checked) -> None:
+    """Stock's reduce-scatter sends (D-1)/D B, as much as an exchange does, in every micro-step."""
+    options = ("--params", "7e9", "--dp", "64")
+    config = {"zero_optimization": {"stage": 3}, "gradient_accumulation_steps": 2}
+    once = 63 / 64 * 7e9 * 2 / 1e9
+    exact = {**scaling_table.GAF, "gram": "exact"}
+    for block in ({}, scaling_table.GAF, exact):
+        stock, ours = numbers_of(checked(block, *options, **config), "GB sent")
+        assert stock == pytest.approx(2 * once, rel=1e-3)
+        assert ours == pytest.approx(stock, rel=2e-3), block
+
+
 def test_check_of_wider_communication(checked: Checked) -> None:
     """DeepSpeed converts gradients to a wider communication dtype, and the exchange does not."""
     options = ("--params", "7e9", "--dp", "64")

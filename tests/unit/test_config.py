@@ -10,7 +10,7 @@ import pytest
 
 import ds_gradmix
 from ds_gradmix.cli import main
-from ds_gradmix.config import ConfigError, misspelt_key, parse_block
+from ds_gradmix.config import ConfigError, for_stage, misspelt_key, parse_block
 from ds_gradmix.engines.compatibility import REFUSALS, refused_settings
 from ds_gradmix.rules import MIXING
 
@@ -329,3 +329,16 @@ def test_check_tells_mistakes_of_our_optimizers(tmp_path: Path, capsys: pytest.C
 def test_check_without_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(tmp_path / "none.json")]) == 2
     assert "No such file" in capsys.readouterr().err
+
+
+def test_at_stage_3_a_sketch_is_the_default() -> None:
+    """For rules that decide from Gram matrices before gradients are summed, unless `gram` is given."""
+    for block, size in (
+        ({"mixing": {"type": "GAF"}}, 65536),
+        ({"mixing": {"type": "GAF"}, "gram": "exact"}, None),
+        ({"mixing": {"type": "GAF"}, "gram": {"sketch": 64}}, 64),
+        ({"mixing": {"type": "GAF"}, "scaling": {"type": "VRGD"}}, None),
+        ({"mixing": {"type": "Mean"}}, None),
+    ):
+        assert for_stage(parse_block(block), 3).sketch_size == size, block
+        assert for_stage(parse_block(block), 2).sketch_size == parse_block(block).sketch_size
