@@ -131,20 +131,19 @@ class GradmixZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):
         workers = self.gradmix.workers_of(self._get_param_partition_group(grads.params[0]))
         sent = min(flat_N.dtype, comm_dtype, key=lambda dtype: dtype.itemsize)
         wide = self.gradient_accumulation_dtype
-        dtypes = CommDtypes(sent, wide if wide.itemsize > sent.itemsize else sent)
+        is_wide = wide.itemsize > sent.itemsize
+        adds = is_wide and self.gradmix.transport is Transport.EXCHANGE
         outputs = []
         for span in spans:
             own = slice_of(span.length, workers.rank, workers.num_ranks)
             part = flat_N.narrow(0, span.start + own.begin, own.length)
-            outputs.append((span.start + own.begin, part.new_zeros(own.length, dtype=wide)))
-        is_wide = dtypes.result != sent
-        if not is_wide:
-            outputs = [(start, flat_N.narrow(0, start, output.numel())) for start, output in outputs]
+            outputs.append((span.start + own.begin, torch.zeros_like(part, dtype=wide) if adds else part))
 
         def pieces(chosen: Sequence[ParamSpan]) -> list[Piece]:
             return self._gradmix_pieces(chosen, workers.num_ranks)
 
-        added = [(start, output) for start, output in outputs if output.numel()] if is_wide else []
+        dtypes = CommDtypes(sent, wide if is_wide else sent)
+        added = [(start, output) for start, output in outputs if adds and output.numel()]
         return Bucket([flat_N], spans, workers, dtypes, replay, replay, pieces, added), outputs
 
     def _gradmix_pieces(self, spans: Sequence[ParamSpan], num_ranks: int) -> list[Piece]:
