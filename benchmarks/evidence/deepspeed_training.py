@@ -7,16 +7,14 @@ import math
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from quickstart import environment, free_port
 
 from benchmarks.evidence import ROOT
 from benchmarks.evidence.tasks import MODEL, SEQUENCES, Text, tokens
 from benchmarks.evidence.text import folder
-
-if TYPE_CHECKING:
-    from benchmarks.evidence.training import Run
+from benchmarks.evidence.training import Run
 
 VALIDATION_WINDOWS = 128  # as in one process
 

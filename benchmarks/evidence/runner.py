@@ -59,11 +59,14 @@ def _complete(name: str, num_seeds: int, end: float, pool: Any) -> bool:
 
 
 def _train(job: tuple[Trial, Arm, float, float]) -> tuple[Trial, dict[str, Any] | None]:
+    from benchmarks.evidence import deepspeed_training
     from benchmarks.evidence.training import train
 
     trial, arm, skip_share, end = job
     if time.monotonic() > end:
         return trial, None
+    if arm.run.by_deepspeed:
+        return trial, deepspeed_training.train(arm.run, trial.lr, trial.seed)
     return trial, train(arm.run, trial.lr, trial.seed, skip_share)
 
 

@@ -14,7 +14,6 @@ from gradmix_pretrain.faults import GRADIENT_KINDS, Fault, GradientFault, Traini
 from gradmix_pretrain.schedule import cosine_with_warmup
 from torch import Tensor
 
-from benchmarks.evidence import deepspeed_training
 from benchmarks.evidence.tasks import Digits, Problem, Text
 from ds_gradmix.combine import RuleState, combine
 from ds_gradmix.config import parse_block
@@ -43,7 +42,7 @@ class Run:
         clipping: gradient clipping by the norm of the combined gradient; 0 for none.
         warmup_steps: of a cosine that falls to a tenth; 0 for a constant learning rate.
         evaluations: how often it is evaluated, evenly over the run, the end included.
-        by_deepspeed: whether the `deepspeed` command trains it, on as many ranks.
+        by_deepspeed: whether deepspeed_training.py trains it instead, by the `deepspeed` command.
     """
 
     task: Digits | Text
@@ -63,8 +62,6 @@ def train(run: Run, lr: float, seed: int, skip_share: float = 0.0) -> dict[str, 
     A run whose weights cease to be finite ends there; its measure is None from then on. `skip_share` of the
     steps, drawn at random, are left out.
     """
-    if run.by_deepspeed:
-        return deepspeed_training.train(run, lr, seed)
     return _Training(run, lr, seed, skip_share).run()
 
 
