@@ -152,12 +152,12 @@ def test_every_launcher_trains_alike(scripts: Path) -> None:
     found = sums(by_deepspeed.stdout)
     assert len(found) == 2 and found[0] == found[1]
     # The same rule by its full name, in a module beside the script.
-    (scripts / "own_rules.py").write_text("from ds_gradmix.rules import GAF\nclass Own(GAF):\n    pass\n")
+    (scripts / "own_rules.py").write_text("from ds_gradmix.rules import Guard\nclass Own(Guard):\n    pass\n")
     settings["gradmix"]["mixing"]["type"] = "own_rules:Own"
     (scripts / "ds_config.json").write_text(json.dumps(settings))
     by_torchrun = run("torchrun", "--master_port", str(free_port()), *commands["torchrun"], cwd=scripts)
     assert sums(by_torchrun.stdout) == found, by_torchrun.stderr
-    assert "mixing own_rules:Own(threshold=0.97" in by_torchrun.stderr
+    assert "mixing own_rules:Own(max_norm_ratio=2.0" in by_torchrun.stderr
     slurm = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "127.0.0.1", "MASTER_PORT": str(free_port())}
     tasks = [
         subprocess.Popen(

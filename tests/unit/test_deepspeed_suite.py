@@ -87,5 +87,8 @@ def test_only_what_is_not_refused_gets_the_block(tmp_path: Path) -> None:
     (tmp_path / "ds_config.json").write_text('{"zero_optimization": {"stage": 1}}')
     told = inject._with_block(str(tmp_path / "ds_config.json"), gaf)
     assert told == {"zero_optimization": {"stage": 1}, "gradmix": gaf}
-    for other in ({"zero_optimization": {"stage": 3}}, "no such file", None):
+    stage_3 = {"zero_optimization": {"stage": 3}}
+    assert inject._with_block(stage_3, gaf) == {**stage_3, "gradmix": gaf}
+    with_hpz = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}
+    for other in (with_hpz, "no such file", None):
         assert inject._with_block(other, gaf) == other
