@@ -10,7 +10,7 @@ from ds_gradmix.rules import GradientFreeMixing, GramianMixing, Mean, Mixing, No
 from ds_gradmix.rules.decision import MixingDecision
 
 
-class RuleState(NamedTuple):
+class CombineState(NamedTuple):
     """What the rules of a block keep from a step to the next one."""
 
     mixing_KW: Tensor  # the mixing rule's numbers, float64
@@ -23,7 +23,7 @@ def combine(
     block: GradmixConfig | Mapping[str, Any],
     step: int = 0,
     sizes: Sequence[int] | None = None,
-    state: RuleState | None = None,
+    state: CombineState | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """Apply a gradmix block to a stack of W workers' gradients, in one process: `g = r * sum_i w_i g_i`.
 
@@ -55,7 +55,7 @@ def combine(
         present_W = grads_WN.isfinite().all(1)
         grads_WN = torch.where(present_W[:, None], grads_WN, 0)
     if state is None:
-        state = RuleState(_mixing(config, grads_WN).initial_state(len(grads_WN)).to(grads_WN.device))
+        state = CombineState(_mixing(config, grads_WN).initial_state(len(grads_WN)).to(grads_WN.device))
     combined_N, info = _combine(grads_WN, config, present_W, RngKey(config.seed, step), lengths, state)
     return combined_N.to(grads_WN.dtype), info
 
@@ -70,7 +70,7 @@ def _combine(
     present_W: Tensor,
     key: RngKey,
     lengths: list[int],
-    state: RuleState,
+    state: CombineState,
 ) -> tuple[Tensor, dict[str, Any]]:
     params = Segments(list(range(len(lengths))), lengths, max(len(lengths), 1), grads_WN.device)
     by_param = config.weighs_by_parameter
@@ -96,7 +96,7 @@ def _combine(
         combined_N = factors_N * mean_N
     if factors_N is not None:
         info["factors"] = factors_N
-    info["state"] = state if skipped else RuleState(next_KW, mean_factors_N, state.steps + 1)
+    info["state"] = state if skipped else CombineState(next_KW, mean_factors_N, state.steps + 1)
     return combined_N, info
 
 

@@ -9,14 +9,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from gradmix_pretrain.metrics import read_lines
 from quickstart import environment, free_port
 
 from benchmarks.evidence import ROOT
-from benchmarks.evidence.tasks import MODEL, SEQUENCES, Text, tokens
+from benchmarks.evidence.tasks import HELD_OUT, MODEL, SEQUENCES, Text, tokens
 from benchmarks.evidence.text import folder
-from benchmarks.evidence.training import Run
-
-VALIDATION_WINDOWS = 128  # as in one process
+from benchmarks.evidence.training import OPTIMIZERS, Run
 
 
 def train(run: Run, lr: float, seed: int) -> dict[str, Any]:
@@ -34,7 +33,7 @@ def train(run: Run, lr: float, seed: int) -> dict[str, Any]:
             f" --module ds_gradmix launch/pretrain.py --deepspeed_config {work}/ds_config.json"
             f" --model {work}/model.json --data {folder(kind)} --out {work}/run --steps {run.steps}"
             f" --warmup-steps {run.warmup_steps} --validate-every {run.steps} --checkpoint-every {run.steps}"
-            f" --validation-windows {VALIDATION_WINDOWS} --seed {seed}"
+            f" --validation-windows {HELD_OUT} --seed {seed}"
         )
         faults = [word for fault in run.faults for word in ("--fault", fault)]
         done = subprocess.run(
@@ -47,7 +46,7 @@ def train(run: Run, lr: float, seed: int) -> dict[str, Any]:
         )
         if done.returncode != 0:
             raise RuntimeError(f"{command}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-        lines = [json.loads(line) for line in (work / "run" / "metrics.jsonl").read_text().splitlines()]
+        lines = read_lines(work / "run" / "metrics.jsonl")
     loss = lines[-1]["val_loss"]
     found = round(loss, 5) if loss is not None and math.isfinite(loss) else None
     return {"curve": [found], "skipped": sum(line["skipped"] for line in lines)}
@@ -55,7 +54,7 @@ def train(run: Run, lr: float, seed: int) -> dict[str, Any]:
 
 def ds_config(run: Run, lr: float) -> dict[str, Any]:
     """What DeepSpeed is given for a run with AdamW."""
-    adam = {"lr": lr, "betas": [0.9, 0.95], "weight_decay": 0.1, "torch_adam": True}
+    adam = {"lr": lr, **OPTIMIZERS["AdamW"].keywords, "torch_adam": True}
     return {
         "train_micro_batch_size_per_gpu": SEQUENCES,
         "optimizer": {"type": run.optimizer, "params": adam},

@@ -71,13 +71,13 @@ class Results:
             return self.tuned_rate(self.study.arms[arm.skips_as])
         if len(arm.rates) == 1:
             return arm.rates[0]
-        means = {}
+        sums = {}
         for lr in arm.rates:
             trials = [Trial(arm.name, lr, seed) for seed in TUNING_SEEDS]
             if any(trial not in self.lines for trial in trials):
                 return None
-            means[lr] = math.fsum(self.measure(trial) for trial in trials)
-        return min(means, key=lambda lr: means[lr])
+            sums[lr] = math.fsum(self.measure(trial) for trial in trials)
+        return min(sums, key=lambda lr: sums[lr])
 
     def missing(self, seeds: Iterable[int]) -> list[Trial]:
         """What is to be trained next: first the tuning, then runs at the tuned and the fixed rate, then

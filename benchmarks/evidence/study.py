@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 
 from benchmarks.evidence.training import Run
 
@@ -30,7 +31,7 @@ class Arm:
     fixed_rate: float
     skips_as: str | None = None
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Of what its runs depend on; results with another one are of an arm that has changed."""
         depends = json.dumps([type(self.run.task).__name__, asdict(self.run), self.skips_as], sort_keys=True)

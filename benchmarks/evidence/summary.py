@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from benchmarks.evidence.results import Results, Trial
 from benchmarks.evidence.statistics import Effect, holm, paired, pooled_deviation, power
-from benchmarks.evidence.study import TUNING_SEEDS, Arm, Cell, Study
+from benchmarks.evidence.study import TUNING_SEEDS, Cell, Study
 
 
 class Comparison(NamedTuple):
@@ -57,12 +57,11 @@ def _compare(results: Results, cell: Cell, tuned: bool) -> Comparison | None:
     if len(pairs) < 2:
         return None
 
-    def effect(best: bool) -> Effect:
-        return paired(
-            *([results.measure(trial, best) for trial in side] for side in zip(*pairs, strict=True))
-        )
-
     treated, baseline = zip(*pairs, strict=True)
+
+    def effect(at: str) -> Effect:
+        return paired(*([results.measure(trial, at) for trial in side] for side in (treated, baseline)))
+
     level = sum(map(results.measure, baseline)) / len(baseline)
     also = None if results.study.also is None else effect(results.study.also)
     diverged = sum(map(results.diverged, treated)), sum(map(results.diverged, baseline))
@@ -85,24 +84,18 @@ def expected_power(results: Results, pairs: int) -> tuple[float, float]:
     """From the tuning seeds alone: the standard deviation of paired differences at the fixed rate, pooled
     over cells, and the power to find an effect that matters with so many pairs.
     """
-    groups = []
-    for cell in results.study.cells:
-        arms = [results.study.arms[name] for name in (cell.treated, cell.baseline)]
-        groups.append(
-            [_difference(results, arms, seed) for seed in TUNING_SEEDS if _tried(results, arms, seed)]
-        )
-    deviation = pooled_deviation(groups)
+    deviation = pooled_deviation([list(_differences(results, cell)) for cell in results.study.cells])
     return deviation, power(results.study.matters, deviation, pairs)
 
 
-def _tried(results: Results, arms: Sequence[Arm], seed: int) -> bool:
-    trials = [Trial(arm.name, arm.fixed_rate, seed) for arm in arms]
-    return all(trial in results.lines and not results.diverged(trial) for trial in trials)
-
-
-def _difference(results: Results, arms: Sequence[Arm], seed: int) -> float:
-    treated, baseline = (results.measure(Trial(arm.name, arm.fixed_rate, seed)) for arm in arms)
-    return treated - baseline
+def _differences(results: Results, cell: Cell) -> Iterator[float]:
+    """Treated minus baseline at the fixed rate, with the tuning seeds; not of runs that ended in NaN."""
+    arms = [results.study.arms[name] for name in (cell.treated, cell.baseline)]
+    for seed in TUNING_SEEDS:
+        trials = [Trial(arm.name, arm.fixed_rate, seed) for arm in arms]
+        if all(trial in results.lines and not results.diverged(trial) for trial in trials):
+            treated, baseline = map(results.measure, trials)
+            yield treated - baseline
 
 
 def markdown(study: Study) -> str:

@@ -125,6 +125,7 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 LENGTH, SEQUENCES, VOCAB = 32, 8, 512  # 256 tokens a worker and step
+HELD_OUT = 128  # windows
 MODEL: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -167,7 +168,7 @@ class TextProblem:
             self._windows(task, seed, worker, own[kinds[worker]], kinds[worker], faults)
             for worker in range(task.workers)
         ]
-        held_out = [validation_windows(kind, 128 * len(own[kind]) // task.workers) for kind in own]
+        held_out = [validation_windows(kind, HELD_OUT * len(own[kind]) // task.workers) for kind in own]
         self.held_out = torch.cat(held_out)
         torch.manual_seed(seed)
         self.module = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **MODEL))

@@ -15,7 +15,7 @@ from gradmix_pretrain.schedule import cosine_with_warmup
 from torch import Tensor
 
 from benchmarks.evidence.tasks import Digits, Problem, Text
-from ds_gradmix.combine import RuleState, combine
+from ds_gradmix.combine import CombineState, combine
 from ds_gradmix.config import parse_block
 from ds_gradmix.optim import Lamb, Lars
 from ds_gradmix.rules import Extrapolation, RngKey
@@ -82,10 +82,9 @@ class _Training:
         self.config = parse_block({"seed": seed, **run.block})
         self.theta = Weights(self.problem.module)
         self.optimizer = OPTIMIZERS[run.optimizer](self.theta.parameters, lr=lr)
-        self.state: RuleState | None = None
+        self.state: CombineState | None = None
         self.past_WN: Tensor | None = None
         self.weight_sum_W = torch.zeros(workers)
-        self.steps_seen = 0
 
     def run(self) -> dict[str, Any]:
         run, skipped, curve = self.settings, 0, []
@@ -99,7 +98,8 @@ class _Training:
                 if curve[-1] is None:
                     curve += [None] * (run.evaluations - len(curve))
                     break
-        return {"curve": curve, "skipped": skipped, "weights": _rounded(self.weight_sum_W / run.steps)}
+        weights = [round(weight, 4) for weight in (self.weight_sum_W / run.steps).tolist()]
+        return {"curve": curve, "skipped": skipped, "weights": weights}
 
     def _step(self, step: int, left_out: bool) -> bool:
         """Take a step, counted from 0; whether the weights were updated."""
@@ -187,8 +187,3 @@ class Weights:
 
 def _norms(flat_N: Tensor, sizes: list[int]) -> Tensor:
     return torch.stack([part.norm() for part in flat_N.split(sizes)])
-
-
-def _rounded(values: Tensor) -> list[float]:
-    found: Iterable[float] = values.tolist()
-    return [round(value, 4) for value in found]

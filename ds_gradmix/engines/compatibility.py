@@ -55,16 +55,28 @@ REFUSALS = (
 
 # Of these only with ZeRO-3; values are those that switch them on.
 REFUSALS_OF_STAGE_3 = (
-    Refusal("reduce_scatter", lambda v: not _is_true(v), _BY_STAGE_3 + "remove it"),
-    Refusal("zero_hpz_partition_size", lambda v: v != 1, _BY_STAGE_3 + "set it to 1 (hpZ off)"),
-    Refusal("zero_quantized_weights", _is_true, _BY_STAGE_3 + "set it to false"),
-    Refusal("zero_quantized_nontrainable_weights", _is_true, _BY_STAGE_3 + "set it to false"),
-    Refusal("zero_quantized_gradients", _is_true, _BY_STAGE_3 + "set it to false"),
-    Refusal("mics_shard_size", lambda v: v != -1, _BY_STAGE_3 + "remove it (MiCS)"),
-    Refusal("offload_optimizer.device", lambda v: v == "nvme", _BY_STAGE_3 + 'set it to "cpu" or "none"'),
-    Refusal("offload_param.device", lambda v: v == "nvme", _BY_STAGE_3 + 'set it to "cpu" or "none"'),
-    Refusal("offload_optimizer.super_offload", _is_true, _BY_STAGE_3 + "set it to false"),
-    Refusal("offload_optimizer.ratio", lambda v: v != 1, _BY_STAGE_3 + "set it to 1.0"),
+    Refusal("zero_optimization.reduce_scatter", lambda v: not _is_true(v), _BY_STAGE_3 + "remove it"),
+    Refusal(
+        "zero_optimization.zero_hpz_partition_size", lambda v: v != 1, _BY_STAGE_3 + "set it to 1 (hpZ off)"
+    ),
+    Refusal("zero_optimization.zero_quantized_weights", _is_true, _BY_STAGE_3 + "set it to false"),
+    Refusal(
+        "zero_optimization.zero_quantized_nontrainable_weights", _is_true, _BY_STAGE_3 + "set it to false"
+    ),
+    Refusal("zero_optimization.zero_quantized_gradients", _is_true, _BY_STAGE_3 + "set it to false"),
+    Refusal("zero_optimization.mics_shard_size", lambda v: v != -1, _BY_STAGE_3 + "remove it (MiCS)"),
+    Refusal(
+        "zero_optimization.offload_optimizer.device",
+        lambda v: v == "nvme",
+        _BY_STAGE_3 + 'set it to "cpu" or "none"',
+    ),
+    Refusal(
+        "zero_optimization.offload_param.device",
+        lambda v: v == "nvme",
+        _BY_STAGE_3 + 'set it to "cpu" or "none"',
+    ),
+    Refusal("zero_optimization.offload_optimizer.super_offload", _is_true, _BY_STAGE_3 + "set it to false"),
+    Refusal("zero_optimization.offload_optimizer.ratio", lambda v: v != 1, _BY_STAGE_3 + "set it to 1.0"),
 )
 
 
@@ -77,11 +89,7 @@ def check_request(config: Mapping[str, Any], block: GradmixConfig, request: Engi
 
 def refused_settings(config: Mapping[str, Any], block: GradmixConfig) -> Iterator[str]:
     """One line for each setting in a ds_config that cannot be combined with the block."""
-    absent = object()
-    for refusal in REFUSALS:
-        value = lookup(config, refusal.path, absent)
-        if value is not absent and refusal.refused(value):
-            yield f"{refusal.path}: {value_text(value)} {refusal.advice}"
+    yield from _refused_by(REFUSALS, config)
     stage = lookup(config, "zero_optimization.stage", 0)
     if block.decides_for_model and stage in (2, 3):
         yield (
@@ -108,13 +116,16 @@ def refused_settings(config: Mapping[str, Any], block: GradmixConfig) -> Iterato
         )
 
 
-def _refused_at_stage_3(config: Mapping[str, Any], block: GradmixConfig) -> Iterator[str]:
+def _refused_by(refusals: Sequence[Refusal], config: Mapping[str, Any]) -> Iterator[str]:
     absent = object()
-    for refusal in REFUSALS_OF_STAGE_3:
-        path = f"zero_optimization.{refusal.path}"
-        value = lookup(config, path, absent)
+    for refusal in refusals:
+        value = lookup(config, refusal.path, absent)
         if value is not absent and refusal.refused(value):
-            yield f"{path}: {value_text(value)} {refusal.advice}"
+            yield f"{refusal.path}: {value_text(value)} {refusal.advice}"
+
+
+def _refused_at_stage_3(config: Mapping[str, Any], block: GradmixConfig) -> Iterator[str]:
+    yield from _refused_by(REFUSALS_OF_STAGE_3, config)
     if block.extrapolation is not None:
         why = _WHOLE_GRADIENT if block.extrapolation.needs_gradient else _BY_STAGE_3 + "set stage to 1 or 2"
         yield f"gradmix.extrapolation: {type(block.extrapolation).type_name()} {why}"

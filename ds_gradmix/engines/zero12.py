@@ -21,7 +21,7 @@ from ds_gradmix.engines.context import EngineContext, build_reducer
 from ds_gradmix.engines.deepspeed_api import check_attributes
 from ds_gradmix.engines.recorded_bucket import OwnedSlice, RecordedBucket, ReduceCall, pieces_of
 from ds_gradmix.exchange.bucket import Bucket, CommDtypes, ParamSpan
-from ds_gradmix.exchange.state import CHECKPOINT_KEY
+from ds_gradmix.exchange.state import CHECKPOINT_KEY, saved_by
 from ds_gradmix.exchange.transport import Transport
 from ds_gradmix.weights.gradient_window import ParamLayout
 
@@ -288,11 +288,5 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
     ) -> None:
         """DeepSpeed's, and that of the rules if it is there and fits."""
         super().load_state_dict(state_dict_list, load_optimizer_states=load_optimizer_states, **kwargs)
-        if not load_optimizer_states:
-            return
-        saved: dict[str, Any] | None = None
-        why = "a universal checkpoint does not hold it"
-        if state_dict_list is not None:
-            saved = state_dict_list[self.gradmix.parallel.workers.rank].get(CHECKPOINT_KEY)
-            why = "it was made without a gradmix block"
-        self.gradmix.load(saved, why)
+        if load_optimizer_states:
+            self.gradmix.load(*saved_by(state_dict_list, self.gradmix.parallel.workers.rank))

@@ -5,6 +5,7 @@ then accumulated, offloaded and measured as ever. That method is ours here. Ever
 every parameter.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from ds_gradmix.engines.context import EngineContext, build_reducer
 from ds_gradmix.engines.deepspeed_api import check_attributes
 from ds_gradmix.exchange.bucket import Bucket, CommDtypes, ParamSpan
 from ds_gradmix.exchange.plan import Piece
-from ds_gradmix.exchange.state import CHECKPOINT_KEY
+from ds_gradmix.exchange.state import CHECKPOINT_KEY, saved_by
 from ds_gradmix.exchange.transport import Transport
 from ds_gradmix.weights.gradient_window import ParamLayout
 
@@ -131,22 +132,19 @@ class GradmixZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):
         workers = self.gradmix.workers_of(self._get_param_partition_group(grads.params[0]))
         sent = min(flat_N.dtype, comm_dtype, key=lambda dtype: dtype.itemsize)
         wide = self.gradient_accumulation_dtype
-        is_wide = wide.itemsize > sent.itemsize
-        adds = is_wide and self.gradmix.transport is Transport.EXCHANGE
+        adds = wide.itemsize > sent.itemsize and self.gradmix.transport is Transport.EXCHANGE
         outputs = []
         for span in spans:
             own = slice_of(span.length, workers.rank, workers.num_ranks)
             part = flat_N.narrow(0, span.start + own.begin, own.length)
             outputs.append((span.start + own.begin, torch.zeros_like(part, dtype=wide) if adds else part))
 
-        def pieces(chosen: Sequence[ParamSpan]) -> list[Piece]:
-            return self._gradmix_pieces(chosen, workers.num_ranks)
-
-        dtypes = CommDtypes(sent, wide if is_wide else sent)
+        pieces = functools.partial(self._gradmix_pieces, workers.num_ranks)
+        dtypes = CommDtypes(sent, wide if adds else sent)
         added = [(start, output) for start, output in outputs if adds and output.numel()]
         return Bucket([flat_N], spans, workers, dtypes, replay, replay, pieces, added), outputs
 
-    def _gradmix_pieces(self, spans: Sequence[ParamSpan], num_ranks: int) -> list[Piece]:
+    def _gradmix_pieces(self, num_ranks: int, spans: Sequence[ParamSpan]) -> list[Piece]:
         pieces = []
         for param, span in enumerate(spans):
             group, offset, _ = self._gradmix_places[span.param]
@@ -214,11 +212,8 @@ class GradmixZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):
         self, state_dict_list: Any, load_optimizer_states: bool = True, **kwargs: Any
     ) -> None:
         """DeepSpeed's, and that of the rules if it is there and fits."""
-        saved: dict[str, Any] | None = None
-        why = "a universal checkpoint does not hold it"
-        if state_dict_list is not None:  # which DeepSpeed may clear
-            saved = state_dict_list[self.gradmix.parallel.workers.rank].get(CHECKPOINT_KEY)
-            why = "it was made without a gradmix block"
+        # Before DeepSpeed, which may take it out of the list.
+        saved, why = saved_by(state_dict_list, self.gradmix.parallel.workers.rank)
         super().load_state_dict(state_dict_list, load_optimizer_states=load_optimizer_states, **kwargs)
         if load_optimizer_states:
             self.gradmix.load(saved, why)

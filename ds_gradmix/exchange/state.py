@@ -118,5 +118,12 @@ class RuleState:
             yield "its past gradients are of another partitioning, or of workers of another size"
 
 
+def saved_by(state_dict_list: Any, rank: int) -> tuple[dict[str, Any] | None, str]:
+    """A rank's part of a ZeRO optimizer's checkpoint, given as DeepSpeed gives it, and why there is none."""
+    if state_dict_list is None:
+        return None, "a universal checkpoint does not hold it"
+    return state_dict_list[rank].get(CHECKPOINT_KEY), "it was made without a gradmix block"
+
+
 def _name(rule: Rule | None) -> str:
     return "none" if rule is None else rule.type_name()

@@ -104,11 +104,8 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         if self.waits_for_layouts:
             return
         plan = self._plan_of(group)
-        if plan.layout.is_in_turns:
-            group["step"] = self.state[params[0]].setdefault("step", 0)
-        group["step"] += 1
-        if plan.layout.is_in_turns:
-            self.state[params[0]]["step"] = group["step"]
+        counted = self.state[params[0]] if plan.layout.is_in_turns else group
+        group["step"] = counted["step"] = counted.get("step", 0) + 1
         decay_P = torch.full_like(plan.plain_P, group["weight_decay"], dtype=_wide(params[0].dtype))
         decay_P.masked_fill_(plan.plain_P, 0.0)
         columns = max((tile.num_columns for tile in plan.tiles), default=0)

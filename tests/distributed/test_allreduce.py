@@ -8,7 +8,6 @@ import copy
 import pickle
 import shutil
 import tempfile
-import traceback
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -22,7 +21,7 @@ import torch
 from tests.support.blocks import GAF, MIX, SMOOTH, TINY, past
 from tests.support.engines import ENGINES, fused_descent, log_lines
 from tests.support.models import Regression
-from tests.support.ranks import run_ranks
+from tests.support.ranks import failures, run_ranks
 from tests.support.training import LR, Case, build, ds_config, equal, loss_of, train, weights_of
 
 ALL: dict[str, Any] = {**GAF, **SMOOTH, **TINY, **past(lr=0.1)}
@@ -508,20 +507,9 @@ CHECKS: dict[str, Callable[[], None]] = {
 }
 
 
-def check_all() -> dict[str, str | None]:
-    failed: dict[str, str | None] = {}
-    for name, check in CHECKS.items():
-        try:
-            check()
-            failed[name] = None
-        except Exception:
-            failed[name] = traceback.format_exc()
-    return failed
-
-
 @cache
 def checked() -> list[dict[str, str | None]]:
-    return run_ranks(2, check_all)
+    return run_ranks(2, failures, CHECKS)
 
 
 @pytest.mark.parametrize("name", CHECKS)

@@ -12,7 +12,7 @@ from tests.support.blocks import BOTH, MIX, ONE_OWNER, SKETCH, SUMMED, TINY, VRG
 from tests.support.engines import FP32_SUMS
 from tests.support.ranks import run_ranks
 from tests.support.replay import replay
-from tests.support.training import Case, relative, run_cases
+from tests.support.training import Case, relative, run_cases, with_stock, without_block
 
 GAF: dict[str, Any] = {"mixing": {"type": "GAF", "params": {"threshold": 0.9}}}
 MIX_EACH: dict[str, Any] = {"mixing": {"type": "GradientMix", "params": {"granularity": "parameter"}}}
@@ -159,10 +159,6 @@ STOCK: dict[str, Case] = {
 }
 
 
-def without_block(case: Case) -> Case:
-    return Case(**{**case.__dict__, "block": None})
-
-
 @cache
 def runs(world: int) -> list[dict[str, Any]]:
     return run_ranks(world, run_cases, CASES[world])
@@ -170,8 +166,7 @@ def runs(world: int) -> list[dict[str, Any]]:
 
 @cache
 def stock_runs() -> list[dict[str, Any]]:
-    stock = {repr(without_block(case)): without_block(case) for case in STOCK.values()}
-    return run_ranks(3, run_cases, {**STOCK, **stock})
+    return run_ranks(3, run_cases, with_stock(STOCK))
 
 
 @pytest.mark.parametrize("world, name", [(world, name) for world, cases in CASES.items() for name in cases])

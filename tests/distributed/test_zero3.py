@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import ds_gradmix
 from tests.support.blocks import BOTH, MIX, SKETCH, SUMMED, TINY, VRGD
 from tests.support.engines import FP32_SUMS, log_lines
-from tests.support.ranks import run_ranks
+from tests.support.ranks import failures, run_ranks
 from tests.support.replay import replay
 from tests.support.training import (
     Case,
@@ -30,6 +29,8 @@ from tests.support.training import (
     run_cases,
     train,
     weights_of,
+    with_stock,
+    without_block,
 )
 
 EXACT: dict[str, Any] = {"gram": "exact"}
@@ -93,10 +94,6 @@ STOCK = {
 }
 
 
-def without_block(case: Case) -> Case:
-    return replace(case, block=None)
-
-
 @cache
 def runs() -> list[dict[str, Any]]:
     return run_ranks(3, run_cases, CASES)
@@ -104,8 +101,7 @@ def runs() -> list[dict[str, Any]]:
 
 @cache
 def stock_runs() -> list[dict[str, Any]]:
-    stock = {repr(without_block(case)): without_block(case) for case in STOCK.values()}
-    return run_ranks(2, run_cases, {**STOCK, **stock})
+    return run_ranks(2, run_cases, with_stock(STOCK))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -310,22 +306,9 @@ CHECKS: dict[str, Callable[[], None]] = {
 }
 
 
-def check_all() -> dict[str, str | None]:
-    import traceback
-
-    failed: dict[str, str | None] = {}
-    for name, check in CHECKS.items():
-        try:
-            check()
-            failed[name] = None
-        except Exception:
-            failed[name] = traceback.format_exc()
-    return failed
-
-
 @cache
 def checked() -> list[dict[str, str | None]]:
-    return run_ranks(2, check_all)
+    return run_ranks(2, failures, CHECKS)
 
 
 @pytest.mark.parametrize("name", CHECKS)

@@ -12,7 +12,7 @@ import pickle
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -56,6 +56,18 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
         if _NOT_CONNECTED not in str(error):
             raise
     return _run_ranks(world, function, args, timeout)  # nothing has run: gloo's ranks did not find each other
+
+
+def failures(checks: Mapping[str, Callable[[], None]]) -> dict[str, str | None]:
+    """On a rank: make several checks, whatever becomes of the others; the traceback of each that failed."""
+    failed: dict[str, str | None] = {}
+    for name, check in checks.items():
+        try:
+            check()
+            failed[name] = None
+        except Exception:
+            failed[name] = traceback.format_exc()
+    return failed
 
 
 def _run_ranks(world: int, function: Callable[..., Any], args: tuple[Any, ...], timeout: float) -> list[Any]:

@@ -47,6 +47,16 @@ class Case:
     experts: int = 0  # of its last block; 0 is an MLP
 
 
+def without_block(case: Case) -> Case:
+    """The same training by stock DeepSpeed."""
+    return replace(case, block=None)
+
+
+def with_stock(cases: dict[str, Case]) -> dict[str, Case]:
+    """The cases, and each once without its block, by its repr."""
+    return {**cases, **{repr(case): case for case in map(without_block, cases.values())}}
+
+
 def alone(case: Case) -> Case:
     """The same training without model parallelism."""
     assert case.layout is not None

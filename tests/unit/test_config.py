@@ -11,7 +11,7 @@ import pytest
 import ds_gradmix
 from ds_gradmix.cli import main
 from ds_gradmix.config import ConfigError, for_stage, misspelt_key, parse_block
-from ds_gradmix.engines.compatibility import REFUSALS, refused_settings
+from ds_gradmix.engines.compatibility import REFUSALS, REFUSALS_OF_STAGE_3, refused_settings
 from ds_gradmix.rules import MIXING
 
 TYPES = ", ".join(f'"{rule.__name__}"' for rule in MIXING)
@@ -208,7 +208,7 @@ def test_what_cannot_be_combined(config: dict[str, Any], block: dict[str, Any], 
 
 def test_every_refusal_is_tested() -> None:
     tested = " ".join(words for _, _, words in COMBINATIONS) + str([config for config, _, _ in COMBINATIONS])
-    assert all(refusal.path.split(".")[-1] in tested for refusal in REFUSALS)
+    assert all(refusal.path.split(".")[-1] in tested for refusal in (*REFUSALS, *REFUSALS_OF_STAGE_3))
 
 
 def test_defaults_are_not_refused() -> None:
