@@ -76,15 +76,6 @@ LESS_USUAL = (
     "two negative",
 )
 
-# With these the rules that were made for the others are not tried.
-LESS_USUAL = (
-    "stale by a step",
-    "one file only",
-    "noise in one step of five",
-    "negative from the start",
-    "two negative",
-)
-
 
 def robust_rules(workers: int, setting: str) -> dict[str, Block]:
     """The rules that are to keep a bad worker out, the mean first."""
