@@ -43,7 +43,7 @@ def reduction_plan(config: Mapping[str, Any], block: GradmixConfig, num_workers:
         scaling=scaling.cost(num_workers) if exchanges and scaling is not None else None,
         has_momentum=exchanges and scaling is not None and scaling.factor_momentum > 0,
         averages_past_gradient=needs_gradient,
-        parameter_copies=0 if extrapolation is None else 1 + keeps_two,
+        parameter_copies=0 if extrapolation is None or _stage(config) == 3 else 1 + keeps_two,
         tile_bytes=block.tile_bytes,
     )
 
@@ -152,6 +152,8 @@ def _extrapolation_line(
     steps = lookup(config, "gradient_accumulation_steps", None)
     undecided = steps == "auto" or (steps is None and "train_batch_size" in config)
     words, num_bytes = "one copy", plan.parameter_copies * _grad_bytes(config)
+    if _stage(config) == 3:
+        return f"extra memory per rank for {name}: a copy of persistent parameters alone; no communication"
     if plan.parameter_copies == 2:
         words = "two copies"
     elif needs_gradient and _stage(config) == 2 and undecided:

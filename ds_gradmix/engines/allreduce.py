@@ -20,7 +20,7 @@ from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor
 
-from ds_gradmix.engines.context import EngineContext, build_reducer
+from ds_gradmix.engines.context import EngineContext, build_reducer, extrapolated_weights
 from ds_gradmix.engines.parallel_groups import Named
 from ds_gradmix.exchange.bucket import Bucket, CommDtypes, ParamSpan
 from ds_gradmix.exchange.transport import Transport
@@ -52,7 +52,8 @@ class AllReduceAdapter:
         self._addresses = [p.data_ptr() for _, p in self._named]
         flats = [p.data.reshape(-1) for _, p in self._named]
         memory = ParamLayout(flats, [(i, 0, p.numel()) for i, (_, p) in enumerate(self._named)])
-        self.reducer, self.weights = build_reducer(context, self._named, memory)
+        self.weights = extrapolated_weights(context, self._named, memory, accumulates=False)
+        self.reducer = build_reducer(context, self._named, memory, self.weights)
         self._recorded: list[RecordedCall] | None = None  # inside of the reduction of a step
         self._reduce_all = engine.buffered_allreduce_fallback
         self._allreduce_and_copy = engine.allreduce_and_copy

@@ -126,9 +126,8 @@ def _refused_by(refusals: Sequence[Refusal], config: Mapping[str, Any]) -> Itera
 
 def _refused_at_stage_3(config: Mapping[str, Any], block: GradmixConfig) -> Iterator[str]:
     yield from _refused_by(REFUSALS_OF_STAGE_3, config)
-    if block.extrapolation is not None:
-        why = _WHOLE_GRADIENT if block.extrapolation.needs_gradient else _BY_STAGE_3 + "set stage to 1 or 2"
-        yield f"gradmix.extrapolation: {type(block.extrapolation).type_name()} {why}"
+    if block.extrapolation is not None and block.extrapolation.needs_gradient:
+        yield f"gradmix.extrapolation: {type(block.extrapolation).type_name()} {_WHOLE_GRADIENT}"
     if block.worker not in ("rank", 1):
         yield f'gradmix.worker: {value_text(block.worker)} {_BY_STAGE_3}set it to "rank"'
 
@@ -200,7 +199,7 @@ PARALLELISM = {name: frozenset(name.split(" and ")) - {"data"} for name in _SUPP
 def refused_slot(engine: str, slot: str) -> str | None:
     """Why rules of a slot are refused on an engine that takes others, or None."""
     if engine == "ZeRO-3" and slot == "extrapolation":
-        return f"extrapolation: with ZeRO-3, PastGradient {_WHOLE_GRADIENT}; Noise is not supported yet"
+        return f"extrapolation: Noise works, and PastGradient {_WHOLE_GRADIENT}"
     return None
 
 

@@ -12,6 +12,7 @@ from ds_gradmix.engines.parallel_groups import Named, params_of, shard_info
 from ds_gradmix.engines.telemetry import StepReporter
 from ds_gradmix.exchange.bucket import ParamTable
 from ds_gradmix.exchange.reducer import GradientReducer
+from ds_gradmix.exchange.state import WorkerWeights
 from ds_gradmix.rules import RngKey
 from ds_gradmix.weights.extrapolated import ExtrapolatedWeights
 from ds_gradmix.weights.gradient_window import ParamLayout
@@ -33,6 +34,11 @@ class EngineContext(NamedTuple):
         self.report(reducer, told)
 
     @property
+    def measure_every(self) -> int:
+        """Steps between those whose offset is measured; 0 is never."""
+        return 0 if self.config.telemetry is None else self.config.telemetry.every
+
+    @property
     def key(self) -> RngKey:
         """Of this step's random draws."""
         return RngKey(self.config.seed, self.step())
@@ -42,19 +48,19 @@ def build_reducer(
     context: EngineContext,
     named: Named,
     memory: ParamLayout,
+    weights: WorkerWeights | None = None,
     *,
     partition_sizes: Sequence[int] = (),
-    accumulates: bool = False,
     averages: bool = False,
-) -> tuple[GradientReducer, ExtrapolatedWeights | None]:
-    """The reduction of an engine's gradients, and its extrapolated weights if the rules have any.
+) -> GradientReducer:
+    """The reduction of an engine's gradients.
 
     Args:
         context: of the engine.
         named: the optimizer's parameters, which are known by their position here.
         memory: where they lie.
+        weights: the extrapolated weights, if the rules have any.
         partition_sizes: elements that this rank owns in each of the optimizer's parameter groups.
-        accumulates: whether gradients of one step come in several reductions.
         averages: whether DeepSpeed divides what it sums by the number of ranks, and does nothing else.
     """
     config, parallel = context.config, context.parallel
@@ -65,16 +71,28 @@ def build_reducer(
     layout = fingerprint_of([f"{parallel.workers.num_ranks} ranks", *words])
     infos, names = params_of(parallel, named)
     params = ParamTable(infos, device, layout, names, partition_sizes, tied)
-    weights = None
-    if config.extrapolation is not None:
-        weights = ExtrapolatedWeights(
-            config.extrapolation,
-            memory,
-            (config.seed, parallel.workers.number),
-            accumulates=accumulates,
-            shards=shard_info(parallel, named),
-            levels=parallel.workers.levels,
-        )
-        weights.measure_every = 0 if config.telemetry is None else config.telemetry.every
     weight_sum = float(parallel.workers.num_replicas) if context.sums_gradients else 1.0
-    return GradientReducer(config, parallel, params, weight_sum, weights, averages), weights
+    return GradientReducer(config, parallel, params, weight_sum, weights, averages)
+
+
+def extrapolated_weights(
+    context: EngineContext, named: Named, memory: ParamLayout, *, accumulates: bool
+) -> ExtrapolatedWeights | None:
+    """The extrapolated weights of an engine whose ranks have whole parameters, if its rules have any.
+
+    Args:
+        accumulates: whether gradients of one step come in several reductions.
+    """
+    config, parallel = context.config, context.parallel
+    if config.extrapolation is None:
+        return None
+    weights = ExtrapolatedWeights(
+        config.extrapolation,
+        memory,
+        (config.seed, parallel.workers.number),
+        accumulates=accumulates,
+        shards=shard_info(parallel, named),
+        levels=parallel.workers.levels,
+    )
+    weights.measure_every = context.measure_every
+    return weights

@@ -38,7 +38,6 @@ from ds_gradmix.engines.weight_hooks import attach
 from ds_gradmix.engines.zero3 import GradmixZero3Optimizer
 from ds_gradmix.engines.zero12 import GradmixZeroOptimizer
 from ds_gradmix.exchange.reducer import GradientReducer
-from ds_gradmix.weights.extrapolated import ExtrapolatedWeights
 
 _ADVICE = "every rank must be given the same gradmix block, zero_optimization settings and model"
 # Where DeepSpeed looks its optimizers up when it builds an engine, and those that take their place.
@@ -151,7 +150,7 @@ def _build(engine: Any, build: Callable[[], None], given: Mapping[str, Any], blo
     reducer: GradientReducer = engine.optimizer.gradmix
     reporting.announce_rules(engine, config, block, reducer.parallel)
     context().report.attach(reducer)
-    if isinstance(reducer.weights, ExtrapolatedWeights):
+    if reducer.weights is not None:
         _attach(engine, adapter, reducer, reducer.weights)
 
 
@@ -173,7 +172,7 @@ def _context_of(engine: Any, everyone: ConsistencyCheck, block: GradmixConfig) -
     )
 
 
-def _attach(engine: Any, adapter: Any, reducer: GradientReducer, weights: ExtrapolatedWeights) -> None:
+def _attach(engine: Any, adapter: Any, reducer: GradientReducer, weights: Any) -> None:
     """Have the engine's forwards move its parameters to the extrapolated point."""
 
     def extrapolate() -> None:

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 
+from ds_gradmix.engines.gathered_weights import GatheredWeights
 from ds_gradmix.weights.extrapolated import ExtrapolatedWeights
 
 
 def attach(
     engine: Any,
-    extrapolated: ExtrapolatedWeights,
+    extrapolated: ExtrapolatedWeights | GatheredWeights,
     extrapolate: Callable[[], None],
     reload: Callable[[str], None],
     loads: Callable[[], int],

@@ -17,7 +17,7 @@ from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
-from ds_gradmix.engines.context import EngineContext, build_reducer
+from ds_gradmix.engines.context import EngineContext, build_reducer, extrapolated_weights
 from ds_gradmix.engines.deepspeed_api import check_attributes
 from ds_gradmix.engines.recorded_bucket import OwnedSlice, RecordedBucket, ReduceCall, pieces_of
 from ds_gradmix.exchange.bucket import Bucket, CommDtypes, ParamSpan
@@ -42,13 +42,12 @@ class GradmixZeroOptimizer(DeepSpeedZeroOptimizer):
         self.gradmix_context = gradmix_context
         parameters = [self.param_dict[i] for i in range(len(self.param_dict))]
         named = [(self.param_names.get(p, f"parameter {i}"), p) for i, p in enumerate(parameters)]
-        self.gradmix, self._gradmix_weights = build_reducer(
-            self.gradmix_context,
-            named,
-            self._gradmix_memory(),
-            partition_sizes=[int(size) for size in self.partition_size],
-            accumulates=bool(self.partition_gradients) and self.gradient_accumulation_steps > 1,
-        )
+        memory = self._gradmix_memory()
+        accumulates = bool(self.partition_gradients) and self.gradient_accumulation_steps > 1
+        weights = extrapolated_weights(gradmix_context, named, memory, accumulates=accumulates)
+        sizes = [int(size) for size in self.partition_size]
+        self._gradmix_weights = weights
+        self.gradmix = build_reducer(gradmix_context, named, memory, weights, partition_sizes=sizes)
         self._gradmix_recorded: RecordedBucket | None = None  # inside of average_tensor
         self._gradmix_skips = False  # inside of step
         transport = self.gradmix.transport

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from ds_gradmix.engines.context import EngineContext, build_reducer
 from ds_gradmix.engines.deepspeed_api import check_attributes
+from ds_gradmix.engines.gathered_weights import GatheredWeights
+from ds_gradmix.engines.parallel_groups import Named
 from ds_gradmix.exchange.bucket import Bucket, CommDtypes, ParamSpan
 from ds_gradmix.exchange.plan import Piece
 from ds_gradmix.exchange.state import CHECKPOINT_KEY, saved_by
@@ -70,16 +72,32 @@ class GradmixZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):
             tuple(self.grad_position[self.get_param_id(p)]) for p in parameters
         ]
         named = [(self.param_names.get(p, f"parameter {i}"), p) for i, p in enumerate(parameters)]
-        self.gradmix, _ = build_reducer(
+        self.gradmix = build_reducer(
             gradmix_context,
             named,
             ParamLayout([], self._gradmix_places),
+            self._gradmix_weights(named),
             partition_sizes=[int(size) for size in self.fp16_partitioned_groups_flat_numel],
             averages=True,
         )
         self._gradmix_reduced: set[int] = set()  # ds_ids in this backward
         self._gradmix_used: set[int] = set()  # and in this step
         self._gradmix_skips = False  # inside of step
+
+    def _gradmix_weights(self, named: Named) -> GatheredWeights | None:
+        context = self.gradmix_context
+        if (rule := context.config.extrapolation) is None:
+            return None
+        key = (context.config.seed, context.parallel.workers.number)
+        groups = [self.sub_group_to_group_id[sub_group] for sub_group, _, _ in self._gradmix_places]
+        params = [(p, name, group) for (name, p), group in zip(named, groups, strict=True)]
+        weights = GatheredWeights(rule, key, self.parameter_offload.get_param_coordinator(), params)
+        weights.measure_every = context.measure_every
+        return weights
+
+    def learning_rates(self) -> list[float]:
+        """The learning rate of every group of parameters."""
+        return [float(group["lr"]) for group in self.optimizer.param_groups]
 
     # --- one bucket ---
 

@@ -5,7 +5,6 @@ exactly, and without another rank. Only gradients that come in several reduction
 """
 
 import enum
-import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,10 +14,10 @@ from torch import Tensor
 from ds_gradmix.comm.groups import RankGroup
 from ds_gradmix.comm.workers import WorkerLevels
 from ds_gradmix.ops import multi_tensor
-from ds_gradmix.ops.rounding import round_stochastically
 from ds_gradmix.ops.segments import to_device
 from ds_gradmix.rules import Extrapolation
 from ds_gradmix.weights.gradient_window import GradientWindow, ParamLayout
+from ds_gradmix.weights.offset import moved, seed_of
 
 _CHUNK_ON_CPU, _CHUNK = 2**17, 2**24  # elements moved at a time; on a CPU what stays in its cache
 
@@ -193,7 +192,7 @@ class ExtrapolatedWeights:
         for group, (indices, learning_rate) in enumerate(zip(self._order, learning_rates, strict=True)):
             flat, kept = self._layout.flats[group], self._buffer[group]
             random = torch.Generator(flat.device)
-            random.manual_seed(self._seed(step, str(group)))
+            random.manual_seed(seed_of(self._key, step, str(group)))
             scale = self.rule.scale(learning_rate)
             if scale is not None and self._shards is None:
                 self._add_to(flat, kept, scale / unit, random)
@@ -205,7 +204,7 @@ class ExtrapolatedWeights:
                 scales = scales_P.unbind()
             for i, part in zip(indices, scales, strict=True):
                 if self._shards is not None:
-                    random.manual_seed(self._seed(step, self._shards.labels[i]))
+                    random.manual_seed(seed_of(self._key, step, self._shards.labels[i]))
                 _, begin, size = self._layout.places[i]
                 self._add_to(flat.narrow(0, begin, size), kept.narrow(0, begin, size), part, random)
 
@@ -227,12 +226,9 @@ class ExtrapolatedWeights:
     def _add_to(self, weights: Tensor, past: Tensor, scale: float | Tensor, random: torch.Generator) -> None:
         """Move a stretch of memory with one scale, by its past gradients, which the weights replace."""
         for ours, kept in zip(weights.split(self._chunk), past.split(self._chunk), strict=True):
-            # A product and a sum, each rounded by itself: equal elements stay equal wherever they lie.
-            moved = self.rule.direction(kept, random).float().mul(scale).add_(ours)
-            if ours.dtype == torch.float16:  # where a sum of scaled gradients may have left the range
-                moved = torch.where(moved.isfinite(), moved, ours.float())
+            ahead = moved(self.rule, ours, kept, scale, random)
             kept.copy_(ours)
-            ours.copy_(round_stochastically(moved, ours.dtype, random))
+            ours.copy_(ahead)
 
     def _norms(self) -> list[Tensor]:
         """For each group `[3, P]`: every parameter's norm, that of its past gradient, and its elements."""
@@ -247,10 +243,6 @@ class ExtrapolatedWeights:
             self._shards.group.all_reduce_identical(total_3P)
         total_3P[:2].sqrt_()
         return list(total_3P.float().split([len(indices) for indices in self._order], dim=1))
-
-    def _seed(self, step: int, label: str) -> int:
-        words = ",".join(map(str, (*self._key, step, label)))
-        return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "little") >> 1
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs; the parameters hold theta afterwards."""

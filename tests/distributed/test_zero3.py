@@ -12,7 +12,6 @@ import deepspeed
 import numpy as np
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 
 import ds_gradmix
 from tests.support.blocks import BOTH, MIX, SKETCH, SUMMED, TINY, VRGD
@@ -32,24 +31,23 @@ from tests.support.training import (
     with_stock,
     without_block,
 )
+from tests.support.zero3 import (
+    ALL_PERSISTENT,
+    EXACT,
+    GAF,
+    IN_PARTS,
+    OFFLOAD,
+    OFFLOAD_OPTIMIZER,
+    SMALL,
+    Inner,
+    Outer,
+    stage3,
+)
 
-EXACT: dict[str, Any] = {"gram": "exact"}
-GAF: dict[str, Any] = {"mixing": {"type": "GAF", "params": {"threshold": 0.9}}}
 SMOOTH: dict[str, Any] = {"scaling": {"type": "VRGD", "params": {"gamma": 0.2, "momentum": 0.8}}}
 GUARD: dict[str, Any] = {"mixing": {"type": "Guard"}}
 KEEP_ALL: dict[str, Any] = {"mixing": {"type": "GAF", "params": {"threshold": 2}}}
 SKIPS: dict[str, Any] = {"mixing": {"type": "GAF", "params": {"threshold": 0.6}}}
-OFFLOAD: dict[str, Any] = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
-OFFLOAD_OPTIMIZER: dict[str, Any] = {"offload_optimizer": {"device": "cpu"}}
-IN_PARTS: dict[str, Any] = {"stage3_param_persistence_threshold": 0, "sub_group_size": 500}
-ALL_PERSISTENT: dict[str, Any] = {"stage3_param_persistence_threshold": 10**6}
-SMALL = 500  # elements of a bucket: the largest parameter has more
-
-
-def stage3(block: dict[str, Any] | None, **settings: Any) -> Case:
-    return Case(block, stage=3, **{"steps": 3, **settings})
-
-
 CASES: dict[str, Case] = {
     "gaf": stage3({**GAF, **EXACT, **TINY}, accumulation=2),
     "gaf small buckets": stage3({**GAF, **EXACT, **TINY}, bucket=SMALL, accumulation=2, zero=IN_PARTS),
@@ -254,35 +252,6 @@ def not_finite() -> None:
     case = stage3({**VRGD, **TINY}, steps=3, nan_at=(1, 1))
     told = train(build(case), case)
     assert told["skipped"] == [0, 1, 1]
-
-
-class Inner(torch.nn.Module):
-    """Two layers, the activations between which are stored, or computed again in backward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(4)
-        self.first = torch.nn.Linear(13, 31)
-        self.second = torch.nn.Linear(31, 29)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(self.second(torch.tanh(self.first(x))))
-
-
-class Outer(torch.nn.Module):
-    """`reentrant` says which way activations are computed again, None that they are stored."""
-
-    def __init__(self, reentrant: bool | None) -> None:
-        super().__init__()
-        self.inner = Inner()
-        self.last = torch.nn.Linear(29, 3)
-        self.reentrant = reentrant
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.requires_grad_()  # as hooks of leaf modules and of reentrant checkpointing want it
-        if self.reentrant is None:
-            return self.last(self.inner(x))
-        return self.last(checkpoint(self.inner, x, use_reentrant=self.reentrant))
 
 
 def checkpointed() -> None:

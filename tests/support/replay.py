@@ -9,6 +9,7 @@ several replicas one worker, its gradient is their mean.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -117,7 +118,7 @@ class _Replay:
         """Each worker's gradient, taken from its own point."""
         replicas = []
         for data in range(self.world):
-            with self.ahead.offset(data // self.per_worker, self.optimizer):
+            with self.ahead.offset(data // self.per_worker, self.optimizer, step):
                 replicas.append(self._gradients(step, micros, data))
         size = self.per_worker
         workers = [_mean(replicas[at : at + size]) for at in range(0, len(replicas), size)]
@@ -219,6 +220,8 @@ class _Ahead:
     def __init__(
         self, rule: dict[str, Any], named: dict[str, torch.nn.Parameter], num_workers: int, expert_ranks: int
     ) -> None:
+        self.is_noise = rule.get("extrapolation", {}).get("type") == "Noise"
+        self.seed = rule.get("seed", 1234)
         self.params = rule.get("extrapolation", {}).get("params", {})
         self.named = named
         self.expert_ranks = expert_ranks
@@ -226,10 +229,12 @@ class _Ahead:
         self.present: list[Gradients] = [{} for _ in range(num_workers)]
 
     @contextlib.contextmanager
-    def offset(self, worker: int, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    def offset(self, worker: int, optimizer: torch.optim.Optimizer, step: int) -> Iterator[None]:
         before = {name: p.detach().clone() for name, p in self.named.items()}
+        if self.is_noise:
+            self._add_noise(worker, step)
         rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-        for name in self.past[worker]:
+        for name in () if self.is_noise else self.past[worker]:
             p, gradient = self.named[name], self._past(name, worker)
             rate = self.params["lr"] if "lr" in self.params else self.params["lr_ratio"] * rates[id(p)]
             if self.params.get("layerwise"):
@@ -239,6 +244,23 @@ class _Ahead:
         yield
         for name, p in self.named.items():
             p.data.copy_(before[name])
+
+    def _add_noise(self, worker: int, step: int) -> None:
+        """As ZeRO-3 draws it, by the names of parameters."""
+        for name, p in self.named.items():
+            if not p.requires_grad:
+                continue
+            words = f"{self.seed},{worker},{step},{name}".encode()
+            random = torch.Generator()
+            random.manual_seed(int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "little") >> 1)
+            drawn = torch.empty(p.numel())
+            if self.params.get("distribution") == "uniform":
+                drawn.uniform_(-(3.0**0.5), 3.0**0.5, generator=random)
+            else:
+                drawn.normal_(generator=random)
+            root_mean_square = float(p.detach().square().mean().sqrt())
+            std = self.params.get("std", self.params.get("std_ratio", 0.0) * root_mean_square)
+            p.data.add_(drawn.double().view_as(p), alpha=std)
 
     def _past(self, name: str, worker: int) -> Array:
         """A worker's past gradient; of experts, the mean over the ranks that share them."""
