@@ -61,9 +61,9 @@ def test_fewer_ranks_go_on_from_a_universal_checkpoint(tmp_path: Path) -> None:
     run_ranks(3, before_the_change, str(tmp_path))
     for name in CASES:
         to_universal(tmp_path / name)
-    for found in run_ranks(2, after_the_change, str(tmp_path)):
+    for rank, found in enumerate(run_ranks(2, after_the_change, str(tmp_path))):
         for name in CASES:
             for at in ("loaded", "end"):
                 assert relative(found[name][at], found["stock"][at]) < 1e-6, (name, at)
             told = ["a universal checkpoint does not hold it" in line for line in found[name]["lines"]]
-            assert told == [True] * (name != "stock")
+            assert told == [True] * (rank == 0 and name != "stock")
