@@ -1,7 +1,8 @@
 """The cases and rules that exchange.py compares, with the expected bytes and the bounds.
 
-In a case all ranks own even shares of a bucket ("even"), one rank owns all of it ("one owner"), or every rank
-needs the result ("every rank"). The expected bytes are those of `ds_gradmix check`: docs/scaling.md.
+In a case all ranks own even shares of a bucket ("even"), one rank owns all of it ("one owner"), every rank
+needs the result ("every rank"), or every rank owns a slice of each parameter ("slices": ZeRO-3). The expected
+bytes are those of `ds_gradmix check`: docs/scaling.md.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1]))  # ds_gradmix of this checkout, installed or not
 
-from ds_gradmix.config import SLOTS, GradmixConfig, parse_block
+from ds_gradmix.config import SLOTS, GradmixConfig, for_stage, parse_block
 from ds_gradmix.costs.model import Cluster, Workload, block_costs
 from ds_gradmix.costs.report import reduction_plan
 
@@ -25,9 +26,16 @@ ENGINES: dict[str, dict[str, Any]] = {
     "ZeRO-1": {"zero_optimization": {"stage": 1}},
     "ZeRO-2": {"zero_optimization": {"stage": 2}},
     "BF16_Optimizer": {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}},
+    # All parameters stay gathered, so that nothing but the reduction communicates in a backward.
+    "ZeRO-3": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 10**9}},
 }
-ENGINES_WITHOUT_OWNERS = {"ZeRO-0": ("fp32",), "BF16_Optimizer": ("bf16",)}  # and their dtypes
-EVERY_RANK = "every rank"
+EVERY_RANK, SLICES = "every rank", "slices"
+# Engines with one kind of ownership, and their dtypes.
+ENGINES_OF_ONE_KIND = {
+    "ZeRO-0": (EVERY_RANK, ("fp32",)),
+    "BF16_Optimizer": (EVERY_RANK, ("bf16",)),
+    "ZeRO-3": (SLICES, ("fp32", "bf16")),
+}
 DEEPSPEED_DTYPE = {"bf16": {"bf16": {"enabled": True}}}
 
 _GAF = {"mixing": {"type": "GAF", "params": {"threshold": 1.0}}}
@@ -116,17 +124,27 @@ class Case:
             return config
         return config | {"gradmix": block if tile_bytes is None else block | {"tile_bytes": tile_bytes}}
 
+    def block(self, rule: str) -> GradmixConfig:
+        """The rule's block, with the defaults of the engine's stage."""
+        return for_stage(parse_block(RULES[rule] or {}), ENGINES[self.engine]["zero_optimization"]["stage"])
+
     def theory_bytes(self, rule: str) -> float:
         """The expected bytes that a host sends in one reduction of all gradients."""
         definition = RULES[rule] or {}
         width = ELEMENT_BYTES[self.dtype]
-        owners: Any = {"even": "even", "one owner": "one", EVERY_RANK: self.engine}[self.owners]
+        owners: Any = {"even": "even", "one owner": "one"}.get(self.owners, self.engine)
         workload = Workload(NUM_ELEMENTS, width, owners, width, self.bucket_elements, NUM_LAYERS)
         worker = definition.get("worker", 1)
         per_worker = self.ranks_per_host if worker == "node" else worker
         cluster = Cluster(self.world, self.ranks_per_host, per_worker)
-        plan = reduction_plan(self.ds_config(rule, None), parse_block(definition), cluster.workers)
+        plan = reduction_plan(self.ds_config(rule, None), self.block(rule), cluster.workers)
         return block_costs(plan, workload, cluster).leaving
+
+    def gloo_bytes(self, rule: str) -> float:
+        """The same over gloo, whose reduce-scatter (ZeRO-3's) sends as much as an all-reduce."""
+        plan = reduction_plan(self.ds_config(rule, None), self.block(rule), self.world)
+        by_deepspeed = self.engine == "ZeRO-3" and plan.transport != "exchange"
+        return self.theory_bytes(rule) + (self.theory_bytes("stock") if by_deepspeed else 0)
 
     def bytes_bound(self, rule: str) -> float:
         """The most that a rule may send, relative to stock: 5 % more than expected, for headers."""
@@ -141,8 +159,7 @@ class Case:
         rank owns.
         """
         copied = self.bucket_bytes if self.engine == "ZeRO-0" else 0
-        block = GradmixConfig() if RULES[rule] is None else parse_block(RULES[rule])
-        plan = reduction_plan(self.ds_config(rule, None), block, self.world)
+        plan = reduction_plan(self.ds_config(rule, None), self.block(rule), self.world)
         base = copied + 3 * self.tile_bytes if plan.transport == "exchange" else stock_reduction_bytes
         pending = 4 * NUM_ELEMENTS // self.world if plan.has_momentum else 0
         return base + pending + 16 * plan.sketch_size + (2 << 20)

@@ -106,7 +106,9 @@ def measure_memory(engine: Any, inputs: torch.Tensor, repeats: int) -> dict[str,
     step(engine, inputs)
     watch, results = Watch(), []
     owner, name = engine.optimizer, "average_tensor"
-    if not hasattr(owner, name):  # every rank needs the result, and the engine reduces
+    if engine.zero_optimization_stage() == 3:
+        name = "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads"
+    elif not hasattr(owner, name):  # every rank needs the result, and the engine reduces
         owner, name = engine, "buffered_allreduce_fallback"
     reduce = getattr(owner, name)
     setattr(owner, name, watch.call(reduce))
