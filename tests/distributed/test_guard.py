@@ -36,12 +36,16 @@ THREE = {
     "not finite": Run(bad("nan"), keys={"nonfinite": "drop", **T}),
     "exchange": Run(bad("negative", end=12), keys={"transport": "exchange"}, steps=30),
     "sketched": Run(bad("negative"), keys={"gram": {"sketch": 64}, **T}),
+    "negative, ZeRO-3": Run(bad("negative"), stage=3, keys={"gram": "exact", **T}, resume_at=11),
+    "exchange, ZeRO-3": Run(bad("negative"), stage=3, keys={"gram": "exact", "transport": "exchange"}),
 }
 CLEAN = {
     "ZeRO-0": Run(stage=0, steps=8),
     "ZeRO-1": Run(stage=1, accumulation=2, steps=8),
     "ZeRO-2": Run(accumulation=2, steps=8),
     "ZeRO-2 bf16": Run(steps=8, config=BF16),
+    "ZeRO-3": Run(stage=3, accumulation=2, steps=8),
+    "ZeRO-3 bf16": Run(stage=3, steps=8, config=BF16),
     "BF16_Optimizer": Run(stage=1, steps=8, config={**BF16, **FP32_SUMS}),
     "not contiguous": Run(steps=8, config={"zero_optimization": {"stage": 2, "contiguous_gradients": False}}),
     "drops": Run(steps=8, keys={"nonfinite": "drop"}),
@@ -76,6 +80,7 @@ LOOKS = {
 }
 CLIPPED = {"gradient_clipping": 0.5}  # or the model is soon nowhere, and no worker as the other
 FOUR = {kind: Run(bad(kind, begin=8), None, {"telemetry": SHORT}, steps=33, config=CLIPPED) for kind in LOOKS}
+FOUR |= {kind: Run(**{**vars(FOUR[kind]), "stage": 3}) for kind in ("negative", "scaled", "zero")}
 FOUR |= {f"clean {i}": Run((), None, {"telemetry": SHORT}, steps=60, seed=1 + i) for i in range(1)}
 
 

@@ -105,6 +105,7 @@ def train(run: Run, folder: str) -> dict[str, Any]:
     import ds_gradmix
     from ds_gradmix.engines.install import reducer_of
     from tests.support.engines import log_lines
+    from tests.support.training import weights_of
 
     ds_gradmix.enable()
 
@@ -128,8 +129,7 @@ def train(run: Run, folder: str) -> dict[str, Any]:
             told.append(ds_gradmix.stats(engine))
     reducer = reducer_of(engine)
     states = [] if reducer is None else [state.values_KW.tolist() for state in reducer.state.mixing]
-    weights = {n: p.detach().double().numpy().copy() for n, p in engine.module.named_parameters()}
-    return {"weights": weights, "stats": told, "lines": list(lines), "states": states}
+    return {"weights": weights_of(engine), "stats": told, "lines": list(lines), "states": states}
 
 
 @dataclass
