@@ -116,7 +116,9 @@ def test_formulas_agree_with_the_kernel_counters(
     for row in rows:
         assert row["stock_sent_bytes"] == pytest.approx(row["stock_gloo_bytes"], rel=0.05), run.stdout
         assert row["sent_bytes"] == pytest.approx(row["gloo_bytes"], rel=0.05), run.stdout
-        if row["engine"] == "ZeRO-3" and "scope" not in row["rule"]:  # what stock's reduce-scatter sends over NCCL
+        if (
+            row["engine"] == "ZeRO-3" and "scope" not in row["rule"]
+        ):  # what stock's reduce-scatter sends over NCCL
             assert row["bytes_ratio"] == pytest.approx(1.0, rel=0.05), run.stdout
         if "worker node" in row["rule"] and row["engine"] == "ZeRO-2":
             assert row["bytes_ratio"] <= 0.6, run.stdout
