@@ -6,7 +6,7 @@
 #                 CONFIG=ds_config.json trains by other rules
 # make compare    the same by the mean and by Guard, with good workers and with a bad one: four runs, and a picture
 # make evidence   the studies of docs/evidence.md that fit into an hour; again: goes on
-#                 STUDY=name trains that one, SEEDS=20 with so many seeds (10)
+#                 STUDY=name trains that one, SEEDS=20 with so many seeds
 
 PYTHON ?= python3
 PROCESSES ?= 2
@@ -15,7 +15,7 @@ CORPUS ?=
 DEEPSPEED ?=
 CONFIG ?= configs/guard_zero2.json
 STUDY ?=
-SEEDS ?= 10
+SEEDS ?=
 
 bin := .venv/bin
 export RUN CONFIG
@@ -60,7 +60,7 @@ compare: data
 	$(bin)/python launch/compare.py
 
 evidence: .venv/.ready
-	$(bin)/python -m benchmarks.evidence.runner $(STUDY) --seeds $(SEEDS)
+	$(bin)/python -m benchmarks.evidence.runner $(STUDY) $(if $(SEEDS),--seeds $(SEEDS))
 	$(bin)/python -m benchmarks.evidence.pictures
 	$(bin)/python -m tests.support.documents
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.evidence import RESULTS
-from benchmarks.evidence.study import TUNING_SEEDS, Arm, Study
+from benchmarks.evidence.study import Arm, Study
 
 
 class Trial(NamedTuple):
@@ -73,7 +73,7 @@ class Results:
             return arm.rates[0]
         sums = {}
         for lr in arm.rates:
-            trials = [Trial(arm.name, lr, seed) for seed in TUNING_SEEDS]
+            trials = [Trial(arm.name, lr, seed) for seed in self.study.tuning_seeds]
             if any(trial not in self.lines for trial in trials):
                 return None
             sums[lr] = math.fsum(self.measure(trial) for trial in trials)
@@ -86,7 +86,8 @@ class Results:
         seeds = list(seeds)
         arms = [arm for arm in self.study.arms.values() if arm.skips_as is None]
         tuned = [arm for arm in arms if len(arm.rates) > 1]
-        tuning = [Trial(arm.name, lr, seed) for arm in tuned for lr in arm.rates for seed in TUNING_SEEDS]
+        of_tuning = self.study.tuning_seeds
+        tuning = [Trial(arm.name, lr, seed) for arm in tuned for lr in arm.rates for seed in of_tuning]
         compared = [trial for arm in arms for trial in self._compared(arm, seeds)]
         controls = [arm for arm in self.study.arms.values() if arm.skips_as is not None]
         after = [trial for arm in controls for trial in self._compared(arm, seeds)]

@@ -1,6 +1,6 @@
 """Trains what a study's table asks for and is not there yet: `make evidence [STUDY=name] [SEEDS=10]`.
 
-    python -m benchmarks.evidence.runner [STUDY ...] [--seeds 10] [--minutes 60] [--processes 2]
+    python -m benchmarks.evidence.runner [STUDY ...] [--seeds N] [--minutes 60] [--processes 2]
 
 Interrupted, it goes on where it was: every run is a line in benchmarks/evidence/results/. Without names it
 takes the studies that fit into an hour on 2 cores. docs/evidence.md is written at the end.
@@ -25,13 +25,13 @@ from benchmarks.evidence.study import Arm
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the runs of studies.")
     parser.add_argument("studies", nargs="*", metavar="STUDY", help=f"of {', '.join(STUDIES)}")
-    parser.add_argument("--seeds", type=int, default=10, help="pairs in every cell (default: 10)")
+    parser.add_argument("--seeds", type=int, help="pairs in every cell (default: the study's)")
     parser.add_argument("--minutes", type=float, default=60, help="begin no run after so long (default: 60)")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="runs at a time")
     args = parser.parse_args()
     if unknown := [name for name in args.studies if name not in STUDIES]:
         parser.error(f"no study {', '.join(unknown)}; there are {', '.join(STUDIES)}")
-    if args.seeds < 2 or args.processes < 1:
+    if (args.seeds is not None and args.seeds < 2) or args.processes < 1:
         parser.error("--seeds is 2 or more, --processes 1 or more")
     names = args.studies or [name for name, study in STUDIES.items() if study.in_an_hour]
     end = time.monotonic() + 60 * args.minutes
@@ -41,10 +41,10 @@ def main() -> None:
         sys.exit("time is up; the same command goes on")
 
 
-def _complete(name: str, num_seeds: int, end: float, pool: Any) -> bool:
+def _complete(name: str, num_seeds: int | None, end: float, pool: Any) -> bool:
     """Train what is missing of a study; whether nothing is any more."""
     results = Results(STUDIES[name])
-    seeds = range(results.study.seeds or num_seeds)
+    seeds = range(num_seeds or results.study.seeds)
     while (missing := results.missing(seeds)) and time.monotonic() < end:
         arms = results.study.arms
         jobs = ((trial, arms[trial.arm], results.skip_share(trial), end) for trial in missing)

@@ -10,7 +10,7 @@ from functools import cached_property
 
 from benchmarks.evidence.training import Run
 
-TUNING_SEEDS = (1001, 1002)  # never compared
+FIRST_TUNING_SEED = 1001  # those from here on are never compared
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ class Study:
         matters: an effect that a user would care for; the power is estimated for it.
         also: "best", if the best evaluation of a run is compared besides the last one, or "early", if the one
             after a fifth of the steps is.
-        seeds: how many pairs, whatever is asked for; None for what is asked for.
+        seeds: how many pairs, unless a number is asked for.
+        num_tuning: how many seeds learning rates are tried with.
         in_an_hour: whether `make evidence` trains it without being asked by name.
     """
 
@@ -72,8 +73,14 @@ class Study:
     arms: Mapping[str, Arm]
     cells: Sequence[Cell]
     also: str | None = None
-    seeds: int | None = None
+    seeds: int = 10
+    num_tuning: int = 2
     in_an_hour: bool = True
+
+    @property
+    def tuning_seeds(self) -> range:
+        """Those that learning rates are tried with."""
+        return range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + self.num_tuning)
 
 
 @dataclass

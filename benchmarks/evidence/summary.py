@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from benchmarks.evidence.results import Results, Trial
 from benchmarks.evidence.statistics import Effect, holm, paired, pooled_deviation, power
-from benchmarks.evidence.study import TUNING_SEEDS, Cell, Study
+from benchmarks.evidence.study import FIRST_TUNING_SEED, Cell, Study
 
 
 class Comparison(NamedTuple):
@@ -73,7 +73,7 @@ def _pairs(results: Results, cell: Cell, tuned: bool) -> Iterator[tuple[Trial, T
     rates = _rates(results, cell, tuned)
     if None in rates:
         return
-    seeds = sorted({trial.seed for trial in results.lines} - set(TUNING_SEEDS))
+    seeds = sorted({trial.seed for trial in results.lines if trial.seed < FIRST_TUNING_SEED})
     for seed in seeds:
         pair = Trial(cell.treated, rates[0], seed), Trial(cell.baseline, rates[1], seed)
         if all(trial in results.lines for trial in pair):
@@ -91,7 +91,7 @@ def expected_power(results: Results, pairs: int) -> tuple[float, float]:
 def _differences(results: Results, cell: Cell) -> Iterator[float]:
     """Treated minus baseline at the fixed rate, with the tuning seeds; not of runs that ended in NaN."""
     arms = [results.study.arms[name] for name in (cell.treated, cell.baseline)]
-    for seed in TUNING_SEEDS:
+    for seed in results.study.tuning_seeds:
         trials = [Trial(arm.name, arm.fixed_rate, seed) for arm in arms]
         if all(trial in results.lines and not results.diverged(trial) for trial in trials):
             treated, baseline = map(results.measure, trials)

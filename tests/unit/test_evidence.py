@@ -21,7 +21,7 @@ from benchmarks.evidence import runner, tasks, training
 from benchmarks.evidence.results import Results, Trial
 from benchmarks.evidence.statistics import holm, paired, pooled_deviation, power
 from benchmarks.evidence.studies import STUDIES
-from benchmarks.evidence.study import TUNING_SEEDS, Arm, Cell, Study, Table
+from benchmarks.evidence.study import Arm, Cell, Study, Table
 from benchmarks.evidence.summary import comparisons, markdown
 from benchmarks.evidence.tasks import Digits, Text
 from benchmarks.evidence.training import Run, train
@@ -189,7 +189,7 @@ def test_a_study_is_trained_in_stages_and_resumed(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(runner, "Results", lambda study: Results(study, tmp_path))
     monkeypatch.setattr(runner, "STUDIES", {"small": study})
     results = Results(study, tmp_path)
-    assert {trial.seed for trial in results.missing(range(3))} == set(TUNING_SEEDS)
+    assert {trial.seed for trial in results.missing(range(3))} == {1001, 1002}
     with Pool(2) as pool:
         assert not runner._complete("small", 3, time.monotonic(), pool)  # no time left
         assert runner._complete("small", 3, time.monotonic() + 60, pool)
@@ -223,7 +223,7 @@ def test_rates_are_tuned_and_runs_compared_by_seed(tmp_path: Path, monkeypatch: 
 
     for arm, best in (("a", 1.0), ("b", 2.0)):
         for lr in (1.0, 2.0):
-            for seed in TUNING_SEEDS:
+            for seed in study.tuning_seeds:
                 add(arm, lr, seed, 9.0, 3.0 if lr == best else 4.0)
     for seed in range(3):
         add("a", 1.0, seed, 2.0, 5.0 + seed)
