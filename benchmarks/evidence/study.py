@@ -62,6 +62,7 @@ class Study:
             after a fifth of the steps is.
         seeds: how many pairs, unless a number is asked for.
         num_tuning: how many seeds learning rates are tried with.
+        tells_learned: whether the table says how much of the training labels was learned by heart.
         in_an_hour: whether `make evidence` trains it without being asked by name.
     """
 
@@ -75,6 +76,7 @@ class Study:
     also: str | None = None
     seeds: int = 10
     num_tuning: int = 2
+    tells_learned: bool = False
     in_an_hour: bool = True
 
     @property

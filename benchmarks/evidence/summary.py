@@ -155,4 +155,22 @@ def _below(results: Results, pairs: Sequence[int]) -> str:
             f" Expected from the tuning seeds, whose paired standard deviation was {deviation:.2g}: an "
             f"effect of {study.matters:g} is found with a chance of {100 * chance:.0f} %."
         )
+    if study.tells_learned and (shares := _learned_by_baselines(results)):
+        least, most = round(100 * min(shares)), round(100 * max(shares))
+        text += f" At the fixed rate the baselines give back {least} to {most} % of the labels they learned."
     return textwrap.fill(text, 110)
+
+
+def _learned_by_baselines(results: Results) -> list[float]:
+    """For each setting's baseline, the mean over seeds at the fixed rate."""
+    shares = []
+    for name in dict.fromkeys(cell.baseline for cell in results.study.cells):
+        arm = results.study.arms[name]
+        found = [
+            line["learned"]
+            for trial, line in results.lines.items()
+            if (trial.arm, trial.lr) == (name, arm.fixed_rate) and trial.seed < FIRST_TUNING_SEED
+        ]
+        if arm.skips_as is None and found:
+            shares.append(math.fsum(found) / len(found))
+    return shares

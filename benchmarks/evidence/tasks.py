@@ -40,6 +40,9 @@ class Problem(Protocol):
     def evaluate(self, views: dict[str, Tensor]) -> float:
         """How good the weights are on held-out data."""
 
+    def learned(self, views: dict[str, Tensor]) -> float | None:
+        """Which share of the training labels the model gives back, wrong ones too; None if not measured."""
+
 
 @dataclass(frozen=True)
 class Digits:
@@ -51,12 +54,14 @@ class Digits:
         label_noise: share of training labels that are moved to another class.
         balance: "none" draws images freely; "true" and "noisy" draw as many of each class, by the label
             before and after the noise. No user knows the labels before.
+        hidden: units of the perceptron.
     """
 
     workers: int
     batch_size: int
     label_noise: float = 0.0
     balance: str = "none"
+    hidden: int = 64
 
     def problem(self, seed: int, faults: tuple[Fault, ...]) -> Problem:
         if faults:
@@ -79,7 +84,9 @@ class DigitsProblem:
         labels = (self.true_y if task.balance == "true" else self.y).numpy()
         self.of_class = [np.flatnonzero(labels == digit) for digit in range(10)]
         torch.manual_seed(seed)
-        self.module = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
+        self.module = torch.nn.Sequential(
+            torch.nn.Linear(64, task.hidden), torch.nn.ReLU(), torch.nn.Linear(task.hidden, 10)
+        )
 
     def batch(self, step: int) -> Batch:
         workers = self.task.workers
@@ -109,9 +116,14 @@ class DigitsProblem:
         return losses.view(y.shape).mean(1)
 
     def evaluate(self, views: dict[str, Tensor]) -> float:
-        x, y = self.test
+        return 100 * (1 - self._right(views, *self.test))
+
+    def learned(self, views: dict[str, Tensor]) -> float | None:
+        return self._right(views, self.x, self.y)
+
+    def _right(self, views: dict[str, Tensor], x: Tensor, y: Tensor) -> float:
         found = functional_call(self.module, views, (x,)).argmax(1)
-        return 100 * float((found != y).double().mean())
+        return float((found == y).double().mean())
 
 
 @cache
@@ -204,6 +216,9 @@ class TextProblem:
 
     def evaluate(self, views: dict[str, Tensor]) -> float:
         return float(self._loss(views, self.held_out))
+
+    def learned(self, views: dict[str, Tensor]) -> float | None:
+        return None
 
 
 @cache

@@ -22,6 +22,7 @@ from ds_gradmix.rules import Extrapolation, RngKey
 
 OPTIMIZERS: Mapping[str, Any] = {
     "SGD": partial(torch.optim.SGD, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "SGD without decay": partial(torch.optim.SGD, momentum=0.9, nesterov=True),
     "Adam": torch.optim.Adam,
     "AdamW": partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=0.1),
     "LAMB": partial(Lamb, weight_decay=0.01),
@@ -99,7 +100,9 @@ class _Training:
                     curve += [None] * (run.evaluations - len(curve))
                     break
         weights = [round(weight, 4) for weight in (self.weight_sum_W / run.steps).tolist()]
-        return {"curve": curve, "skipped": skipped, "weights": weights}
+        found = {"curve": curve, "skipped": skipped, "weights": weights}
+        learned = self.problem.learned(self.theta.views(self.theta.values_N))
+        return found if learned is None else {**found, "learned": round(learned, 4)}
 
     def _step(self, step: int, left_out: bool) -> bool:
         """Take a step, counted from 0; whether the weights were updated."""

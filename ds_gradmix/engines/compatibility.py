@@ -196,10 +196,10 @@ _SUPPORTED = ("data", "tensor", "pipeline", "tensor and pipeline", "experts", "s
 PARALLELISM = {name: frozenset(name.split(" and ")) - {"data"} for name in _SUPPORTED}
 
 
-def refused_slot(engine: str, slot: str) -> str | None:
-    """Why rules of a slot are refused on an engine that takes others, or None."""
+def refused_rule(engine: str, slot: str) -> str | None:
+    """Which rule of a slot is refused on an engine that takes others, and why, or None."""
     if engine == "ZeRO-3" and slot == "extrapolation":
-        return f"extrapolation: Noise works, and PastGradient {_WHOLE_GRADIENT}"
+        return f"but for PastGradient, which {_WHOLE_GRADIENT}"
     return None
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.blocks import TINY, VRGD
+from tests.support.blocks import TINY, VRGD, noise
 from tests.support.models import Regression
 from tests.support.ranks import failures, run_ranks
 from tests.support.replay import replay
@@ -28,11 +28,6 @@ from tests.support.zero3 import (
     Outer,
     stage3,
 )
-
-
-def noise(**params: Any) -> dict[str, Any]:
-    return {"extrapolation": {"type": "Noise", "params": params}}
-
 
 NOISE = noise(std=0.1)
 CASES: dict[str, Case] = {

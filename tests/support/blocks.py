@@ -25,6 +25,10 @@ BY_PARAMETER: dict[str, Any] = {
 }
 
 
+def noise(**params: Any) -> dict[str, Any]:
+    return {"extrapolation": {"type": "Noise", "params": params}}
+
+
 def past(**params: Any) -> dict[str, Any]:
     """Extrapolation by the past gradient."""
     return {"extrapolation": {"type": "PastGradient", "params": params}}

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ds_gradmix.config import SLOTS
-from ds_gradmix.engines.compatibility import DTYPES, ENGINES, PARALLELISM, refused_engine, refused_slot
+from ds_gradmix.engines.compatibility import DTYPES, ENGINES, PARALLELISM, refused_engine, refused_rule
 
 
 class Cell(NamedTuple):
@@ -22,8 +22,12 @@ class Cell(NamedTuple):
     @property
     def reason(self) -> str | None:
         """Why it is refused, if it is."""
-        whole = refused_engine(self.engine, self.dtype, PARALLELISM[self.parallelism])
-        return whole or refused_slot(self.engine, self.slot)
+        return refused_engine(self.engine, self.dtype, PARALLELISM[self.parallelism])
+
+    @property
+    def exception(self) -> str | None:
+        """Which of its rules is refused, if one is."""
+        return None if self.reason else refused_rule(self.engine, self.slot)
 
     def __str__(self) -> str:
         return "-".join(self).replace(" and ", "+")
@@ -41,15 +45,16 @@ SUPPORTED = [cell for cell in cells() if cell.reason is None]
 
 
 def table() -> str:
-    """Rows are engines and dtypes, columns kinds of parallelism; a tick with a number: but for some slot."""
+    """Rows are engines and dtypes, columns kinds of parallelism; a tick with a number: but for some rule."""
     reasons: list[str | None] = []
     lines = ["| engine | dtype | " + " | ".join(PARALLELISM) + " |", "|---" * (len(PARALLELISM) + 2) + "|"]
     for engine in ENGINES:
         for dtype in DTYPES:
             row = []
             for parallelism in PARALLELISM:
-                found = {Cell(engine, dtype, parallelism, slot).reason for slot in SLOTS}
-                refused = sorted(found - {None}, key=str)
+                here = [Cell(engine, dtype, parallelism, slot) for slot in SLOTS]
+                found = {cell.reason for cell in here}
+                refused = sorted((found | {cell.exception for cell in here}) - {None}, key=str)
                 reasons += [reason for reason in refused if reason not in reasons]
                 numbers = [f"({reasons.index(reason) + 1})" for reason in refused]
                 row.append(" ".join(["✓"] * (None in found) + numbers))
