@@ -134,8 +134,11 @@ def smallest_fault() -> Table:
 def kinds_of_text() -> Table:
     """Honest workers that read text of different kinds."""
     table = Table()
-    rules = {"Mean": MEAN, "Guard": GUARD} | {
-        f"Guard, agreement {share:g}": mixing("Guard", agreement=share) for share in (0.25, 0.0)
+    rules = {
+        "Mean": MEAN,
+        "Guard": GUARD,
+        "Guard, agreement -0.5": mixing("Guard", agreement=-0.5),
+        "Guard, agreement -0.5, smoothing 0.98": mixing("Guard", agreement=-0.5, smoothing=0.98),
     }
     rules |= {"GAF": mixing("GAF"), "GeometricMedian": mixing("GeometricMedian")}
     four = ("python", "c++", "prose", "cipher")
@@ -147,6 +150,10 @@ def kinds_of_text() -> Table:
     for setting, kinds in settings.items():
         runs = {name: text(block, Text(8, kinds)) for name, block in rules.items()}
         table.compare(setting, runs, TEXT_RATES, TEXT_RATE)
+    first, kinds = next(iter(settings.items()))
+    negative = BAD["negative gradient"]
+    runs = {name: text(block, Text(8, kinds), negative) for name, block in rules.items() if name != "GAF"}
+    table.compare(f"{first}, one of wrong sign", runs, TEXT_RATES, TEXT_RATE)
     return table
 
 

@@ -1,7 +1,7 @@
 # shellcheck shell=bash disable=SC2034
 # What is trained, and where, for the scripts in this folder. Environment variables take precedence.
 : "${HOSTFILE:=launch/cluster/hostfile}"
-: "${CONFIG:=configs/gaf_vrgd_zero2.json}"
+: "${CONFIG:=configs/guard_zero2.json}"
 : "${MODEL:=configs/models/llama-tiny.json}"
 : "${DATA:=runs/quickstart/data}"
 : "${RUN:=runs/cluster}"

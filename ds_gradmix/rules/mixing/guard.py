@@ -32,7 +32,7 @@ class Guard(NormMixing):
     itself, since its scores go on. A worker without a finite gradient (`nonfinite: "drop"`) scores 0.
 
     It assumes that workers draw their data from one distribution: an honest worker with data of a kind of its
-    own may be left out.
+    own may be left out. With `agreement` -0.5 only one that points the other way is.
     """
 
     may_skip: ClassVar[bool] = False
@@ -42,13 +42,13 @@ class Guard(NormMixing):
         2.0, ge=1, allow_inf_nan=False, description="a longer gradient, in medians of all, is cut to this"
     )
     agreement: float = Field(
-        0.5, ge=0, lt=1, description="share of the median agreement below which a worker is left out"
+        0.5, ge=-1, lt=1, description="share of the median agreement below which a worker is left out"
     )
     smoothing: float = Field(0.9, ge=0, lt=1, description="decay of the running mean of agreement over steps")
 
     @classmethod
     def examples(cls) -> tuple[Self, ...]:
-        return cls(), cls(max_norm_ratio=1.2, agreement=0.9, smoothing=0.5)
+        return cls(), cls(max_norm_ratio=1.2, agreement=0.9, smoothing=0.5), cls(agreement=-0.5)
 
     def cost(self, num_workers: int) -> RuleCost:
         """Small operations on W numbers; what is observed after the step is in no decision's way."""
