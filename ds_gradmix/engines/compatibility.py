@@ -128,6 +128,9 @@ def _refused_at_stage_3(config: Mapping[str, Any], block: GradmixConfig) -> Iter
     yield from _refused_by(REFUSALS_OF_STAGE_3, config)
     if block.extrapolation is not None and block.extrapolation.needs_gradient:
         yield f"gradmix.extrapolation: {type(block.extrapolation).type_name()} {_WHOLE_GRADIENT}"
+    offloads = lookup(config, "zero_optimization.offload_optimizer.device", "none") != "none"
+    if offloads and lookup(config, "managed_gradient_accumulation", True) is False:
+        yield f"managed_gradient_accumulation: false, with offload_optimizer, {_BY_STAGE_3}set it to true"
     if block.worker not in ("rank", 1):
         yield f'gradmix.worker: {value_text(block.worker)} {_BY_STAGE_3}set it to "rank"'
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
@@ -53,6 +54,13 @@ class WholeGradients(NamedTuple):
                 p.grad.copy_(part.view_as(p.grad))
 
 
+def _forget_backward_hooks(module: torch.nn.Module) -> None:
+    """DeepSpeed keeps a module's hooks from an engine before, which would fetch by that one's coordinator."""
+    for each in module.modules():
+        for name in ("pre_bwd_fn", "post_bwd_fn"):
+            each.__dict__.pop(name, None)
+
+
 class GradmixZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):
     """`DeepSpeedZeroOptimizer_Stage3` with the rules of a gradmix block; its arguments are DeepSpeed's.
 
@@ -62,6 +70,8 @@ class GradmixZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):
     overflow: bool
 
     def __init__(self, *args: Any, gradmix_context: EngineContext, **kwargs: Any) -> None:
+        if gradmix_context.config.extrapolation is not None:
+            _forget_backward_hooks(args[0] if args else kwargs["module"])
         super().__init__(*args, **kwargs)
         check_attributes(self, "DeepSpeedZeroOptimizer_Stage3")
         self.gradmix_context = gradmix_context
@@ -72,11 +82,12 @@ class GradmixZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):
             tuple(self.grad_position[self.get_param_id(p)]) for p in parameters
         ]
         named = [(self.param_names.get(p, f"parameter {i}"), p) for i, p in enumerate(parameters)]
+        self._gradmix_weights = self._gradmix_new_weights(named)
         self.gradmix = build_reducer(
             gradmix_context,
             named,
             ParamLayout([], self._gradmix_places),
-            self._gradmix_weights(named),
+            self._gradmix_weights,
             partition_sizes=[int(size) for size in self.fp16_partitioned_groups_flat_numel],
             averages=True,
         )
@@ -84,14 +95,14 @@ class GradmixZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):
         self._gradmix_used: set[int] = set()  # and in this step
         self._gradmix_skips = False  # inside of step
 
-    def _gradmix_weights(self, named: Named) -> GatheredWeights | None:
+    def _gradmix_new_weights(self, named: Named) -> GatheredWeights | None:
         context = self.gradmix_context
         if (rule := context.config.extrapolation) is None:
             return None
         key = (context.config.seed, context.parallel.workers.number)
         groups = [self.sub_group_to_group_id[sub_group] for sub_group, _, _ in self._gradmix_places]
         params = [(p, name, group) for (name, p), group in zip(named, groups, strict=True)]
-        weights = GatheredWeights(rule, key, self.parameter_offload.get_param_coordinator(), params)
+        weights = GatheredWeights(rule, key, self.parameter_offload, params)
         weights.measure_every = context.measure_every
         return weights
 
@@ -189,15 +200,34 @@ class GradmixZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):
         partitions = self._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
         for group in self.fp16_groups:
             for p in group:
-                if not p.requires_grad or p.ds_id in self._gradmix_reduced:
+                if p.ds_id in self._gradmix_reduced or p.ds_id not in partitions:
                     continue
-                if self.micro_step_id == 0 and p.ds_id not in self._gradmix_used:
+                if not p.requires_grad or (self.micro_step_id == 0 and p.ds_id not in self._gradmix_used):
                     partitions[p.ds_id].zero_()
                 if self.offload_optimizer and self.is_gradient_accumulation_boundary():
-                    # It copies those alone that had one in this backward.
+                    # It copies those alone that had one in this backward, whose norms are on the device.
                     self._offload_grad_partition_at_boundary(p, partitions[p.ds_id], {}, {})
+                    norms, i = self.norm_for_param_grads, self.get_param_id(p)
+                    norms[i] = norms[i].to(get_accelerator().current_device_name(), non_blocking=True)
+
+    def backward_epilogue(self) -> None:
+        """The end of a backward, after which DeepSpeed has released what hooks left over."""
+        super().backward_epilogue()
+        if self._gradmix_weights is not None:
+            self._gradmix_weights.restore_idle()
 
     # --- one step ---
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Gradients that were accumulated count no more."""
+        super().zero_grad(set_to_none)
+        self._gradmix_used.clear()
+
+    def destroy(self) -> None:
+        """The engine ends."""
+        if self._gradmix_weights is not None:
+            self._gradmix_weights.destroy()
+        super().destroy()
 
     def step(self, closure: Any = None) -> None:
         """Take the optimizer step, or skip it if no worker agreed: then by the way DeepSpeed skips an

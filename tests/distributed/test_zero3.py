@@ -166,6 +166,35 @@ def unused() -> None:
                     assert moved == (number in uses[:accumulation]), (case, step, name)
 
 
+def discarded() -> None:
+    """Gradients before `zero_grad` count no more, nor do those of a parameter that is frozen later."""
+    for zero in ({}, OFFLOAD_OPTIMIZER):
+        case = stage3({**VRGD, **TINY}, accumulation=2, zero=zero)
+        model = Branches()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        engine = ds_gradmix.initialize(model=model, optimizer=optimizer, config=config_of(case))[0]
+
+        def backward(micro: int, use: int) -> None:
+            engine.module.use = use  # noqa: B023
+            engine.backward(loss_of(engine, 0, micro, rank(), case))  # noqa: B023
+
+        before = weights_of(engine)
+        backward(0, use=0)
+        engine.optimizer.zero_grad()
+        for micro in (0, 1):
+            backward(micro, use=1)
+            engine.step()
+        after = weights_of(engine)
+        assert np.array_equal(after["first.weight"], before["first.weight"])
+        assert not np.array_equal(after["second.weight"], before["second.weight"])
+        engine.module.second.requires_grad_(False)
+        for micro in (0, 1):
+            backward(micro, use=1)
+            engine.step()
+        assert np.array_equal(weights_of(engine)["second.weight"], after["second.weight"])
+        assert not np.array_equal(weights_of(engine)["last.weight"], after["last.weight"])
+
+
 def config_of(case: Case) -> dict[str, Any]:
     return {key: value for key, value in ds_config(case).items() if key != "optimizer"}
 
@@ -271,7 +300,7 @@ def checkpointed() -> None:
 
 CHECKS: dict[str, Callable[[], None]] = {
     check.__name__: check
-    for check in (unused, resumed, default_sketch, loss_scaling, not_finite, checkpointed)
+    for check in (unused, discarded, resumed, default_sketch, loss_scaling, not_finite, checkpointed)
 }
 
 

@@ -46,14 +46,14 @@ IMPORT_TORCH_DISTRIBUTED = {"comm", "engines", "megatron", "__main__"}
 
 # For what version 0.1.0 could do first (5,500); rules from outside (250), optimizers (100), and sketches with
 # exchanges by node, their costs and settings (380), params that depend on others, or on the number of workers
-# (60), a state over steps in `combine` (50), and what ZeRO-3 needs beside its adapter (110) add to it.
-MAX_LINES = 6680
+# (60), a state over steps in `combine` (50), and what ZeRO-3 needs beside its adapter (160) add to it.
+MAX_LINES = 6730
 # Modules and packages that came later have their own limits.
 MAX_LINES_OF_NEW = {
     ("comm.peers", "engines.deepspeed_api", "engines.engine_request"): 400,
     ("rules.lookup", "rules.scaling.andmask", "exchange.mixing_state", "testing"): 860,
     ("optim", "engines.optimizer_install", "engines.optimizer_layout", "engines.optimizer_section"): 950,
-    ("engines.zero3", "engines.gathered_weights"): 450,
+    ("engines.zero3", "engines.gathered_weights"): 510,
     ("ops.gram",): 78,
     ("rules.mixing.adacons", "rules.mixing.adasum", "rules.mixing.geometricmedian"): 230,
     ("rules.mixing.krum", "rules.mixing.multikrum", "rules.mixing.torchjd"): 360,

@@ -172,6 +172,14 @@ COMBINATIONS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"zero_optimization": {"stage": 3}}, {"scope": "model"}, "ZeRO-3"),
     ({"zero_optimization": {"stage": 3}}, {"worker": 2}, "gradmix.worker: 2"),
     (
+        {
+            "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}},
+            "managed_gradient_accumulation": False,
+        },
+        {},
+        "managed_gradient_accumulation: false, with offload_optimizer",
+    ),
+    (
         {"zero_optimization": {"stage": 3}},
         {"extrapolation": {"type": "PastGradient", "params": {"lr": 0.1}}},
         "PastGradient needs a whole gradient",
