@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -33,6 +32,7 @@ from tests.support.training import (
     weights_of,
 )
 from tests.support.trust_ratios import LAMB, LARS
+from tests.support.zero3 import to_universal
 
 KINDS: dict[str, dict[str, Any]] = {
     "Lamb": {"optimizer": "Lamb", "params": LAMB},
@@ -294,15 +294,6 @@ def after_the_change(folder: str) -> dict[str, Any]:
         train_on(engine, case, 3, 6)
         ends[name] = weights_of(engine)
     return ends
-
-
-def to_universal(folder: Path) -> None:
-    from deepspeed.checkpoint import ds_to_universal
-
-    folders = {"input_folder": f"{folder}/global_step3", "output_folder": f"{folder}/universal"}
-    workers = {"num_extract_workers": 1, "num_merge_workers": 1}
-    flags = {"keep_temp_folder": False, "strict": False, "inject_missing_state": True}
-    ds_to_universal.main(Namespace(**folders, **workers, **flags))
 
 
 def test_fewer_ranks_go_on_from_a_universal_checkpoint(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import deepspeed
 import numpy as np
 import pytest
 import torch
@@ -39,8 +38,7 @@ from tests.support.zero3 import (
     OFFLOAD,
     OFFLOAD_OPTIMIZER,
     SMALL,
-    Inner,
-    Outer,
+    by_every_way,
     stage3,
 )
 
@@ -285,17 +283,9 @@ def not_finite() -> None:
 
 def checkpointed() -> None:
     """Activation checkpointing by both ways, and leaf modules, train as without."""
-    found = []
-    case = stage3({**SMOOTH, **TINY}, steps=4, accumulation=2, zero=IN_PARTS)
-    for reentrant, leaf in ((None, False), (False, False), (True, False), (None, True)):
-        model = Outer(reentrant)
-        if leaf:
-            deepspeed.utils.set_z3_leaf_modules(model, [Inner])
-        engine = build(case, model)
-        train(engine, case)
-        found.append(weights_of(engine))
-    for other in found[1:]:
-        assert relative(other, found[0]) < 1e-6
+    first, *others = by_every_way(stage3({**SMOOTH, **TINY}, steps=4, accumulation=2, zero=IN_PARTS))
+    for other in others:
+        assert relative(other, first) < 1e-6
 
 
 CHECKS: dict[str, Callable[[], None]] = {

@@ -27,8 +27,7 @@ from tests.support.zero3 import (
     IN_PARTS,
     OFFLOAD,
     SMALL,
-    Inner,
-    Outer,
+    by_every_way,
     stage3,
 )
 
@@ -111,17 +110,9 @@ def looked_at() -> None:
 
 def checkpointed() -> None:
     """Activation checkpointing by both ways, and leaf modules, train as without."""
-    found = []
-    case = stage3(NOISE, steps=4, accumulation=2, zero=IN_PARTS)
-    for reentrant, leaf in ((None, False), (False, False), (True, False), (None, True)):
-        model = Outer(reentrant)
-        if leaf:
-            deepspeed.utils.set_z3_leaf_modules(model, [Inner])
-        engine = build(case, model)
-        train(engine, case)
-        found.append(weights_of(engine))
-    for other in found[1:]:
-        assert relative(other, found[0]) < 1e-6
+    first, *others = by_every_way(stage3(NOISE, steps=4, accumulation=2, zero=IN_PARTS))
+    for other in others:
+        assert relative(other, first) < 1e-6
 
 
 class Product(torch.autograd.Function):

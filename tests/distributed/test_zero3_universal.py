@@ -4,18 +4,16 @@ here do what the mean does; their state starts afresh.
 
 from __future__ import annotations
 
-from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.checkpoint import ds_to_universal
 
 from tests.support.engines import log_lines
 from tests.support.ranks import run_ranks
 from tests.support.training import build, relative, train, weights_of
-from tests.support.zero3 import IN_PARTS, Outer, stage3
+from tests.support.zero3 import IN_PARTS, Outer, stage3, to_universal
 
 TELEMETRY: dict[str, Any] = {"mixing": {"type": "Guard"}, "telemetry": True}
 BLOCKS: dict[str, dict[str, Any] | None] = {
@@ -48,13 +46,6 @@ def after_the_change(folder: str) -> dict[str, Any]:
         train(engine, case, 3, 6)
         found[name] = {"loaded": loaded, "end": weights_of(engine), "lines": list(lines)}
     return found
-
-
-def to_universal(folder: Path) -> None:
-    folders = {"input_folder": f"{folder}/global_step3", "output_folder": f"{folder}/universal"}
-    workers = {"num_extract_workers": 1, "num_merge_workers": 1}
-    flags = {"keep_temp_folder": False, "strict": False, "inject_missing_state": True}
-    ds_to_universal.main(Namespace(**folders, **workers, **flags))
 
 
 def test_fewer_ranks_go_on_from_a_universal_checkpoint(tmp_path: Path) -> None:

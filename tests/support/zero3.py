@@ -1,13 +1,17 @@
-"""What tests of ZeRO-3 have in common."""
+"""What tests of ZeRO-3, and of universal checkpoints, have in common."""
 
 from __future__ import annotations
 
+from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
+from deepspeed.checkpoint import ds_to_universal
 from torch.utils.checkpoint import checkpoint
 
-from tests.support.training import Case
+from tests.support.training import Case, build, train
 
 EXACT: dict[str, Any] = {"gram": "exact"}
 GAF: dict[str, Any] = {"mixing": {"type": "GAF", "params": {"threshold": 0.9}}}
@@ -49,3 +53,22 @@ class Outer(torch.nn.Module):
         if self.reentrant is None:
             return self.last(self.inner(x))
         return self.last(checkpoint(self.inner, x, use_reentrant=self.reentrant))
+
+
+def by_every_way(case: Case) -> list[dict[str, Any]]:
+    """The weights after training with activations stored, computed again by both ways, and as a leaf."""
+    found = []
+    for reentrant, leaf in ((None, False), (False, False), (True, False), (None, True)):
+        model = Outer(reentrant)
+        if leaf:
+            deepspeed.utils.set_z3_leaf_modules(model, [Inner])
+        found.append(train(build(case, model), case)["weights"])
+    return found
+
+
+def to_universal(folder: Path) -> None:
+    """Convert the checkpoint of step 3 in a folder, by DeepSpeed's script."""
+    folders = {"input_folder": f"{folder}/global_step3", "output_folder": f"{folder}/universal"}
+    workers = {"num_extract_workers": 1, "num_merge_workers": 1}
+    flags = {"keep_temp_folder": False, "strict": False, "inject_missing_state": True}
+    ds_to_universal.main(Namespace(**folders, **workers, **flags))
