@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# In a checkout's folder `tests/unit`; those about ZeRO-0, 1 and 2 that run on a CPU.
+# In a checkout's folder `tests/unit`; those about ZeRO that run on a CPU.
 FILES: Sequence[str] = (
     "runtime/zero/test_ignore_unused_parameters.py",
     "runtime/test_multi_output_model.py",
@@ -15,6 +15,8 @@ FILES: Sequence[str] = (
     "v1/half_precision/test_bf16.py",
     "v1/zero/test_zero.py",
     "v1/zero/test_zero_coalesce_grad_reduction.py",
+    "runtime/zero/test_zero_leaf_module.py",
+    "v1/zero/test_zero_activation_checkpoint_lifecycle.py",
 )
 
 BLOCKS: Mapping[str, dict[str, Any]] = {
