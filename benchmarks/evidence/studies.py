@@ -187,7 +187,9 @@ DIGIT_RATES: Mapping[str, tuple[float, ...]] = {
 FIXED_RATE = {"SGD": 0.1, "Adam": 0.01, "LAMB": 0.03, "LARS": 3.0}
 
 
-GAF_STEPS, GAF_RATES, GAF_RATE = 2000, (0.003, 0.01, 0.03, 0.1), 0.01  # the last as published
+GAF_STEPS, GAF_RATES = 2000, (0.003, 0.01, 0.03, 0.1)
+# As published, and one at which all labels are learned by heart.
+GAF_RATE = {"SGD": 0.01, "SGD without decay": 0.03}
 
 
 def gaf_digits() -> Table:
@@ -206,7 +208,7 @@ def gaf_digits() -> Table:
         mean = Run(task, mixing("GAF", threshold=2.0), optimizer, GAF_STEPS)
         thresholds = (0.97, 1.0) if (workers, balance, noise) == (2, "true", 0.6) else (0.97,)
         rules = {f"GAF {t:g}": replace(mean, block=mixing("GAF", threshold=t)) for t in thresholds}
-        table.compare(setting, {"threshold 2": mean, **rules}, GAF_RATES, GAF_RATE)
+        table.compare(setting, {"threshold 2": mean, **rules}, GAF_RATES, GAF_RATE[optimizer])
         table.control(setting, "GAF 0.97", mean)
     return table
 

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.evidence import summary
+from benchmarks.evidence import summary, troubles
 from benchmarks.evidence.studies import STUDIES
 from ds_gradmix.config import SLOTS, GradmixConfig
 from ds_gradmix.engines.deepspeed_api import TESTED_VERSIONS
@@ -260,6 +260,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "support matrix": support_matrix.table,
     "scaling": scaling_table.table,
     "picture": picture,
+    "troubles": troubles.markdown,
     **{f"evidence {name}": partial(summary.markdown, study) for name, study in STUDIES.items()},
 }
 
