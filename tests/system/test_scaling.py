@@ -276,6 +276,10 @@ def test_check_at_stage_3(checked: Checked) -> None:
         stock, ours = numbers_of(checked(block, *options, **config), "GB sent")
         assert stock == pytest.approx(2 * once, rel=1e-3)
         assert ours == pytest.approx(stock, rel=2e-3), block
+    noise = {"extrapolation": {"type": "Noise", "params": {"std": 0.1}}}
+    lines = checked(noise, *options, **config)
+    assert "for Noise: a copy of persistent parameters alone" in words_of(lines)
+    assert numbers_of(lines, "GB of memory")[1] == numbers_of(lines, "GB of memory")[0]
 
 
 def test_check_of_wider_communication(checked: Checked) -> None:
