@@ -286,6 +286,10 @@ class Engine:
 
     def _backward_prologue(self) -> None: ...
 
+    def step(self) -> None: ...
+
+    def destroy(self) -> None: ...
+
     def eval(self) -> None:
         self.module.eval()
 
@@ -337,3 +341,25 @@ def test_a_copy_of_the_module_is_on_its_own() -> None:
     assert engine.weights.phase is NO_GRADIENT
     copy.copy(engine.module)(x)  # shares the parameters
     assert engine.weights.phase is EXTRAPOLATED
+
+
+def test_a_backward_trains_if_a_forward_of_its_step_did() -> None:
+    engine, x = Engine(NOISE), torch.ones(1, 3)
+    engine.module.eval()
+    engine.module(x)
+    engine.backward(x)
+    assert engine.weights.phase is NO_GRADIENT
+    engine.module.train()
+    with pytest.raises(RuntimeError, match="shape"):
+        engine.module(torch.ones(1, 4))
+    assert engine.weights.phase is EXTRAPOLATED
+    engine.step()
+    engine.weights.drop()
+    engine.backward(x)
+    assert engine.weights.phase is NO_GRADIENT
+    engine.module(x)
+    assert engine.weights.phase is EXTRAPOLATED
+    engine.weights.drop()
+    engine.destroy()
+    engine.module(x)
+    assert engine.weights.phase is NO_GRADIENT
