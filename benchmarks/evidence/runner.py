@@ -1,4 +1,4 @@
-"""Trains what a study's table asks for and is not there yet: `make evidence [STUDY=name] [SEEDS=10]`.
+"""Trains what a study's table asks for and is not there yet: `make evidence [STUDY=name] [SEEDS=20]`.
 
     python -m benchmarks.evidence.runner [STUDY ...] [--seeds N] [--minutes 60] [--processes 2]
 

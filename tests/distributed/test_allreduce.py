@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.blocks import GAF, MIX, SMOOTH, TINY, past
+from tests.support.blocks import GAF, MIX, SMOOTH, TINY, noise, past
 from tests.support.engines import ENGINES, fused_descent, log_lines
 from tests.support.models import Regression
 from tests.support.ranks import failures, run_ranks
@@ -26,7 +26,7 @@ from tests.support.training import LR, Case, build, ds_config, equal, loss_of, t
 
 ALL: dict[str, Any] = {**GAF, **SMOOTH, **TINY, **past(lr=0.1)}
 PAST: dict[str, Any] = past(lr=0.3)
-NOISE: dict[str, Any] = {"extrapolation": {"type": "Noise", "params": {"std": 0.05}}}
+NOISE = noise(std=0.05)
 GAF_MODEL: dict[str, Any] = {**GAF, "scope": "model"}
 KINDS = ("ZeRO-0", "ZeRO-0 bf16", "BF16_Optimizer")
 

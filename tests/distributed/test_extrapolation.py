@@ -16,14 +16,14 @@ from ds_gradmix.config import ConfigError, parse_block
 from ds_gradmix.ops.rounding import round_stochastically
 from ds_gradmix.rules import Noise, PastGradient
 from ds_gradmix.weights.extrapolated import Phase
-from tests.support.blocks import BOTH, ONE_OWNER, TINY, past
+from tests.support.blocks import BOTH, ONE_OWNER, TINY, noise, past
 from tests.support.engines import ENGINES, log_lines
 from tests.support.models import Regression
 from tests.support.ranks import run_ranks
 from tests.support.replay import replay
 from tests.support.training import LR, Case, build, equal, loss_of, relative, run_cases, train, weights_of
 
-NOISE: dict[str, Any] = {"extrapolation": {"type": "Noise", "params": {"std": 0.01}}}
+NOISE = noise(std=0.01)
 GAF = {"mixing": {"type": "GAF", "params": {"threshold": 0.8}}}  # skips some steps
 CASES: dict[int, dict[str, Case]] = {
     1: {"extragradient": Case(past(lr=LR), stage=1), "accumulated": Case(past(lr=LR), accumulation=2)},

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tests.support.blocks import noise
 from tests.support.engines import log_lines
 from tests.support.ranks import run_ranks
 from tests.support.training import build, relative, train, weights_of
@@ -20,7 +21,7 @@ BLOCKS: dict[str, dict[str, Any] | None] = {
     "stock": None,
     "mean": {},
     "guard": TELEMETRY,
-    "noise": {"extrapolation": {"type": "Noise", "params": {"std": 0.0}}},
+    "noise": noise(std=0.0),
     "momentum": {"scaling": {"type": "VRGD", "params": {"momentum": 0.9, "gamma": 1.0}}},
 }
 CASES = {name: stage3(block, optimizer="Adam", zero=IN_PARTS) for name, block in BLOCKS.items()}

@@ -234,7 +234,7 @@ class _Ahead:
         if self.is_noise:
             self._add_noise(worker, step)
         rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-        for name in () if self.is_noise else self.past[worker]:
+        for name in self.past[worker]:
             p, gradient = self.named[name], self._past(name, worker)
             rate = self.params["lr"] if "lr" in self.params else self.params["lr_ratio"] * rates[id(p)]
             if self.params.get("layerwise"):
@@ -271,7 +271,7 @@ class _Ahead:
         return np.asarray(np.mean([past[name] for past in sharing], axis=0))
 
     def note(self, worker: int, gradients: Gradients) -> None:
-        for name, gradient in gradients.items() if self.params else ():
+        for name, gradient in gradients.items() if self.params and not self.is_noise else ():
             self.present[worker][name] = self.present[worker].get(name, 0.0) + gradient
 
     def commit(self) -> None:

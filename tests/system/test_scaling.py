@@ -26,6 +26,7 @@ from ds_gradmix.costs.model import (
     send_to_owners,
 )
 from tests.support import scaling_table
+from tests.support.blocks import noise
 from tests.support.documents import commands
 
 ROOT = Path(__file__).parents[2]
@@ -116,9 +117,8 @@ def test_formulas_agree_with_the_kernel_counters(
     for row in rows:
         assert row["stock_sent_bytes"] == pytest.approx(row["stock_gloo_bytes"], rel=0.05), run.stdout
         assert row["sent_bytes"] == pytest.approx(row["gloo_bytes"], rel=0.05), run.stdout
-        if (
-            row["engine"] == "ZeRO-3" and "scope" not in row["rule"]
-        ):  # what stock's reduce-scatter sends over NCCL
+        # What stock's reduce-scatter sends over NCCL.
+        if row["engine"] == "ZeRO-3" and "scope" not in row["rule"]:
             assert row["bytes_ratio"] == pytest.approx(1.0, rel=0.05), run.stdout
         if "worker node" in row["rule"] and row["engine"] == "ZeRO-2":
             assert row["bytes_ratio"] <= 0.6, run.stdout
@@ -276,8 +276,7 @@ def test_check_at_stage_3(checked: Checked) -> None:
         stock, ours = numbers_of(checked(block, *options, **config), "GB sent")
         assert stock == pytest.approx(2 * once, rel=1e-3)
         assert ours == pytest.approx(stock, rel=2e-3), block
-    noise = {"extrapolation": {"type": "Noise", "params": {"std": 0.1}}}
-    lines = checked(noise, *options, **config)
+    lines = checked(noise(std=0.1), *options, **config)
     assert "for Noise: a copy of persistent parameters alone" in words_of(lines)
     assert numbers_of(lines, "GB of memory")[1] == numbers_of(lines, "GB of memory")[0]
 
